@@ -1,0 +1,158 @@
+"""Token shards and tokenizers: what the corpus is, and which tokens step t reads.
+
+A corpus is a folder of shards in llm.c's .bin format (256 int32 header: magic 20240520, version 1, token count; then uint16
+tokens), `*_val_*.bin` and `*_train_*.bin`, with a meta.json beside them. fineweb.py writes it; train.py reads it through
+memory maps.
+"""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from errors import UserError
+
+MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
+HEADER_BYTES = 4 * HEADER_INTS
+
+
+def get_tokenizer(name: str) -> tiktoken.Encoding:
+    """The tokenizer that meta.json and checkpoints name: "bytes" (256 byte tokens and <|endoftext|>) or one of tiktoken's.
+
+    tiktoken downloads GPT-2's vocabulary once; TIKTOKEN_CACHE_DIR names a folder that already has it. Raises UserError
+    where the name is unknown or the vocabulary cannot be had.
+    """
+    if name == "bytes":
+        ranks = {bytes([i]): i for i in range(256)}
+        # The pattern only cuts the work into short pieces: without merges every byte is a token however it is cut.
+        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,16}", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+    try:
+        return tiktoken.get_encoding(name)
+    except ValueError as error:
+        raise UserError(f"tokenizer {name!r} is unknown: {str(error).splitlines()[0]}") from None
+    except OSError as error:  # every failure of requests is one
+        raise UserError(
+            f"tokenizer {name!r} could not be downloaded ({type(error).__name__}): connect once, or set "
+            "TIKTOKEN_CACHE_DIR to a folder that holds its files"
+        ) from None
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    """Write `tokens` (uint16) as one .bin shard."""
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    with open(path, "wb") as f:
+        f.write(header.tobytes())
+        f.write(tokens.astype("<u2", copy=False).tobytes())
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """The tokens of a shard as a read-only memory map (uint16). Raises UserError where the file is no whole shard."""
+    try:
+        size = os.path.getsize(path)
+        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(header) < HEADER_INTS or header[0] != MAGIC:
+        raise UserError(f"{path}: no token shard (llm.c's .bin begins with {MAGIC}): write shards with fineweb.py")
+    if header[1] != VERSION:
+        raise UserError(f"{path}: shard version {header[1]}, only version {VERSION} (uint16 tokens) can be read")
+    count = int(header[2])
+    if size != HEADER_BYTES + 2 * count:
+        raise UserError(
+            f"{path}: the header says {count:,} tokens, the file holds {(size - HEADER_BYTES) // 2:,}: "
+            "it is truncated or damaged, copy or write it again"
+        )
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,)) if count else np.zeros(0, "<u2")
+
+
+def load_meta(data_dir: str | Path) -> dict:
+    """meta.json of a corpus. Raises UserError where it is missing, is no JSON, or lacks a field."""
+    path = Path(data_dir) / "meta.json"
+    try:
+        meta = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found: data_dir must hold a corpus, write one with fineweb.py --out {data_dir}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}): write the corpus again with fineweb.py") from None
+    for key, kind in (("tokenizer", str), ("vocab_size", int)):
+        if not isinstance(meta, dict) or not isinstance(meta.get(key), kind):
+            raise UserError(f"{path}: {key!r} must be there as {kind.__name__}: write the corpus again with fineweb.py")
+    return meta
+
+
+class Shards:
+    """One split of a corpus, cut into windows of `block_size` inputs and their next-token targets.
+
+    Windows do not overlap and do not cross shards: an epoch reads every token once as an input, but for each shard's
+    last incomplete window. Raises UserError where shards are missing or damaged, or none holds a window.
+    """
+
+    def __init__(self, data_dir: str | Path, split: str, block_size: int, vocab_size: int):
+        self.paths = sorted(Path(data_dir).glob(f"*_{split}_*.bin"))
+        if not self.paths:
+            raise UserError(f"{data_dir}: no *_{split}_*.bin shards here: write a corpus with fineweb.py --out {data_dir}")
+        self.tokens = [open_shard(p) for p in self.paths]
+        self.block_size, self.vocab_size = block_size, vocab_size
+        self.first = np.cumsum([0] + [max(0, len(t) - 1) // block_size for t in self.tokens])  # first window of a shard
+        if len(self) == 0:
+            raise UserError(f"{data_dir}: no {split} shard holds the {block_size + 1} tokens of a window: lower block_size")
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def read(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of the numbered windows, each (len(windows), block_size), int64.
+
+        Raises UserError on a token id outside the vocabulary.
+        """
+        rows = np.empty((len(windows), self.block_size + 1), dtype=np.int64)
+        shards = np.searchsorted(self.first, windows, side="right") - 1
+        for row, window, shard in zip(rows, windows, shards):
+            start = (window - self.first[shard]) * self.block_size
+            row[:] = self.tokens[shard][start : start + self.block_size + 1]
+            if row.max() >= self.vocab_size:
+                raise UserError(
+                    f"{self.paths[shard]}: token id {row.max()} near token {start:,} is outside the vocabulary of "
+                    f"{self.vocab_size}: the shard is damaged or from another tokenizer than meta.json says"
+                )
+        return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
+
+
+class TrainOrder:
+    """Which windows step t trains on: a pure function of (number of windows, seed, t).
+
+    Epoch e visits all windows in the order of a permutation drawn from (seed, e); step t takes the next
+    `windows_per_step` of that endless sequence. World size, micro-batch, schedule and resuming have no part in it.
+    """
+
+    def __init__(self, n_windows: int, seed: int, windows_per_step: int):
+        self.n_windows, self.seed, self.windows_per_step = n_windows, seed, windows_per_step
+        self._epoch, self._order = -1, None
+
+    def windows(self, step: int, start: int, stop: int) -> np.ndarray:
+        """Numbers `start` to `stop` (within 0..windows_per_step) of the windows of a step."""
+        first = step * self.windows_per_step
+        position = np.arange(first + start, first + stop)
+        return np.concatenate(
+            [self._permutation(e)[position[position // self.n_windows == e] % self.n_windows]
+             for e in range(position[0] // self.n_windows, position[-1] // self.n_windows + 1)]
+        )  # fmt: skip
+
+    def _permutation(self, epoch):
+        if epoch != self._epoch:
+            # RandomState, because NumPy promises never to change its stream: a run resumes on any later version.
+            self._epoch, self._order = epoch, np.random.RandomState([self.seed, epoch]).permutation(self.n_windows)
+        return self._order
+
+
+def prefetch(items):
+    """The items of an iterator, each made in a background thread while the one before is in use."""
+    with ThreadPoolExecutor(1) as reader:
+        future = reader.submit(next, items, None)
+        while (item := future.result()) is not None:
+            future = reader.submit(next, items, None)
+            yield item

@@ -1,0 +1,90 @@
+"""The machine a script runs on: which device, which precision, how fast it could be."""
+
+import resource
+
+import torch
+
+from errors import UserError
+
+# Dense bf16 peak in FLOP/s by parts of the device's name, the specific before the general. Vendors' data sheets, without
+# sparsity; the choice of entries follows torchtitan and nanochat.
+PEAK_FLOPS = [
+    (("gb200",), 2.5e15),
+    (("b200",), 2.25e15),
+    (("h200", "nvl"), 836e12),
+    (("h200",), 989e12),
+    (("h100", "nvl"), 835e12),
+    (("h100", "pcie"), 756e12),
+    (("h100",), 989e12),
+    (("h800",), 989e12),
+    (("gh200",), 989e12),
+    (("a100",), 312e12),
+    (("a800",), 312e12),
+    (("a40",), 149.7e12),
+    (("a30",), 165e12),
+    (("a10g",), 70e12),
+    (("l40s",), 362e12),
+    (("l4",), 121e12),
+    (("5090",), 209.5e12),
+    (("4090",), 165.2e12),
+    (("3090",), 71e12),
+    (("mi355",), 2.5e15),
+    (("mi325",), 1.3074e15),
+    (("mi300x",), 1.3074e15),
+    (("mi250",), 362.1e12),
+]
+
+
+def pick_device(device: str, local_rank: int = 0) -> torch.device:
+    """The torch device that the option `device` means: "auto" takes CUDA where there is one, under torchrun a GPU a rank.
+
+    Raises UserError where it is unknown or not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        picked = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device={device!r} is unknown: use auto, cpu, cuda or cuda:N") from None
+    if picked.type not in ("cpu", "cuda"):
+        raise UserError(f"device={device!r} is not supported: use auto, cpu, cuda or cuda:N")
+    if picked.type == "cuda":
+        n = torch.cuda.device_count()
+        index = local_rank if picked.index is None else picked.index
+        if index >= n:
+            raise UserError(
+                f"device={device!r}, local rank {local_rank}: this machine has {n} usable CUDA devices; start fewer "
+                "processes a machine, or use device=cpu"
+            )
+        picked = torch.device("cuda", index)
+        torch.cuda.set_device(picked)
+        torch.set_float32_matmul_precision("high")  # TF32 where a product stays in fp32
+    return picked
+
+
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """The autocast context of the option `dtype`: "auto" is bf16 on GPUs that have it (compute capability 8.0), else fp32.
+
+    fp16 is not offered: it needs loss scaling.
+    """
+    if dtype == "auto":
+        modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        dtype = "bfloat16" if modern else "float32"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of the device in FLOP/s; None where the table does not know it."""
+    name = device_name(device).lower()
+    return next((peak for parts, peak in PEAK_FLOPS if all(part in name for part in parts)), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use at once: on a GPU allocated since the last reset, on a CPU the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

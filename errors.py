@@ -1,0 +1,27 @@
+"""One exception for every mistake that a user can mend, and how the scripts report it."""
+
+import contextlib
+import os
+import sys
+
+
+class UserError(ValueError):
+    """Bad input: the message names the file or option, what is wrong with it, and what to do."""
+
+
+@contextlib.contextmanager
+def report_user_errors():
+    """Turn a `UserError` into one line on stderr and exit status 1; every other exception keeps its traceback.
+
+    Under torchrun the line names the rank. Ctrl-C leaves quietly with the shell's status for it, 130.
+    """
+    try:
+        yield
+    except UserError as error:
+        rank = os.environ.get("RANK")
+        prefix = f"[rank {rank}] " if rank is not None else ""
+        print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)

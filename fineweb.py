@@ -1,0 +1,236 @@
+"""Tokenize a corpus into shards for train.py.
+
+    python fineweb.py                                  FineWeb-Edu's 10B-token sample, GPT-2 BPE, to data/fineweb_edu
+    python fineweb.py --source PATH --out DIR          local parquet, jsonl or txt (a file or a folder), column `text`
+    python fineweb.py --source stdlib --out DIR        the embedded corpus: Python's own standard library, as bytes
+
+Every document begins with <|endoftext|>. The first shard is for validation. DIR gets the shards (format: see data.py) and
+meta.json; the embedded corpus also hellaswag.jsonl, a task of HellaSwag's form made of its held-out part.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import sysconfig
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from data import get_tokenizer, write_shard
+from errors import UserError, report_user_errors
+
+FINEWEB = "HuggingFaceFW/fineweb-edu"
+DOCUMENTS_AT_A_TIME = 1000
+
+
+@dataclass
+class Args:
+    """Tokenize a corpus into shards for train.py."""
+
+    source: str = FINEWEB
+    """The FineWeb-Edu data set, a local file or folder (parquet, jsonl, txt), or "stdlib", Python's own library."""
+    out: Path | None = None
+    """Folder to write; it must not exist yet. Default: data/NAME after the source."""
+    subset: str = "sample-10BT"
+    """Subset of FineWeb-Edu."""
+    tokenizer: str | None = None
+    """tiktoken encoding, or "bytes". Default: gpt2, for the standard library bytes."""
+    shard_tokens: int = 100_000_000
+    """Tokens a shard. A corpus of less than two shards gives its first tenth to validation."""
+    threads: int = os.cpu_count() or 1
+    """Threads that tokenize."""
+
+
+def stdlib_documents() -> list[tuple[str, str]]:
+    """(name, text) of the running interpreter's standard-library sources, in a fixed shuffled order.
+
+    Without tests, installed packages and the generated tables of `encodings`.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "__pycache__"}
+    paths = sorted(p for p in root.rglob("*.py") if not skip.intersection(p.relative_to(root).parts))
+    random.Random(0).shuffle(paths)
+    return [(str(p.relative_to(root)), text) for p in paths if (text := p.read_text("utf-8", "replace"))]
+
+
+def load_source(source: str, subset: str):
+    """A Hugging Face data set with a column `text`, from the hub or from local files.
+
+    Raises UserError where the path is missing, of no known kind, unreadable, or without the column.
+    """
+    import datasets  # slow to import, and the embedded corpus does without
+
+    datasets.disable_progress_bars() if source != FINEWEB else None
+    if source == FINEWEB:
+        try:
+            return datasets.load_dataset(FINEWEB, name=subset, split="train").select_columns("text")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{FINEWEB} ({subset}) could not be loaded: {_first_line(error)}") from None
+    path = Path(source)
+    if not path.exists():
+        raise UserError(f"--source={source}: no such file or folder; give a path, {FINEWEB} or stdlib")
+    builders = {".parquet": "parquet", ".jsonl": "json", ".txt": "text"}
+    files = sorted(p for p in path.rglob("*") if p.suffix in builders) if path.is_dir() else [path]
+    kinds = {p.suffix for p in files}
+    if len(kinds) != 1 or not kinds <= builders.keys():
+        raise UserError(f"--source={source}: needs files of one kind of {', '.join(builders)}; found {sorted(kinds) or 'none'}")
+    builder = builders[kinds.pop()]
+    options = {"sample_by": "document"} if builder == "text" else {}
+    try:
+        loaded = datasets.load_dataset(builder, data_files=[str(p) for p in files], split="train", **options)
+    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+        raise UserError(f"--source={source}: cannot be read as {builder}: {_first_line(error.__cause__ or error)}") from None
+    if "text" not in loaded.column_names or loaded.features["text"].dtype not in ("string", "large_string"):
+        raise UserError(f"--source={source}: needs a column `text` of strings; it has {loaded.column_names}")
+    return loaded.select_columns("text")
+
+
+def _first_line(error) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def batches(dataset) -> Iterator[list[str]]:
+    """Lists of documents. Raises UserError on a document that is no text."""
+    done = 0
+    for batch in dataset.iter(DOCUMENTS_AT_A_TIME):
+        for i, text in enumerate(batch["text"]):
+            if text is None:
+                raise UserError(f"document {done + i:,}: its `text` is null: remove it from the source")
+        done += len(batch["text"])
+        yield batch["text"]
+
+
+class ShardWriter:
+    """Cuts a stream of tokens into shards of `shard_tokens`; the first is for validation."""
+
+    def __init__(self, folder: Path, name: str, shard_tokens: int):
+        self.folder, self.name = folder, name
+        self.buffer, self.used, self.shards = np.empty(shard_tokens, dtype=np.uint16), 0, []
+
+    def add(self, tokens: np.ndarray) -> None:
+        while len(tokens):
+            part = tokens[: len(self.buffer) - self.used]
+            self.buffer[self.used : self.used + len(part)] = part
+            self.used += len(part)
+            tokens = tokens[len(part) :]
+            if self.used == len(self.buffer):
+                self._write(self.buffer)
+                self.used = 0
+
+    def close(self) -> None:
+        """Write what is left. A corpus that has not filled its validation shard and begun another is cut 1 : 9."""
+        rest = self.buffer[: self.used]
+        if not self.shards:
+            self._write(rest[: self.used // 10])
+            rest = rest[self.used // 10 :]
+        elif len(self.shards) == 1 and not self.used:
+            raise UserError(f"the corpus fills exactly its validation shard: choose another --shard_tokens than {len(self.buffer)}")
+        if len(rest):
+            self._write(rest)
+
+    def _write(self, tokens):
+        split = "train" if self.shards else "val"
+        path = self.folder / f"{self.name}_{split}_{len(self.shards):06d}.bin"
+        write_shard(path, tokens)
+        with open(path, "rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+        self.shards.append({"file": path.name, "split": split, "tokens": len(tokens), "sha256": digest})
+
+
+def continuation_task(documents: list[tuple[str, str]], n_examples: int, seed: int = 0) -> list[dict]:
+    """Examples of HellaSwag's form: how does this line end? The true end of a line of a document, among three of others.
+
+    A context has 100 characters and stops at a space, where the scorer puts one; an ending has 8 to 32.
+    """
+    rng = random.Random(seed)
+    cuts = []  # (name, context, ending)
+    for name, text in documents:
+        places = [m for m in re.finditer(r"(?<=\S) (\S[^\n]{7,31})(?=\n)", text) if m.start() >= 100]
+        for m in rng.sample(places, min(len(places), 24)):
+            cuts.append((name, text[m.start() - 100 : m.start()], m[1]))
+    rng.shuffle(cuts)
+    examples = []
+    for i, (name, context, ending) in enumerate(cuts[:n_examples]):
+        endings = rng.sample([other[2] for other in cuts if other[0] != name], 3)
+        label = rng.randrange(4)
+        endings.insert(label, ending)
+        examples.append({"ind": i, "activity_label": name, "ctx": context, "split": "val", "label": label, "endings": endings})
+    return examples
+
+
+def main(args: Args) -> None:
+    stdlib = args.source == "stdlib"
+    name = "fineweb_edu" if args.source == FINEWEB else "stdlib" if stdlib else Path(args.source).stem
+    out = args.out or Path("data") / name
+    if args.shard_tokens < 2 or args.threads < 1:
+        raise UserError(f"--shard_tokens={args.shard_tokens} must be at least 2, --threads={args.threads} at least 1")
+    if out.exists():
+        raise UserError(f"--out={out} exists already: choose another folder, or remove it first")
+    encoding = get_tokenizer(args.tokenizer or ("bytes" if stdlib else "gpt2"))
+    if encoding.n_vocab > 2**16:
+        raise UserError(f"--tokenizer={args.tokenizer} has {encoding.n_vocab:,} tokens; the shards hold ids below 65,536")
+
+    if stdlib:
+        documents = stdlib_documents()
+        total, source = len(documents), [[text for _, text in documents]]
+    else:
+        dataset = load_source(args.source, args.subset)
+        total, source = len(dataset), batches(dataset)
+
+    def tokenize(text):
+        tokens = encoding.encode_to_numpy(text, disallowed_special=())  # Rust, without the interpreter's lock
+        return np.concatenate([[encoding.eot_token], tokens]).astype(np.uint16)
+
+    # Written beside the final name and moved when whole: an interrupted run never looks like a corpus.
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    writer = ShardWriter(partial, name, args.shard_tokens)
+    n_tokens = 0
+    with ThreadPoolExecutor(args.threads) as pool, tqdm(total=total, unit="doc", desc=f"tokenizing {name}") as bar:
+        for texts in source:
+            for tokens in pool.map(tokenize, texts):
+                writer.add(tokens)
+                n_tokens += len(tokens)
+                bar.update()
+            bar.set_postfix(tokens=f"{n_tokens:,}")
+    if n_tokens < 20:
+        raise UserError(f"--source={args.source}: only {n_tokens} tokens, too little for a training and a validation shard")
+    writer.close()
+    meta = {
+        "source": f"{args.source} {args.subset}" if args.source == FINEWEB else args.source,
+        "tokenizer": encoding.name,
+        "vocab_size": encoding.n_vocab,
+        "eot_token": encoding.eot_token,
+        "documents": total,
+        "tokens": n_tokens,
+        "shards": writer.shards,
+    }
+    (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+
+    if stdlib:
+        held_out, position = [], 0
+        for document in documents:
+            position += 1 + len(document[1].encode())
+            if position > writer.shards[0]["tokens"]:
+                break
+            held_out.append(document)
+        with open(partial / "hellaswag.jsonl", "w") as f:
+            for example in continuation_task(held_out, 1000):
+                f.write(json.dumps(example) + "\n")
+    partial.rename(out)
+    val = sum(s["tokens"] for s in writer.shards if s["split"] == "val")
+    print(f"{out}: {n_tokens - val:,} training and {val:,} validation tokens in {len(writer.shards)} shards, {total:,} documents")
+
+
+if __name__ == "__main__":
+    with report_user_errors():
+        main(tyro.cli(Args, config=(tyro.conf.FlagConversionOff,), use_underscores=True))

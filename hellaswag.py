@@ -1,0 +1,207 @@
+"""Score a model on HellaSwag (Zellers et al. 2019): which of four endings continues a context?
+
+    python hellaswag.py CHECKPOINT [--data FILE]
+
+The metrics are those of build-nanogpt, completion style: context and " " + ending are tokenized apart, each ending's loss is
+the cross entropy of its own tokens given all before.
+
+    acc       share of examples whose true ending has the lowest summed loss
+    acc_norm  the same with the lowest mean loss per token
+
+Any file of HellaSwag's form works: JSON lines with `ctx`, `endings` (two or more) and `label`. The official validation set
+is downloaded once where no file is named.
+"""
+
+import hashlib
+import json
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import requests
+import tiktoken
+import torch
+import torch.distributed as dist
+import tyro
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from checkpoint import load_checkpoint, model_from
+from data import get_tokenizer
+from device import autocast, pick_device
+from errors import UserError, report_user_errors
+
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # 10,042 examples
+DEFAULT_PATH = Path(__file__).parent / "data" / "hellaswag_val.jsonl"
+
+
+def download(path: Path = DEFAULT_PATH) -> Path:
+    """Download the official validation set to `path` unless it is there. Raises UserError where that fails."""
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    digest = hashlib.sha256()
+    try:
+        with requests.get(URL, stream=True, timeout=30) as response, open(temporary, "wb") as f:
+            response.raise_for_status()
+            total = int(response.headers.get("content-length", 0)) or None
+            with tqdm(total=total, unit="B", unit_scale=True, desc=path.name) as bar:
+                for chunk in response.iter_content(1 << 16):
+                    digest.update(chunk)
+                    bar.update(f.write(chunk))
+    except requests.RequestException as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"HellaSwag could not be downloaded ({type(error).__name__}) from {URL}: name a file instead") from None
+    if digest.hexdigest() != SHA256:
+        temporary.unlink()
+        raise UserError(f"HellaSwag from {URL} arrived damaged (sha256 {digest.hexdigest()[:12]}): try again, or name a file")
+    return temporary.replace(path)
+
+
+@dataclass(frozen=True)
+class Example:
+    context: list[int]
+    endings: list[list[int]]
+    label: int
+
+
+def load_examples(path: str | Path, encoding: tiktoken.Encoding, limit: int = 0) -> list[Example]:
+    """Tokenized examples of a file of HellaSwag's form; the first `limit` where that is not 0.
+
+    Raises UserError naming the line that is not of this form.
+    """
+    examples = []
+    try:
+        lines = Path(path).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}): name a file of HellaSwag's JSON lines") from None
+    for number, line in enumerate(lines, start=1):
+        if limit and len(examples) == limit:
+            break
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            example = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where}: is no JSON ({error}): mend or remove the line") from None
+        if not isinstance(example, dict):
+            raise UserError(f"{where}: must be an object with ctx, endings and label")
+        context, endings, label = example.get("ctx"), example.get("endings"), example.get("label")
+        if not isinstance(context, str) or not context:
+            raise UserError(f"{where}: `ctx` must be a non-empty string")
+        if not isinstance(endings, list) or len(endings) < 2 or not all(isinstance(e, str) and e for e in endings):
+            raise UserError(f"{where}: `endings` must be two or more non-empty strings")
+        if isinstance(label, str) and label.isdecimal():  # as in the copy on the Hugging Face hub
+            label = int(label)
+        if type(label) is not int or not 0 <= label < len(endings):
+            raise UserError(f"{where}: `label` must be the number of an ending, 0 to {len(endings) - 1}")
+        tokens = [encoding.encode_ordinary(" " + ending) for ending in endings]
+        examples.append(Example(encoding.encode_ordinary(context), tokens, label))
+    if not examples:
+        raise UserError(f"{path}: holds no examples")
+    return examples
+
+
+@torch.no_grad()
+def ending_losses(model, examples: list[Example], batch_tokens=8192, rank=0, world_size=1, progress=False):
+    """Summed loss in nats and number of tokens of every ending: two float64 arrays (examples, most endings).
+
+    Ragged rows are filled with inf losses and counts of 1. All endings of all examples are rows of their own, sorted by
+    length and batched up to `batch_tokens` padded positions; the head runs only where an ending is scored. Every rank
+    scores its share of the rows and all get all results. Contexts too long for the model lose their beginning. Raises
+    UserError where an ending alone is too long.
+    """
+    block_size, device = model.config.block_size, model.lm_head.weight.device
+    width = max(len(e.endings) for e in examples)
+    counts = np.ones((len(examples), width))
+    rows = []  # (tokens, number of scored tokens, index into the flattened results)
+    for i, example in enumerate(examples):
+        for j, ending in enumerate(example.endings):
+            if len(ending) > block_size:
+                raise UserError(f"HellaSwag example {i + 1}: an ending of {len(ending)} tokens exceeds block_size={block_size}")
+            rows.append(((example.context + ending)[-block_size - 1 :], len(ending), i * width + j))
+            counts[i, j] = len(ending)
+    rows = sorted(rows, key=lambda row: len(row[0]), reverse=True)[rank::world_size]
+
+    sums = torch.zeros(len(examples) * width, dtype=torch.float64, device=device)
+    start = 0
+    with tqdm(total=len(rows), unit="row", desc="HellaSwag", disable=not progress) as bar:
+        while start < len(rows):
+            T = len(rows[start][0]) - 1
+            batch = rows[start : start + max(1, batch_tokens // T)]
+            start += len(batch)
+            idx = np.zeros((len(batch), T), dtype=np.int64)  # right padding: no token sees what comes after it
+            positions, targets, owners = [], [], []
+            for b, (tokens, n_scored, owner) in enumerate(batch):
+                idx[b, : len(tokens) - 1] = tokens[:-1]
+                last = b * T + len(tokens) - 1
+                positions.extend(range(last - n_scored, last))
+                targets.extend(tokens[-n_scored:])
+                owners.extend([owner] * n_scored)
+            positions, targets, owners = (torch.tensor(t, device=device) for t in (positions, targets, owners))
+            x = model.hidden(torch.from_numpy(idx).to(device)).flatten(0, 1)[positions]
+            losses = F.cross_entropy(model.head(x).float(), targets, reduction="none")
+            sums.index_add_(0, owners, losses.double())
+            bar.update(len(batch))
+    if world_size > 1:
+        dist.all_reduce(sums)
+    sums = sums.view(len(examples), width).cpu().numpy()
+    for i, example in enumerate(examples):
+        sums[i, len(example.endings) :] = math.inf
+    return sums, counts
+
+
+def evaluate(model, examples: list[Example], context=nullcontext(), **options) -> dict[str, float]:
+    """acc and acc_norm with their standard errors (of the mean, sample variance). `context`: autocast, for example."""
+    was_training = model.training
+    model.eval()
+    # Shapes vary from batch to batch: blocks that training compiled would be compiled again for each.
+    with context, torch.compiler.set_stance("force_eager"):
+        sums, counts = ending_losses(model, examples, **options)
+    model.train(was_training)
+    labels = np.array([e.label for e in examples])
+    result = {"n": len(examples)}
+    for name, losses in (("acc", sums), ("acc_norm", sums / counts)):
+        accuracy = float((losses.argmin(1) == labels).mean())
+        result[name] = accuracy
+        result[f"{name}_stderr"] = math.sqrt(accuracy * (1 - accuracy) / max(1, len(examples) - 1))
+    return result
+
+
+@dataclass
+class Args:
+    """Score a checkpoint on HellaSwag."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A run folder, or a checkpoint file."""
+    data: Path | None = None
+    """File of HellaSwag's JSON lines; default: the official validation set, downloaded once."""
+    limit: int = 0
+    """Score only the first examples; 0 is all."""
+    batch_tokens: int = 8192
+    """Padded positions in a forward pass."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: str = "auto"
+    """auto, bfloat16 or float32."""
+
+
+def main(args: Args) -> None:
+    device = pick_device(args.device)
+    checkpoint = load_checkpoint(args.checkpoint, device)
+    model = model_from(checkpoint, device)
+    examples = load_examples(args.data or download(), get_tokenizer(checkpoint["tokenizer"]), args.limit)
+    r = evaluate(model, examples, autocast(device, args.dtype), batch_tokens=args.batch_tokens, progress=True)
+    print(f"step {checkpoint['step']}, {checkpoint['n_blocks']} blocks, {r['n']} examples")
+    for name in ("acc", "acc_norm"):
+        print(f"{name:8s} {r[name]:.4f} +- {r[name + '_stderr']:.4f}")
+
+
+if __name__ == "__main__":
+    with report_user_errors():
+        main(tyro.cli(Args, config=(tyro.conf.FlagConversionOff,), use_underscores=True))

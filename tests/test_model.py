@@ -1,0 +1,312 @@
+"""The model against transformers' GPT-2, growth, and freezing."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+import model as gpt2
+from model import GPT, GPTConfig
+from schedule import make_plan
+
+from conftest import TINY
+
+SHAPE = GPTConfig(**TINY)
+
+
+def weights(model):
+    return {name: w.clone() for name, w in model.state_dict().items()}
+
+
+# --- against a second source
+
+
+@pytest.fixture(scope="module")
+def hf():
+    """transformers' GPT-2, small, with random weights and biases."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=301, n_positions=64, n_embd=48, n_layer=3, n_head=4, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)  # large weights, so that a wrong activation or scale shows
+    return model
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-11)])
+def test_logits_and_loss_are_transformers(hf, dtype, tolerance):
+    ours = GPT(GPTConfig(block_size=64, vocab_size=301, n_layer=3, n_head=4, n_embd=48)).to(dtype)
+    ours.load_state_dict(gpt2.from_hf(hf.state_dict()))
+    theirs = hf.to(dtype)
+    idx = torch.randint(301, (2, 64), generator=torch.Generator().manual_seed(1))
+    expected = theirs(idx, labels=idx)
+    assert expected.logits.abs().max() > 1
+    torch.testing.assert_close(ours(idx), expected.logits, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(ours(idx[:, :-1], idx[:, 1:]).float(), expected.loss.float())  # theirs is float32
+
+
+def test_gradients_are_transformers(hf):
+    ours = GPT(GPTConfig(block_size=64, vocab_size=301, n_layer=3, n_head=4, n_embd=48)).double()
+    ours.load_state_dict(gpt2.from_hf(hf.state_dict()))
+    theirs = hf.double()
+    theirs.zero_grad()
+    idx = torch.randint(301, (2, 64), generator=torch.Generator().manual_seed(1))
+    ours(idx[:, :-1], idx[:, 1:]).backward()
+    logits = theirs(idx[:, :-1]).logits  # their own loss would be computed in float32
+    F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten()).backward()
+    expected = gpt2.from_hf({name: p.grad for name, p in theirs.named_parameters()})
+    for name, p in ours.named_parameters():
+        name = "transformer.wte.weight" if name == "lm_head.weight" else name
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-9, atol=1e-12)
+
+
+def test_weights_go_to_transformers_and_back_with_a_padded_vocabulary(hf):
+    ours = GPT(GPTConfig(block_size=64, vocab_size=320, n_layer=3, n_head=4, n_embd=48))
+    ours.load_state_dict(gpt2.from_hf(hf.float().state_dict(), vocab_size=320))
+    back = gpt2.to_hf(ours.state_dict(), vocab_size=301)
+    assert back.keys() == hf.state_dict().keys()
+    assert all(torch.equal(w, back[name]) for name, w in hf.state_dict().items())
+    hf.load_state_dict(back)
+    idx = torch.randint(301, (1, 20))
+    torch.testing.assert_close(ours(idx)[..., :301], hf(idx).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_parameter_names_and_counts_are_gpt2s():
+    model = GPT(GPTConfig(vocab_size=50257), device="meta")
+    assert model.num_params() == 124_439_808
+    assert GPT(GPTConfig(vocab_size=50257, n_layer=48, n_head=25, n_embd=1600), device="meta").num_params() == 1_557_611_200
+    names = {n.replace(".11.", ".N.") for n in model.state_dict() if ".h." not in n or ".11." in n}
+    layers = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+    expected = {f"transformer.h.N.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    assert names == expected | {"transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"} | {
+        f"transformer.ln_f.{kind}" for kind in ("weight", "bias")
+    }
+
+
+def test_attention_is_causal():
+    model = GPT(SHAPE)
+    idx = torch.randint(320, (1, 32))
+    changed = idx.clone()
+    changed[0, 20:] = (changed[0, 20:] + 1) % 320
+    a, b = model(idx), model(changed)
+    torch.testing.assert_close(a[:, :20], b[:, :20])
+    assert not torch.allclose(a[:, 20:], b[:, 20:])
+
+
+# --- initial weights and growth
+
+
+def test_initial_weights_are_gpt2s_with_residual_projections_scaled_for_the_final_depth():
+    model = GPT(GPTConfig(block_size=64, vocab_size=320, n_layer=8, n_head=4, n_embd=128), n_blocks=2)
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            assert torch.equal(p, torch.zeros_like(p) if name.endswith("bias") else torch.ones_like(p)), name
+        else:
+            expected = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02  # sqrt(2 * 8) = 4
+            assert p.std().item() == pytest.approx(expected, rel=0.03), name
+            assert abs(p.mean().item()) < expected / 30, name
+
+
+def test_a_grown_model_has_the_weights_of_one_built_whole():
+    whole, grown = GPT(SHAPE, seed=5), GPT(SHAPE, n_blocks=1, seed=5)
+    torch.manual_seed(99)  # growth does not read the global random state, nor change it
+    state = torch.get_rng_state()
+    grown.grow(3, seed=5)
+    grown.grow(4, seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(w, weights(grown)[name]) for name, w in weights(whole).items())
+    other = weights(GPT(SHAPE, seed=6))
+    assert not torch.equal(other["transformer.h.3.mlp.c_fc.weight"], weights(whole)["transformer.h.3.mlp.c_fc.weight"])
+
+
+def test_blocks_and_embeddings_differ_from_each_other():
+    w = weights(GPT(SHAPE))
+    matrices = [w[f"transformer.h.{i}.attn.c_attn.weight"].flatten()[:1000] for i in range(4)] + [w["lm_head.weight"].flatten()[:1000]]
+    correlations = torch.corrcoef(torch.stack(matrices)) - torch.eye(5)
+    assert correlations.abs().max() < 0.2
+
+
+def test_growth_keeps_the_present_parameters_and_refuses_what_cannot_be():
+    model = GPT(SHAPE, n_blocks=2)
+    before, values = list(model.parameters()), weights(model)
+    model.eval()
+    model.grow(4, seed=0)
+    assert all(any(p is q for q in model.parameters()) for p in before)
+    assert all(torch.equal(values[name], weights(model)[name]) for name in values)
+    assert not any(m.training for m in model.modules())
+    for n in (3, 5):
+        with pytest.raises(ValueError, match=f"from 4 to {n}"):
+            model.grow(n, seed=0)
+
+
+def test_a_growth_operator_fills_the_new_blocks():
+    def ones(model, i, seed):
+        for p in model.transformer.h[i].parameters():
+            torch.nn.init.constant_(p, i)
+
+    model = GPT(SHAPE, n_blocks=2)
+    model.grow(4, seed=0, init=ones)
+    assert all((p == i).all() for i in (2, 3) for p in model.transformer.h[i].parameters())
+
+
+# --- freezing
+
+
+def phase_1_model(phase1="paper"):
+    """Four blocks, of which the last trains."""
+    model = GPT(SHAPE)
+    model.set_phase(next(p for p in make_plan(4, 64, 4, phase1=phase1).phases if p.stage == 4 and p.phase == 1))
+    return model
+
+
+def test_what_trains_is_what_the_phase_says():
+    model = phase_1_model()
+    assert model.trainable() == {"blocks": [False, False, False, True], "embeddings": False, "ln_f": True, "head": False}
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {n for n, _ in model.named_parameters() if ".h.3." in n or "ln_f" in n}
+    assert model.num_params(trainable_only=True) == sum(p.numel() for n, p in model.named_parameters() if n in trained)
+    model.set_phase(make_plan(4, 64).phases[0])
+    assert model.num_params(trainable_only=True) == model.num_params()
+
+
+def test_embeddings_and_head_freeze_separately():
+    """They share a tensor; frozen as one of them, it gets the gradient of the other alone."""
+    idx = torch.randint(320, (2, 32))
+
+    def gradient(**frozen):
+        model = GPT(SHAPE).double()
+        model.freeze(**frozen)
+        model(idx, idx).backward()
+        return model.lm_head.weight.grad, model.transformer.wpe.weight.grad
+
+    both, _ = gradient()
+    head_only, wpe = gradient(embeddings=True)
+    embeddings_only, _ = gradient(head=True)
+    assert wpe is None and gradient(embeddings=True, head=True) == (None, None)
+    assert head_only.norm() > 0 and embeddings_only.norm() > 0
+    torch.testing.assert_close(head_only + embeddings_only, both)
+
+
+def test_freezing_changes_no_gradient_of_what_still_trains():
+    idx = torch.randint(320, (2, 32))
+    frozen, whole = phase_1_model(), GPT(SHAPE)
+    frozen(idx, idx).backward()
+    whole(idx, idx).backward()
+    for p, q in zip(frozen.parameters(), whole.parameters()):
+        assert torch.equal(p.grad, q.grad) if p.requires_grad else p.grad is None
+
+
+def graph_leaves(loss):
+    """All parameters that autograd's graph of a loss can reach, and the number of its nodes."""
+    seen, queue, leaves = set(), [loss.grad_fn], set()
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        queue.extend(n for n, _ in node.next_functions)
+    return leaves, len(seen)
+
+
+def test_a_frozen_trunk_builds_no_graph():
+    idx = torch.randint(320, (2, 32))
+    model = phase_1_model()
+    assert not model.transformer.h[2](model.transformer.h[1](torch.randn(2, 32, 32))).requires_grad
+    leaves, nodes = graph_leaves(model(idx, idx))
+    assert leaves == {id(p) for p in model.parameters() if p.requires_grad}
+    one_block = GPT(GPTConfig(**TINY | {"n_layer": 1}))  # the graph is that of a model of one block, less the embedding
+    one_block.freeze(embeddings=True, head=True)
+    assert nodes == graph_leaves(one_block(idx, idx))[1]
+    assert graph_leaves(phase_1_model("script")(idx, idx))[1] > 2 * nodes  # the script's reading goes through all blocks
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made under it held at once, parameters aside."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.live = self.peak = 0
+        self.storages = weakref.WeakSet(p.untyped_storage() for p in model.parameters())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_flatten(out)[0]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage not in self.storages and storage.nbytes():
+                    self.storages.add(storage)
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self.free, storage.nbytes())
+        return out
+
+    def free(self, nbytes):
+        self.live -= nbytes
+
+
+def peak_bytes(model):
+    gc.collect()
+    idx = torch.randint(320, (8, 32))
+    with LiveBytes(model) as bytes_:
+        model(idx, idx).backward()
+    return bytes_.peak
+
+
+def test_a_frozen_trunk_keeps_no_activations():
+    """Peak memory of a step does not grow with the number of frozen blocks; with the script's reading it does."""
+
+    def peak(n_layer, phase1):
+        shape = GPTConfig(**TINY | {"n_layer": n_layer})
+        model = GPT(shape)
+        model.set_phase(next(p for p in make_plan(n_layer, 64, n_layer, phase1=phase1).phases if p.stage == n_layer and p.phase == 1))
+        return peak_bytes(model)
+
+    per_block = peak_bytes(GPT(GPTConfig(**TINY | {"n_layer": 3}))) - peak_bytes(GPT(GPTConfig(**TINY | {"n_layer": 2})))
+    assert peak(8, "paper") - peak(2, "paper") < 0.1 * per_block
+    assert peak(8, "script") - peak(2, "script") > 3 * per_block
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_frozen_trunk_keeps_no_activations_on_the_gpu():
+    def peak(frozen):
+        model = GPT(GPTConfig(vocab_size=1024, n_layer=12, block_size=512), device="cuda")
+        if frozen:
+            model.freeze(range(11), embeddings=True, head=True)
+        idx = torch.randint(1024, (8, 512), device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            model(idx, idx).backward()
+        return torch.cuda.max_memory_allocated() - before
+
+    assert peak(frozen=True) < 0.3 * peak(frozen=False)
+
+
+# --- sampling and bad input
+
+
+def test_generate_extends_greedily_and_never_draws_padding():
+    model = GPT(SHAPE).eval()
+    idx = torch.randint(300, (2, 5))
+    out = model.generate(idx, 40, temperature=0, n_vocab=300)  # beyond block_size: the window slides
+    assert out.shape == (2, 45) and torch.equal(out[:, :5], idx)
+    for t in range(5, 45):
+        logits = model(out[:, max(0, t - 32) : t])[:, -1, :300]
+        assert torch.equal(logits.argmax(-1), out[:, t])
+    torch.nn.init.constant_(model.lm_head.weight[300:], 10.0)
+    drawn = model.generate(idx, 30, top_k=50, n_vocab=300, generator=torch.Generator().manual_seed(0))
+    assert drawn.max() < 300
+
+
+def test_too_long_sequences_and_uneven_heads_are_refused():
+    with pytest.raises(ValueError, match="block_size=32"):
+        GPT(SHAPE)(torch.zeros(1, 33, dtype=torch.long))
+    with pytest.raises(ValueError, match="n_head=5"):
+        GPT(GPTConfig(n_head=5, n_embd=32))

@@ -1,0 +1,334 @@
+"""Train a GPT-2, whole or stage by stage (arXiv:2411.18700).
+
+    python train.py [configs/A.py configs/B.py ...] [--key=value ...]             one process
+    torchrun --standalone --nproc_per_node=8 train.py [...]                       eight GPUs of one machine
+    python train.py configs/gpt2_124m.py configs/s4.py --dry_run                  what would that cost?
+
+Configuration (config.py) -> plan (schedule.py) -> phases -> steps -> metrics.jsonl -> figures (plot.py). The loop below only
+follows the plan; the baseline is the plan with one phase.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+import config as cfg
+import hellaswag
+import schedule
+from checkpoint import NAME as CHECKPOINT
+from checkpoint import load_checkpoint, model_from, save_checkpoint
+from data import Shards, TrainOrder, get_tokenizer, prefetch
+from device import autocast, device_name, peak_flops, peak_memory, pick_device
+from errors import UserError, report_user_errors
+from model import GPT
+
+
+def main() -> None:
+    # --- what to do, checked before anything starts
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, master = int(os.environ.get("LOCAL_RANK", 0)), rank == 0
+    config = cfg.load_config(sys.argv[1:], quiet=local_rank != 0)
+    meta = cfg.read_meta(config)
+    shape = config.model(cfg.vocab_size(config, meta))
+    plan, baseline = cfg.make_plans(config, shape)
+    summary = schedule.plan_summary(plan, baseline, shape, config.tokens_per_step)
+    add_parameter_counts(summary, plan, shape)
+    out_dir = Path(config.out_dir)
+    if config.dry_run:
+        print(schedule.plan_table(summary))
+        write_plan(out_dir, summary)
+        return
+    micro_steps = cfg.micro_steps(config, world_size)
+    used = next((out_dir / name for name in ("metrics.jsonl", CHECKPOINT) if (out_dir / name).exists()), None)
+    if config.init_from == "scratch" and used:
+        raise UserError(f"{used} exists: go on with --init_from=resume, or name another --out_dir")
+
+    # --- data
+    train_data = Shards(config.data_dir, "train", config.block_size, meta["vocab_size"])
+    val_data = Shards(config.data_dir, "val", config.block_size, meta["vocab_size"])
+    order = TrainOrder(len(train_data), config.seed, config.tokens_per_step // config.block_size)
+    val_windows = np.arange(min(len(val_data), -(-config.eval_tokens // config.block_size)))
+
+    # --- devices and processes
+    device = pick_device(config.device, local_rank)
+    precision = autocast(device, config.dtype)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    examples = load_hellaswag(config, meta, local_rank, world_size)
+
+    # --- model, optimizer and position: new, or as the checkpoint left them
+    if config.init_from == "resume":
+        checkpoint = load_checkpoint(out_dir)
+        check_resumable(checkpoint, config, shape, plan, len(train_data))
+        model = model_from(checkpoint, device)
+        optimizer = make_optimizer(model, config)
+        # Only the moments are taken over: options such as weight_decay are this run's own.
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
+        step, seconds = checkpoint["step"], checkpoint["seconds"]
+        del checkpoint
+    else:
+        model = GPT(shape, n_blocks=plan.phases[0].n_blocks, seed=config.seed, device=device)
+        optimizer, step, seconds = None, 0, 0.0
+
+    # --- outputs
+    if master:
+        write_plan(out_dir, summary)
+        write_config(out_dir, config, shape, world_size, device)
+        metrics = open_metrics(out_dir / "metrics.jsonl", step)
+        print(schedule.plan_table(summary))
+        n_epochs = plan.n_steps * config.tokens_per_step / (len(train_data) * config.block_size)
+        print(
+            f"{out_dir}: {model.config.n_layer} blocks at the end, {world_size} x {device_name(device)}, {micro_steps} micro-steps "
+            f"of {config.batch_size} sequences, {n_epochs:.2f} epochs over the data" + (f", from step {step}" if step else "")
+        )
+    if world_size > 1:
+        dist.barrier()  # no rank trains before the outputs are known to be writable
+
+    def evaluate() -> dict:
+        """Validation loss, and HellaSwag where there is one: every rank's share, summed."""
+        model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        with torch.no_grad(), precision, torch.compiler.set_stance("force_eager"):
+            for start in range(rank * config.batch_size, len(val_windows), world_size * config.batch_size):
+                x, y = map(torch.from_numpy, val_data.read(val_windows[start : start + config.batch_size]))
+                total += model(x.to(device), y.to(device)).double() * len(x)
+        if world_size > 1:
+            dist.all_reduce(total)
+        model.train()
+        result = {"val_loss": total.item() / len(val_windows)}
+        if examples:
+            options = dict(batch_tokens=config.hellaswag_batch_tokens, rank=rank, world_size=world_size)
+            scores = hellaswag.evaluate(model, examples, precision, **options)
+            result |= {f"hellaswag_{name}": value for name, value in scores.items()}
+        return result
+
+    def record(phase: schedule.Phase, row: dict) -> None:
+        """Append a row to metrics.jsonl: where the run stands, what it has spent, and what was measured."""
+        costs = {c: schedule.spent(plan, step, c, shape, config.tokens_per_step) for c in schedule.CURRENCIES}
+        where = {"step": step, "stage": phase.stage, "phase": phase.phase, "blocks": phase.n_blocks}
+        metrics.write(json.dumps(where | costs | {"seconds": round(seconds, 3)} | row) + "\n")
+        metrics.flush()
+        if "val_loss" in row:
+            scores = "".join(f", {k} {row[k]:.4f}" for k in ("hellaswag_acc", "hellaswag_acc_norm") if k in row)
+            tqdm.write(f"step {step:>6}  {phase.name:<16} val loss {row['val_loss']:.4f}{scores}")
+
+    def save() -> None:
+        state = {
+            "model_args": dataclasses.asdict(shape),
+            "n_blocks": len(model.transformer.h),
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "seconds": seconds,
+            "config": dataclasses.asdict(config),
+            "phases": [dataclasses.asdict(p) for p in plan.phases],
+            "n_windows": len(train_data),
+            "tokenizer": meta["tokenizer"],
+        }
+        save_checkpoint(out_dir / CHECKPOINT, state)
+
+    def read_batch(step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's sequences of a micro-step: inputs and targets, each (B, T)."""
+        start = (micro_step * world_size + rank) * config.batch_size
+        x, y = map(torch.from_numpy, train_data.read(order.windows(step, start, start + config.batch_size)))
+        return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
+
+    # --- the run
+    batches = prefetch(read_batch(s, m) for s in range(step, plan.n_steps) for m in range(micro_steps))
+    peak, total_flops = peak_flops(device), summary["total"]["flops"]
+    bar = tqdm(total=plan.n_steps, initial=step, disable=not master, bar_format=BAR, mininterval=0.5 if sys.stderr.isatty() else 30)
+    if step == 0:
+        row = evaluate()
+        if master:
+            record(plan.phases[0], row)
+
+    for phase in plan.phases:
+        if phase.stop <= step:
+            continue
+
+        # A phase: the blocks that it has, the parts of them that train, the optimizer, gradients in step over the ranks.
+        model.grow(phase.n_blocks, config.seed)
+        model.set_phase(phase)
+        if config.compile:
+            for block in model.transformer.h:
+                if block._compiled_call_impl is None:
+                    block.compile()
+        optimizer = make_optimizer(model, config, None if phase.reset_optimizer and step == phase.start else optimizer)
+        # DistributedDataParallel fixes the set of trained parameters when it is made, so it is made anew; the former
+        # one must be gone by then, with the hooks that it left on the parameters.
+        parallel = None
+        if world_size > 1:
+            parallel = DDP(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        flops_per_step = model.flops_per_token() * config.tokens_per_step
+        bar.set_description(phase.name)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+        interval_start, interval_steps = time.perf_counter(), 0
+        while step < phase.stop:
+            lr = schedule.learning_rate(step, plan, config)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            if config.dropout:
+                torch.manual_seed((config.seed * plan.n_steps + step) * world_size + rank)  # a resumed run drops the same
+
+            loss = torch.zeros((), device=device)
+            for micro_step in range(micro_steps):
+                x, y = (t.to(device, non_blocking=True) for t in next(batches))
+                if parallel:
+                    parallel.require_backward_grad_sync = micro_step == micro_steps - 1
+                with precision:
+                    micro_loss = (parallel or model)(x, y) / micro_steps
+                micro_loss.backward()
+                loss += micro_loss.detach()
+
+            logs = (step + 1) % config.log_interval == 0
+            evaluates = (step + 1) % config.eval_interval == 0 or step + 1 == plan.n_steps
+            saves = (step + 1) % config.checkpoint_interval == 0 or step + 1 == plan.n_steps
+            if config.grad_clip:
+                grad_norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip)
+            elif logs or evaluates:
+                grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            interval_steps += 1
+            bar.update()
+
+            if logs or evaluates or saves or step == phase.stop:  # the only places where the host waits for the device
+                if world_size > 1:
+                    dist.all_reduce(loss)
+                row = {"loss": loss.item() / world_size, "lr": lr}
+                elapsed = time.perf_counter() - interval_start
+                seconds += elapsed
+                if logs or evaluates:
+                    row["grad_norm"] = grad_norm.item()
+                    row["tokens_per_second"] = round(interval_steps * config.tokens_per_step / elapsed, 1)
+                    flops_per_second = interval_steps * flops_per_step / elapsed
+                    row["mfu"] = flops_per_second / (peak * world_size) if peak else None
+                    row["peak_memory"] = peak_memory(device)
+                    done = schedule.spent(plan, step, "flops", shape, config.tokens_per_step)
+                    eta = tqdm.format_interval((total_flops - done) / flops_per_second)
+                    bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tok/s, ETA {eta}")
+                    if evaluates:
+                        row |= evaluate()
+                    if master:
+                        record(phase, row)
+                if master and saves:
+                    save()
+                interval_start, interval_steps = time.perf_counter(), 0
+        del parallel
+
+    bar.close()
+    if "RANK" in os.environ:
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# set-up
+
+
+BAR = "{desc:<16} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}, {postfix}]"
+
+
+def make_optimizer(model: GPT, config: cfg.Config, former: torch.optim.Optimizer | None = None) -> torch.optim.AdamW:
+    """AdamW over all present parameters; `former`'s moments are carried over.
+
+    Frozen parameters are in it too: they have no gradient, so AdamW neither moves nor decays them, and their moments wait
+    for the phase that trains them again.
+    """
+    groups = model.param_groups(config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
+    if former is not None:
+        optimizer.state.update(former.state)
+    return optimizer
+
+
+def load_hellaswag(config: cfg.Config, meta: dict, local_rank: int, world_size: int) -> list[hellaswag.Example]:
+    """The examples that the options name; one process of a machine downloads, the others wait. Raises UserError."""
+    if config.hellaswag_data == "none":
+        return []
+    path = Path(config.hellaswag_data)
+    if config.hellaswag_data == "auto":
+        path = Path(config.data_dir) / "hellaswag.jsonl"
+        if not path.exists():
+            if local_rank == 0:
+                path = hellaswag.download()
+            if world_size > 1:
+                dist.barrier()
+            path = hellaswag.download()
+    return hellaswag.load_examples(path, get_tokenizer(meta["tokenizer"]), config.hellaswag_limit)
+
+
+def check_resumable(checkpoint: dict, config: cfg.Config, shape, plan: schedule.Plan, n_windows: int) -> None:
+    """Raise UserError where the run in the checkpoint is not the beginning of the run asked for.
+
+    The model, the seed, the batch and the data must be the same, and so must the phases up to the checkpoint's step. All
+    else may change: processes, micro-batch, rates, intervals, and how long the run still goes on.
+    """
+    then, step = checkpoint["config"], checkpoint["step"]
+    before = checkpoint["model_args"] | {k: then[k] for k in ("seed", "tokens_per_step")} | {"windows of data": checkpoint["n_windows"]}
+    now = dataclasses.asdict(shape) | {k: getattr(config, k) for k in ("seed", "tokens_per_step")} | {"windows of data": n_windows}
+    changed = [f"{k} {before[k]} -> {now[k]}" for k in now if before[k] != now[k] and k != "dropout"]
+    if changed:
+        raise UserError(f"{config.out_dir}: cannot resume with {', '.join(changed)}: use the former values, or another out_dir")
+
+    def begun(phases):
+        return [dataclasses.replace(p, stop=min(p.stop, step)) for p in phases if p.start < step]
+
+    if begun(schedule.Phase(**p) for p in checkpoint["phases"]) != begun(plan.phases):
+        raise UserError(f"{config.out_dir}: the schedule up to step {step} is not the one asked for: use the run's own options")
+
+
+def add_parameter_counts(summary: dict, plan: schedule.Plan, shape) -> None:
+    """Add the number of parameters that train to every phase of a plan's summary."""
+    model = GPT(shape, n_blocks=0, device="meta")
+    for phase, row in zip(plan.phases, summary["phases"]):
+        model.grow(phase.n_blocks, seed=0)
+        model.set_phase(phase)
+        row["trained_parameters"] = model.num_params(trainable_only=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# outputs
+
+
+def write_plan(out_dir: Path, summary: dict) -> None:
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        (out_dir / "plan.json").write_text(json.dumps(summary, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"out_dir={out_dir} cannot be written ({error.strerror}): name another --out_dir") from None
+
+
+def write_config(out_dir: Path, config: cfg.Config, shape, world_size: int, device: torch.device) -> None:
+    """config.json: all options, and what the run ran on."""
+    machine = {"world_size": world_size, "device_name": device_name(device), "torch": torch.__version__}
+    options = dataclasses.asdict(config) | {"vocab_size": shape.vocab_size} | machine
+    (out_dir / "config.json").write_text(json.dumps(options, indent=2) + "\n")
+
+
+def open_metrics(path: Path, step: int):
+    """metrics.jsonl, open for appending, without the rows that lie beyond `step`: a resumed run writes those again."""
+    if path.exists():
+        rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(row + "\n" for row in rows))
+        temporary.replace(path)
+    return open(path, "a")
+
+
+if __name__ == "__main__":
+    with report_user_errors():
+        main()
