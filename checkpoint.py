@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from errors import UserError
+from errors import UserError, first_line
 from model import GPT, GPTConfig
 
 NAME = "ckpt.pt"
@@ -36,7 +36,7 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
     except FileNotFoundError:
         raise UserError(f"{path}: no checkpoint there; name a run folder that has one, or a checkpoint file") from None
     except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: is no readable checkpoint ({str(error).splitlines()[0][:120]})") from None
+        raise UserError(f"{path}: is no readable checkpoint ({first_line(error)})") from None
     missing = [f for f in FIELDS if not isinstance(checkpoint, dict) or f not in checkpoint]
     if missing:
         raise UserError(f"{path}: is no checkpoint of this train.py: it lacks {', '.join(missing)}")

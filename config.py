@@ -1,9 +1,12 @@
 """What a run is asked to do: every option, where its value comes from, and the checks made before anything starts."""
 
+import contextlib
 import dataclasses
 import difflib
+import io
 import math
 import runpy
+import sys
 import traceback
 import types
 from dataclasses import dataclass
@@ -149,10 +152,10 @@ def load_config(argv: list[str], quiet: bool = False) -> Config:
 
 
 def _override(config, options, prog, quiet):
-    markers = (tyro.conf.FlagConversionOff,)
-    return tyro.cli(
-        Config, args=options, default=config, prog=prog, use_underscores=True, console_outputs=not quiet, config=markers
-    )
+    out, err = (io.StringIO(), io.StringIO()) if quiet else (sys.stdout, sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        markers = (tyro.conf.FlagConversionOff,)
+        return tyro.cli(Config, args=options, default=config, prog=prog, use_underscores=True, config=markers)
 
 
 def _file_options(path) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from errors import UserError
+from errors import UserError, first_line
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
@@ -32,7 +32,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding(name)
     except ValueError as error:
-        raise UserError(f"tokenizer {name!r} is unknown: {str(error).splitlines()[0]}") from None
+        raise UserError(f"tokenizer {name!r} is unknown: {first_line(error)}") from None
     except OSError as error:  # every failure of requests is one
         raise UserError(
             f"tokenizer {name!r} could not be downloaded ({type(error).__name__}): connect once, or set "

@@ -9,6 +9,11 @@ class UserError(ValueError):
     """Bad input: the message names the file or option, what is wrong with it, and what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception of a library says, fit for the one line of a UserError."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @contextlib.contextmanager
 def report_user_errors():
     """Turn a `UserError` into one line on stderr and exit status 1; every other exception keeps its traceback.

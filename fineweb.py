@@ -25,7 +25,7 @@ import tyro
 from tqdm import tqdm
 
 from data import get_tokenizer, write_shard
-from errors import UserError, report_user_errors
+from errors import UserError, first_line, report_user_errors
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
 DOCUMENTS_AT_A_TIME = 1000
@@ -64,7 +64,7 @@ def stdlib_documents() -> list[tuple[str, str]]:
 def load_source(source: str, subset: str):
     """A Hugging Face data set with a column `text`, from the hub or from local files.
 
-    Raises UserError where the path is missing, of no known kind, unreadable, or without the column.
+    Raises UserError where the files are of no known kind, unreadable, or without the column.
     """
     import datasets  # slow to import, and the embedded corpus does without
 
@@ -73,10 +73,8 @@ def load_source(source: str, subset: str):
         try:
             return datasets.load_dataset(FINEWEB, name=subset, split="train").select_columns("text")
         except (OSError, ValueError) as error:
-            raise UserError(f"{FINEWEB} ({subset}) could not be loaded: {_first_line(error)}") from None
+            raise UserError(f"{FINEWEB} ({subset}) could not be loaded: {first_line(error)}") from None
     path = Path(source)
-    if not path.exists():
-        raise UserError(f"--source={source}: no such file or folder; give a path, {FINEWEB} or stdlib")
     builders = {".parquet": "parquet", ".jsonl": "json", ".txt": "text"}
     files = sorted(p for p in path.rglob("*") if p.suffix in builders) if path.is_dir() else [path]
     kinds = {p.suffix for p in files}
@@ -87,14 +85,10 @@ def load_source(source: str, subset: str):
     try:
         loaded = datasets.load_dataset(builder, data_files=[str(p) for p in files], split="train", **options)
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
-        raise UserError(f"--source={source}: cannot be read as {builder}: {_first_line(error.__cause__ or error)}") from None
+        raise UserError(f"--source={source}: cannot be read as {builder}: {first_line(error.__cause__ or error)}") from None
     if "text" not in loaded.column_names or loaded.features["text"].dtype not in ("string", "large_string"):
         raise UserError(f"--source={source}: needs a column `text` of strings; it has {loaded.column_names}")
     return loaded.select_columns("text")
-
-
-def _first_line(error) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def batches(dataset) -> Iterator[list[str]]:
@@ -172,6 +166,8 @@ def main(args: Args) -> None:
     out = args.out or Path("data") / name
     if args.shard_tokens < 2 or args.threads < 1:
         raise UserError(f"--shard_tokens={args.shard_tokens} must be at least 2, --threads={args.threads} at least 1")
+    if args.source not in (FINEWEB, "stdlib") and not Path(args.source).exists():
+        raise UserError(f"--source={args.source}: no such file or folder; give a path, {FINEWEB} or stdlib")
     if out.exists():
         raise UserError(f"--out={out} exists already: choose another folder, or remove it first")
     encoding = get_tokenizer(args.tokenizer or ("bytes" if stdlib else "gpt2"))

@@ -69,10 +69,10 @@ class Example:
     label: int
 
 
-def load_examples(path: str | Path, encoding: tiktoken.Encoding, limit: int = 0) -> list[Example]:
+def load_examples(path: str | Path, encoding: tiktoken.Encoding, block_size: int, limit: int = 0) -> list[Example]:
     """Tokenized examples of a file of HellaSwag's form; the first `limit` where that is not 0.
 
-    Raises UserError naming the line that is not of this form.
+    Raises UserError naming the line that is not of this form, or has an ending that does not fit into `block_size`.
     """
     examples = []
     try:
@@ -101,6 +101,9 @@ def load_examples(path: str | Path, encoding: tiktoken.Encoding, limit: int = 0)
         if type(label) is not int or not 0 <= label < len(endings):
             raise UserError(f"{where}: `label` must be the number of an ending, 0 to {len(endings) - 1}")
         tokens = [encoding.encode_ordinary(" " + ending) for ending in endings]
+        longest = max(map(len, tokens))
+        if longest > block_size:
+            raise UserError(f"{where}: an ending of {longest} tokens does not fit into block_size={block_size}")
         examples.append(Example(encoding.encode_ordinary(context), tokens, label))
     if not examples:
         raise UserError(f"{path}: holds no examples")
@@ -113,8 +116,7 @@ def ending_losses(model, examples: list[Example], batch_tokens=8192, rank=0, wor
 
     Ragged rows are filled with inf losses and counts of 1. All endings of all examples are rows of their own, sorted by
     length and batched up to `batch_tokens` padded positions; the head runs only where an ending is scored. Every rank
-    scores its share of the rows and all get all results. Contexts too long for the model lose their beginning. Raises
-    UserError where an ending alone is too long.
+    scores its share of the rows and all get all results. Contexts too long for the model lose their beginning.
     """
     block_size, device = model.config.block_size, model.lm_head.weight.device
     width = max(len(e.endings) for e in examples)
@@ -122,8 +124,6 @@ def ending_losses(model, examples: list[Example], batch_tokens=8192, rank=0, wor
     rows = []  # (tokens, number of scored tokens, index into the flattened results)
     for i, example in enumerate(examples):
         for j, ending in enumerate(example.endings):
-            if len(ending) > block_size:
-                raise UserError(f"HellaSwag example {i + 1}: an ending of {len(ending)} tokens exceeds block_size={block_size}")
             rows.append(((example.context + ending)[-block_size - 1 :], len(ending), i * width + j))
             counts[i, j] = len(ending)
     rows = sorted(rows, key=lambda row: len(row[0]), reverse=True)[rank::world_size]
@@ -195,7 +195,8 @@ def main(args: Args) -> None:
     device = pick_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint, device)
     model = model_from(checkpoint, device)
-    examples = load_examples(args.data or download(), get_tokenizer(checkpoint["tokenizer"]), args.limit)
+    encoding = get_tokenizer(checkpoint["tokenizer"])
+    examples = load_examples(args.data or download(), encoding, model.config.block_size, args.limit)
     r = evaluate(model, examples, autocast(device, args.dtype), batch_tokens=args.batch_tokens, progress=True)
     print(f"step {checkpoint['step']}, {checkpoint['n_blocks']} blocks, {r['n']} examples")
     for name in ("acc", "acc_norm"):

@@ -4,7 +4,7 @@
 
 Figure 1: training (faint) and validation loss (strong). Figure 2: HellaSwag accuracy. Ticks on a curve are its stage
 boundaries, the large solid circle is where a schedule has spent as much as the whole baseline. Reads only what train.py
-wrote: plan.json and metrics.jsonl.
+wrote: config.json, plan.json and metrics.jsonl.
 """
 
 import json
@@ -68,6 +68,7 @@ class Run:
 
     name: str
     plan: dict
+    task: str  # what figure 2 shows of it: "HellaSwag", or a task of its form that came with the corpus
     columns: dict[str, np.ndarray]
     color: str = field(default="")
 
@@ -102,17 +103,18 @@ class Run:
 def load_run(path: Path) -> Run:
     """Read a run folder. Raises UserError where it is none."""
     try:
-        plan = json.loads((path / "plan.json").read_text())
+        plan, config = (json.loads((path / name).read_text()) for name in ("plan.json", "config.json"))
         rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}: {path} is no run folder of train.py") from None
     except ValueError as error:
-        raise UserError(f"{path}: plan.json or metrics.jsonl is damaged: {error}") from None
+        raise UserError(f"{path}: plan.json, config.json or metrics.jsonl is damaged: {error}") from None
     if not rows:
         raise UserError(f"{path}: metrics.jsonl is empty: the run has measured nothing yet")
     names = {name for row in rows for name in row}
     values = {n: np.array([np.nan if row.get(n) is None else row[n] for row in rows], dtype=float) for n in names}
-    return Run(path.name, plan, values)
+    own_task = config["hellaswag_file"] == str(Path(config["data_dir"]) / "hellaswag.jsonl")
+    return Run(path.name, plan, "HellaSwag-style" if own_task else "HellaSwag", values)
 
 
 def draw(runs: list[Run], column: str, args: Args, ylabel: str, train_column: str = "", stderr_column: str = ""):
@@ -135,7 +137,7 @@ def draw(runs: list[Run], column: str, args: Args, ylabel: str, train_column: st
         if point and len(run.plan["phases"]) > 1:
             ax.plot(*point, "o", color=run.color, markersize=11, zorder=5)
         elif point:
-            ax.axhline(point[1], color=run.color, linewidth=0.9, linestyle=(0, (4, 3)), alpha=0.6, zorder=1)
+            ax.axhline(point[1], color=run.color, linewidth=0.9, linestyle=(0, (4, 3)), alpha=0.6, zorder=1, label=f"{run.name}, end")
     ax.plot([], [], "|", color="#555555", markersize=11, markeredgewidth=1.4, linestyle="", label="stage boundary")
     currency = {"cost": "the baseline's cost", "flops": "the baseline's FLOPs", "tokens": "the baseline's tokens"}[args.equal]
     ax.plot([], [], "o", color="#555555", markersize=9, linestyle="", label=f"has spent {currency}")
@@ -166,18 +168,19 @@ def figure_loss(runs: list[Run], args: Args):
 
 def figure_hellaswag(runs: list[Run], args: Args):
     """Figure 2, with the standard error as a band and chance as a dotted line."""
-    name = "acc_norm" if args.metric == "acc_norm" else "acc"
-    fig, ax = draw(runs, f"hellaswag_{name}", args, f"HellaSwag accuracy ({name})", stderr_column=f"hellaswag_{name}_stderr")
+    name = args.metric
+    ylabel = f"{runs[0].task} accuracy ({name})"
+    fig, ax = draw(runs, f"hellaswag_{name}", args, ylabel, stderr_column=f"hellaswag_{name}_stderr")
     ax.axhline(0.25, color="#888888", linewidth=0.9, linestyle=":")
     ax.annotate("chance", (1, 0.25), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color="#666666")
-    ax.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
+    ax.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
     ax.legend(loc="upper left")
     return fig
 
 
 def table(runs: list[Run], args: Args) -> str:
     """Where the runs ended, and their validation loss where they had spent the baseline's budget."""
-    header = ("run", "steps", "tokens", "cost", "FLOPs", "minutes", "val loss", f"at equal {args.equal}", "HellaSwag " + args.metric)
+    header = ("run", "steps", "tokens", "cost", "FLOPs", "minutes", "val loss", f"at equal {args.equal}", args.metric)
     rows = [header]
     for run in runs:
         last = {name: values[-1] for name, values in run.columns.items()}

@@ -63,7 +63,10 @@ def main() -> None:
     precision = autocast(device, config.dtype)
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    examples = load_hellaswag(config, meta, local_rank, world_size)
+    task, examples = hellaswag_file(config, local_rank), []
+    if task:
+        encoding = get_tokenizer(meta["tokenizer"])
+        examples = hellaswag.load_examples(task, encoding, config.block_size, config.hellaswag_limit)
 
     # --- model, optimizer and position: new, or as the checkpoint left them
     if config.init_from == "resume":
@@ -83,7 +86,7 @@ def main() -> None:
     # --- outputs
     if master:
         write_plan(out_dir, summary)
-        write_config(out_dir, config, shape, world_size, device)
+        write_config(out_dir, config, shape, task, world_size, device)
         metrics = open_metrics(out_dir / "metrics.jsonl", step)
         print(schedule.plan_table(summary))
         n_epochs = plan.n_steps * config.tokens_per_step / (len(train_data) * config.block_size)
@@ -255,20 +258,18 @@ def make_optimizer(model: GPT, config: cfg.Config, former: torch.optim.Optimizer
     return optimizer
 
 
-def load_hellaswag(config: cfg.Config, meta: dict, local_rank: int, world_size: int) -> list[hellaswag.Example]:
-    """The examples that the options name; one process of a machine downloads, the others wait. Raises UserError."""
-    if config.hellaswag_data == "none":
-        return []
-    path = Path(config.hellaswag_data)
-    if config.hellaswag_data == "auto":
-        path = Path(config.data_dir) / "hellaswag.jsonl"
-        if not path.exists():
-            if local_rank == 0:
-                path = hellaswag.download()
-            if world_size > 1:
-                dist.barrier()
-            path = hellaswag.download()
-    return hellaswag.load_examples(path, get_tokenizer(meta["tokenizer"]), config.hellaswag_limit)
+def hellaswag_file(config: cfg.Config, local_rank: int) -> Path | None:
+    """The file that the options name; one process of a machine downloads, the others wait. Raises UserError."""
+    if config.hellaswag_data != "auto":
+        return None if config.hellaswag_data == "none" else Path(config.hellaswag_data)
+    path = Path(config.data_dir) / "hellaswag.jsonl"
+    if path.exists():
+        return path
+    if local_rank == 0:
+        hellaswag.download()
+    if dist.is_initialized():
+        dist.barrier()
+    return hellaswag.download()
 
 
 def check_resumable(checkpoint: dict, config: cfg.Config, shape, plan: schedule.Plan, n_windows: int) -> None:
@@ -312,11 +313,11 @@ def write_plan(out_dir: Path, summary: dict) -> None:
         raise UserError(f"out_dir={out_dir} cannot be written ({error.strerror}): name another --out_dir") from None
 
 
-def write_config(out_dir: Path, config: cfg.Config, shape, world_size: int, device: torch.device) -> None:
-    """config.json: all options, and what the run ran on."""
-    machine = {"world_size": world_size, "device_name": device_name(device), "torch": torch.__version__}
-    options = dataclasses.asdict(config) | {"vocab_size": shape.vocab_size} | machine
-    (out_dir / "config.json").write_text(json.dumps(options, indent=2) + "\n")
+def write_config(out_dir: Path, config: cfg.Config, shape, task: Path | None, world_size: int, device: torch.device) -> None:
+    """config.json: all options, what they came to, and what the run ran on."""
+    derived = {"vocab_size": shape.vocab_size, "hellaswag_file": str(task) if task else None}
+    machine = {"world_size": world_size, "device_name": device_name(device), "torch_version": torch.__version__}
+    (out_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config) | derived | machine, indent=2) + "\n")
 
 
 def open_metrics(path: Path, step: int):

@@ -1,4 +1,4 @@
-"""Shared by the tests: a small corpus of the standard library, small runs of train.py as a user starts them."""
+"""Shared by the tests: a small corpus of the standard library, small runs of train.py."""
 
 import json
 import os
@@ -7,59 +7,78 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"  # real data, where the machine has it
-TINY = dict(n_layer=4, n_head=2, n_embd=32, block_size=32, vocab_size=320)
+TINY = dict(n_layer=4, n_head=2, n_embd=32, block_size=64, vocab_size=320)
 
-# Small enough for a second of training, with everything that a run does in it.
+# A second of training with everything in it that a run does.
 TINY_RUN = {
     "device": "cpu",
-    "compile": "False",
+    "compile": False,
     "n_layer": 4,
     "n_head": 2,
     "n_embd": 32,
-    "block_size": 32,
-    "tokens_per_step": 512,
+    "block_size": 64,
+    "tokens_per_step": 1024,
     "batch_size": 8,
     "steps": 16,
     "eval_tokens": 2048,
-    "eval_interval": 4,
+    "eval_interval": 8,
     "log_interval": 1,
     "checkpoint_interval": 1000,
-    "hellaswag_limit": 20,
+    "hellaswag_limit": 10,
     "learning_rate": 1e-3,
 }
 
 
-def options(**overrides) -> list[str]:
-    return [f"--{key}={value}" for key, value in (TINY_RUN | overrides).items()]
+def arguments(out_dir, **options) -> list[str]:
+    return [f"--{key}={value}" for key, value in (TINY_RUN | {"out_dir": out_dir} | options).items()]
 
 
-def run_script(*command, check=True, env=None, timeout=300) -> subprocess.CompletedProcess:
-    """Run a script of the project, or `-m module ...`, with this interpreter, from the project's folder."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
-    result = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
-    )
+def script(*command, check=True, timeout=300, **environment) -> subprocess.CompletedProcess:
+    """Run a script of the project as a user does, from the project's folder."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    command = [sys.executable, *map(str, command)]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
     if check:
         assert result.returncode == 0, result.stdout + result.stderr
     return result
 
 
-def train(*args, processes=1, check=True, **overrides) -> subprocess.CompletedProcess:
-    """Run train.py with the tiny options; with torchrun's launcher where `processes` > 1."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return run_script(*launcher, "train.py", *args, *options(**overrides), check=check)
+def torchrun(processes: int, *command, **options) -> subprocess.CompletedProcess:
+    """The same under torchrun's launcher."""
+    return script("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command, **options)
 
 
 def metrics(out_dir) -> list[dict]:
     return [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Small products gain nothing from threads, and results must not depend on their number."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """The embedded corpus, written by fineweb.py."""
     out = tmp_path_factory.mktemp("corpus") / "stdlib"
-    run_script("fineweb.py", "--source=stdlib", f"--out={out}")
+    script("fineweb.py", "--source=stdlib", f"--out={out}")
     return out
+
+
+@pytest.fixture
+def run_train(monkeypatch, corpus, tmp_path):
+    """run_train(name, **options): train.py's main with the tiny options, in this process; returns the run folder."""
+    import train
+
+    def run(name, *files, **options):
+        options = {"data_dir": corpus} | options
+        monkeypatch.setattr(sys, "argv", ["train.py", *files, *arguments(tmp_path / name, **options)])
+        train.main()
+        return tmp_path / name
+
+    return run

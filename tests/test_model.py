@@ -90,7 +90,7 @@ def test_parameter_names_and_counts_are_gpt2s():
 
 def test_attention_is_causal():
     model = GPT(SHAPE)
-    idx = torch.randint(320, (1, 32))
+    idx = torch.randint(320, (1, 64))
     changed = idx.clone()
     changed[0, 20:] = (changed[0, 20:] + 1) % 320
     a, b = model(idx), model(changed)
@@ -295,10 +295,10 @@ def test_a_frozen_trunk_keeps_no_activations_on_the_gpu():
 def test_generate_extends_greedily_and_never_draws_padding():
     model = GPT(SHAPE).eval()
     idx = torch.randint(300, (2, 5))
-    out = model.generate(idx, 40, temperature=0, n_vocab=300)  # beyond block_size: the window slides
-    assert out.shape == (2, 45) and torch.equal(out[:, :5], idx)
-    for t in range(5, 45):
-        logits = model(out[:, max(0, t - 32) : t])[:, -1, :300]
+    out = model.generate(idx, 70, temperature=0, n_vocab=300)  # beyond block_size: the window slides
+    assert out.shape == (2, 75) and torch.equal(out[:, :5], idx)
+    for t in range(5, 75):
+        logits = model(out[:, max(0, t - 64) : t])[:, -1, :300]
         assert torch.equal(logits.argmax(-1), out[:, t])
     torch.nn.init.constant_(model.lm_head.weight[300:], 10.0)
     drawn = model.generate(idx, 30, top_k=50, n_vocab=300, generator=torch.Generator().manual_seed(0))
@@ -306,7 +306,7 @@ def test_generate_extends_greedily_and_never_draws_padding():
 
 
 def test_too_long_sequences_and_uneven_heads_are_refused():
-    with pytest.raises(ValueError, match="block_size=32"):
-        GPT(SHAPE)(torch.zeros(1, 33, dtype=torch.long))
+    with pytest.raises(ValueError, match="block_size=64"):
+        GPT(SHAPE)(torch.zeros(1, 65, dtype=torch.long))
     with pytest.raises(ValueError, match="n_head=5"):
         GPT(GPTConfig(n_head=5, n_embd=32))

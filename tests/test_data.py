@@ -1,0 +1,148 @@
+"""Shards, tokenizers, and which tokens step t reads."""
+
+import numpy as np
+import pytest
+
+from data import Shards, TrainOrder, get_tokenizer, load_meta, open_shard, prefetch, write_shard
+from errors import UserError
+
+from conftest import SHARED_DATA
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two training shards of consecutive numbers and a validation shard."""
+    write_shard(tmp_path / "x_val_000000.bin", np.arange(50, dtype=np.uint16))
+    write_shard(tmp_path / "x_train_000001.bin", np.arange(1000, 1101, dtype=np.uint16))
+    write_shard(tmp_path / "x_train_000002.bin", np.arange(2000, 2055, dtype=np.uint16))
+    return tmp_path
+
+
+def test_shards_are_llmc_files(folder):
+    raw = (folder / "x_val_000000.bin").read_bytes()
+    header = np.frombuffer(raw[:1024], dtype=np.int32)
+    assert list(header[:3]) == [20240520, 1, 50] and not header[3:].any()
+    assert list(np.frombuffer(raw[1024:], dtype=np.uint16)) == list(range(50)) == list(open_shard(folder / "x_val_000000.bin"))
+
+
+def test_windows_are_inputs_and_their_next_tokens(folder):
+    shards = Shards(folder, "train", 10, 65536)
+    assert len(shards) == 10 + 5  # 101 tokens are ten windows and the last target; 55 are five and a rest
+    x, y = shards.read(np.array([0, 9, 10, 14]))
+    assert x.dtype == np.int64 and x.flags.c_contiguous and y.flags.c_contiguous
+    assert x[:, 0].tolist() == [1000, 1090, 2000, 2040] and (y == x + 1).all() and y[1, -1] == 1100
+
+
+@pytest.mark.parametrize("world_size, batch_size", [(1, 8), (1, 2), (2, 4), (4, 1), (8, 1)])
+def test_a_step_reads_the_same_windows_however_it_is_split(world_size, batch_size):
+    def step(t):
+        order = TrainOrder(37, seed=3, windows_per_step=8)  # a resumed run makes a new one
+        return [
+            window
+            for micro_step in range(8 // (world_size * batch_size))
+            for rank in range(world_size)
+            for start in [(micro_step * world_size + rank) * batch_size]
+            for window in order.windows(t, start, start + batch_size)
+        ]
+
+    whole = TrainOrder(37, seed=3, windows_per_step=8)
+    for t in (0, 1, 4, 9, 4):  # also across the end of an epoch, and back
+        assert step(t) == whole.windows(t, 0, 8).tolist()
+
+
+def test_every_window_is_read_once_an_epoch_in_an_order_of_its_own():
+    order = TrainOrder(37, seed=3, windows_per_step=8)
+    read = np.concatenate([order.windows(t, 0, 8) for t in range(37)])  # 8 epochs
+    epochs = read.reshape(8, 37)
+    assert (np.sort(epochs, axis=1) == np.arange(37)).all()
+    assert len({tuple(e) for e in epochs}) == 8
+    assert not np.array_equal(TrainOrder(37, 4, 8).windows(0, 0, 8), order.windows(0, 0, 8))
+
+
+def test_a_step_larger_than_the_corpus_reads_it_several_times():
+    assert np.bincount(TrainOrder(5, seed=0, windows_per_step=20).windows(0, 0, 20)).tolist() == [4] * 5
+
+
+def test_the_order_is_the_one_of_earlier_versions():
+    """A run must resume with the order that it began with, whatever NumPy is installed by then."""
+    assert TrainOrder(20, seed=1337, windows_per_step=8).windows(1, 0, 8).tolist() == [13, 11, 1, 5, 16, 9, 19, 6]
+
+
+def test_prefetch_yields_everything_in_order_and_passes_errors_on():
+    assert list(prefetch(iter(range(1, 6)))) == [1, 2, 3, 4, 5] and list(prefetch(iter(()))) == []
+
+    def failing():
+        yield 1
+        raise UserError("shard gone")
+
+    with pytest.raises(UserError, match="shard gone"):
+        list(prefetch(failing()))
+
+
+# --- tokenizers
+
+
+def test_bytes_are_the_bytes():
+    encoding = get_tokenizer("bytes")
+    text = "Grüße,\n\tworld €   <|endoftext|>\r\n"
+    assert encoding.encode_ordinary(text) == list(text.encode()) and encoding.decode(list(text.encode())) == text
+    assert (encoding.n_vocab, encoding.eot_token) == (257, 256)
+    assert encoding.encode_ordinary("é" * 20) == list(("é" * 20).encode())  # longer than the pieces it is cut into
+
+
+@pytest.mark.skipif(not (SHARED_DATA / "tiktoken_cache").exists(), reason="needs GPT-2's vocabulary in shared/data/tiktoken_cache")
+def test_gpt2_bpe(monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED_DATA / "tiktoken_cache"))
+    encoding = get_tokenizer("gpt2")
+    assert (encoding.n_vocab, encoding.eot_token) == (50257, 50256)
+    assert encoding.encode_ordinary("Hello world") == [15496, 995]
+
+
+def test_unknown_tokenizer_is_refused():
+    with pytest.raises(UserError, match="tokenizer 'gpt5' is unknown"):
+        get_tokenizer("gpt5")
+
+
+# --- bad input
+
+
+def header(magic=20240520, version=1, count=50, tokens=50):
+    ints = np.zeros(256, dtype=np.int32)
+    ints[:3] = magic, version, count
+    return ints.tobytes() + np.zeros(tokens, dtype=np.uint16).tobytes()
+
+
+@pytest.mark.parametrize(
+    "content, named",
+    [
+        (b"", "no token shard"),
+        (header()[:700], "no token shard"),
+        (header(magic=20240801), "no token shard"),
+        (header(version=7), "version 7"),
+        (header(tokens=49), "header says 50 tokens, the file holds 49: it is truncated"),
+        (header()[:-1], "truncated"),
+        (header(tokens=51), "header says 50 tokens, the file holds 51"),
+        (header(count=-1), "damaged"),
+    ],
+)
+def test_damaged_shards_are_refused_by_name(folder, content, named):
+    (folder / "x_train_000002.bin").write_bytes(content)
+    with pytest.raises(UserError, match=f"x_train_000002.bin: .*{named}"):
+        Shards(folder, "train", 10, 65536)
+
+
+def test_missing_shards_short_shards_and_foreign_tokens_are_refused(folder):
+    with pytest.raises(UserError, match="lower block_size"):
+        Shards(folder, "val", 50, 65536)
+    with pytest.raises(UserError, match="x_train_000002.bin: token id 2054 .* vocabulary of 2054"):
+        Shards(folder, "train", 54, 2054).read(np.array([1]))
+    (folder / "x_val_000000.bin").unlink()
+    with pytest.raises(UserError, match=r"no \*_val_\*.bin shards here: .* fineweb.py"):
+        Shards(folder, "val", 10, 65536)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"tokenizer": "gpt2"}', '{"tokenizer": 3, "vocab_size": 5}', "\xff"])
+def test_damaged_meta_is_refused(tmp_path, content):
+    (tmp_path / "meta.json").write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match="meta.json: .* write the corpus again"):
+        load_meta(tmp_path)

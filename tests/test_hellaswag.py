@@ -1,0 +1,197 @@
+"""Scoring: batched against one by one, and bad files."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import hellaswag
+from data import get_tokenizer
+from errors import UserError
+from hellaswag import Example, ending_losses, evaluate, load_examples
+from model import GPT, GPTConfig
+
+from conftest import SHARED_DATA, TINY, script
+
+BYTES = get_tokenizer("bytes")
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random weights, large enough that endings differ clearly."""
+    model = GPT(GPTConfig(**TINY)).eval()
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.data.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def examples(corpus):
+    return load_examples(corpus / "hellaswag.jsonl", BYTES, 64, limit=60)
+
+
+def one_by_one(model, example):
+    """build-nanogpt's definition, written out: an example's endings are one padded batch, all logits, a mask."""
+    rows = [(example.context + ending)[-65:] for ending in example.endings]
+    masks = [[0] * (len(row) - len(ending)) + [1] * len(ending) for row, ending in zip(rows, example.endings)]
+    longest = max(map(len, rows))
+    tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([m + [0] * (longest - len(m)) for m in masks])[:, 1:]
+    with torch.no_grad():
+        logits = model(tokens[:, :-1])
+    losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none") * mask
+    return losses.sum(1), losses.sum(1) / mask.sum(1)
+
+
+def test_batched_scores_are_the_one_by_one_scores(model, examples):
+    sums, counts = ending_losses(model, examples)
+    assert sums.shape == (60, 4)
+    for example, s, c in zip(examples, sums, counts):
+        summed, mean = one_by_one(model, example)
+        np.testing.assert_allclose(s, summed, rtol=1e-5)
+        np.testing.assert_allclose(s / c, mean, rtol=1e-5)
+    r = evaluate(model, examples)
+    labels = [e.label for e in examples]
+    for name, which in (("acc", 0), ("acc_norm", 1)):
+        right = [one_by_one(model, e)[which].argmin().item() == label for e, label in zip(examples, labels)]
+        assert r[name] == np.mean(right)
+        assert r[f"{name}_stderr"] == pytest.approx(np.std(right, ddof=1) / math.sqrt(60))
+    assert r["acc"] != r["acc_norm"]  # else the test could not tell them apart
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100, 1000, 10**6])
+def test_the_batch_size_does_not_matter(model, examples, batch_tokens):
+    np.testing.assert_allclose(ending_losses(model, examples, batch_tokens=batch_tokens)[0], ending_losses(model, examples)[0], rtol=1e-5)
+
+
+def test_ragged_endings_and_long_contexts(model):
+    long = Example(list(range(200)), [[1, 2], [3], [4, 5, 6]], 1)
+    short = Example([7], [[8] * 64, [9]], 0)
+    sums, counts = ending_losses(model, [long, short])
+    assert counts.tolist() == [[2, 1, 3], [64, 1, 1]] and sums[1, 2] == math.inf and np.isfinite(sums[:, :2]).all()
+    for i, example in enumerate((long, short)):
+        np.testing.assert_allclose(sums[i, : len(example.endings)], one_by_one(model, example)[0], rtol=1e-5)
+
+
+def test_a_model_that_knows_the_answers_gets_all_right(model):
+    """It expects every number to be followed by the next one."""
+
+    class Counter(torch.nn.Module):
+        config, lm_head = model.config, model.lm_head
+
+        def hidden(self, idx):
+            return F.one_hot(idx + 1, 320).float()
+
+        def head(self, x):
+            return 10 * x
+
+    examples = []
+    for i in range(20):
+        endings = [[i + 10, i + 11], [i + 3], [i + 20, i + 5, i + 6]]
+        endings.insert(i % 4, [i + 1, i + 2])
+        examples.append(Example([5, i], endings, i % 4))
+    assert evaluate(Counter(), examples) == {"n": 20, "acc": 1.0, "acc_stderr": 0.0, "acc_norm": 1.0, "acc_norm_stderr": 0.0}
+
+
+# --- files
+
+
+def write(path, *lines):
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+GOOD = {"ind": 1, "ctx": "A man", "endings": ["sits.", "flies."], "label": 1}
+
+
+def test_any_file_of_the_form_is_read(tmp_path):
+    (a, b) = load_examples(write(tmp_path / "x.jsonl", GOOD, "", GOOD | {"label": "0", "more": None}), BYTES, 64)
+    assert a == Example(list(b"A man"), [list(b" sits."), list(b" flies.")], 1) and b.label == 0
+    assert len(load_examples(tmp_path / "x.jsonl", BYTES, 64, limit=1)) == 1
+
+
+@pytest.mark.parametrize(
+    "line, named",
+    [
+        ('{"ctx": "x', "is no JSON"),
+        ("[1]", "must be an object"),
+        (GOOD | {"ctx": ""}, "`ctx`"),
+        (GOOD | {"ctx": None}, "`ctx`"),
+        (GOOD | {"endings": ["one"]}, "`endings`"),
+        (GOOD | {"endings": "four"}, "`endings`"),
+        (GOOD | {"endings": ["a", 3]}, "`endings`"),
+        (GOOD | {"label": 2}, "`label` must be the number of an ending, 0 to 1"),
+        (GOOD | {"label": True}, "`label`"),
+        (GOOD | {"label": ""}, "`label`"),
+        (GOOD | {"endings": ["x" * 64, "y"]}, "an ending of 65 tokens does not fit into block_size=64"),
+    ],
+)
+def test_bad_lines_are_refused_by_number(tmp_path, line, named):
+    with pytest.raises(UserError, match=f"x.jsonl, line 2: .*{named}"):
+        load_examples(write(tmp_path / "x.jsonl", GOOD, line), BYTES, 64)
+
+
+def test_missing_binary_and_empty_files_are_refused(tmp_path):
+    for content, named in ((None, "cannot be read"), (b"\xff\xfe\x00", "cannot be read"), (b"\n", "holds no examples")):
+        if content is not None:
+            (tmp_path / "x").write_bytes(content)
+        with pytest.raises(UserError, match=named):
+            load_examples(tmp_path / "x", BYTES, 64)
+
+
+def test_a_download_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(hellaswag, "URL", "http://127.0.0.1:9/hellaswag_val.jsonl")  # nothing listens there
+    with pytest.raises(UserError, match="could not be downloaded .* name a file"):
+        hellaswag.download(tmp_path / "d" / "x.jsonl")
+    assert not list((tmp_path / "d").iterdir())
+
+
+def test_a_download_is_checked_and_kept(tmp_path, monkeypatch):
+    """Against a real server of this machine."""
+    import hashlib
+    import http.server
+    import threading
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"content")
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{server.server_port}/x")
+    with pytest.raises(UserError, match="arrived damaged"):
+        hellaswag.download(tmp_path / "x.jsonl")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(b"content").hexdigest())
+    assert hellaswag.download(tmp_path / "x.jsonl").read_bytes() == b"content"
+    server.shutdown()
+    assert hellaswag.download(tmp_path / "x.jsonl").read_bytes() == b"content"  # without the server
+    server.server_close()
+
+
+@pytest.mark.skipif(not (SHARED_DATA / "hellaswag").exists(), reason="needs the real validation set in shared/data/hellaswag")
+def test_the_real_validation_set(monkeypatch):
+    """Its known size and GPT-2 BPE statistics."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED_DATA / "tiktoken_cache"))
+    examples = load_examples(SHARED_DATA / "hellaswag" / "hellaswag_val_text.jsonl", get_tokenizer("gpt2"), 1024)
+    assert len(examples) == 10_042 and all(len(e.endings) == 4 for e in examples)
+    assert np.mean([len(e.context) for e in examples]) == pytest.approx(45.4, abs=0.05)
+    assert np.mean([len(t) for e in examples for t in e.endings]) == pytest.approx(29.3, abs=0.05)
+
+
+def test_from_the_command_line(corpus, run_train):
+    out = run_train("run", steps=2)
+    result = script("hellaswag.py", out, "--data", corpus / "hellaswag.jsonl", "--limit", "10", "--device", "cpu")
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"acc_norm {last['hellaswag_acc_norm']:.4f} +- {last['hellaswag_acc_norm_stderr']:.4f}" in result.stdout
+    result = script("hellaswag.py", corpus, check=False)
+    assert result.returncode == 1 and "no checkpoint there" in result.stderr and "Traceback" not in result.stderr

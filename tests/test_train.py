@@ -1,0 +1,343 @@
+"""The training loop: against a plain one, over processes, through freezing, growth and resuming."""
+
+import copy
+import dataclasses
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import schedule
+import train
+from checkpoint import load_checkpoint, model_from
+from data import Shards, TrainOrder
+from errors import UserError
+from model import GPT, GPTConfig
+
+from conftest import TINY, arguments, metrics, script, torchrun
+
+S4 = dict(stages=4, steps=16, continual_steps=4)
+
+
+@pytest.fixture
+def history(monkeypatch):
+    """Every checkpoint that train.py writes, by step."""
+    checkpoints, save = {}, train.save_checkpoint
+
+    def keep(path, checkpoint):
+        checkpoints[checkpoint["step"]] = copy.deepcopy(checkpoint)
+        save(path, checkpoint)
+
+    monkeypatch.setattr(train, "save_checkpoint", keep)
+    return checkpoints
+
+
+def same_weights(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def without_clock(rows):
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "peak_memory")} for row in rows]
+
+
+# --- the loop is right
+
+
+@pytest.mark.parametrize("phase1", ["paper", "script"])
+def test_the_run_is_that_of_a_plain_loop(run_train, corpus, phase1):
+    """One plain AdamW over whole batches, as the released script has it, against micro-steps, carried state and all."""
+    out = run_train("run", **S4, phase1=phase1, grad_clip=1.0, lr_schedule="cosine", warmup_iters=3, batch_size=4)
+    plan = schedule.make_plan(4, 16, 4, 4, phase1=phase1)
+    whole = GPT(GPTConfig(**TINY))
+    optimizer = torch.optim.AdamW(whole.param_groups(0.1), betas=(0.9, 0.95), eps=1e-8, foreach=False, fused=False)
+    blocks = list(whole.transformer.h)
+    data = Shards(corpus, "train", 64, 257)
+    order = TrainOrder(len(data), 1337, 16)
+    config = train.cfg.load_config(["--learning_rate=1e-3", "--lr_schedule=cosine", "--warmup_iters=3"])
+    losses = []
+    for step in range(20):
+        phase = plan.phase_of(step)
+        whole.transformer.h = torch.nn.ModuleList(blocks[: phase.n_blocks])
+        for p in whole.parameters():
+            p.requires_grad_(True)
+        whole._embeddings_train = whole._head_trains = True
+        x, y = map(torch.from_numpy, data.read(order.windows(step, 0, 16)))
+        loss = whole(x, y)
+        loss.backward()
+        frozen = blocks[: phase.n_frozen] + ([whole.transformer.wte, whole.transformer.wpe] if not phase.train_head else [])
+        for part in frozen:  # gradients are computed and thrown away
+            for p in part.parameters():
+                p.grad = None
+        torch.nn.utils.clip_grad_norm_([p for p in whole.parameters() if p.grad is not None], 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.learning_rate(step, plan, config)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    measured = [row["loss"] for row in metrics(out) if "loss" in row]
+    assert measured == pytest.approx(losses, rel=2e-5)
+    trained = model_from(load_checkpoint(out))
+    for p, q in zip(trained.parameters(), whole.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("phase1", ["paper", "script"])
+def test_two_processes_train_what_one_trains_in_every_phase(corpus, tmp_path, phase1):
+    options = dict(**S4, data_dir=corpus, phase1=phase1, grad_clip=1.0)
+    one, two = tmp_path / "one", tmp_path / "two"
+    script("train.py", *arguments(one, **options, batch_size=8))
+    torchrun(2, "train.py", *arguments(two, **options, batch_size=4))
+    a, b = metrics(one), metrics(two)
+    assert len({(row["stage"], row["phase"]) for row in a}) == 9  # 4 x 2 phases and the continual one
+    for row, other in zip(a, b, strict=True):
+        for key in ("loss", "val_loss", "grad_norm"):
+            assert (key in row) == (key in other)
+            if key in row:
+                assert row[key] == pytest.approx(other[key], rel=2e-5), (row["step"], key)
+        for key in ("step", "stage", "phase", "blocks", "tokens", "cost", "flops", "lr", "hellaswag_acc", "hellaswag_acc_norm"):
+            assert row.get(key) == other.get(key), (row["step"], key)
+    for p, q in zip(model_from(load_checkpoint(one)).parameters(), model_from(load_checkpoint(two)).parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-5)
+
+
+def test_the_micro_batch_does_not_matter(run_train):
+    losses = [[r["loss"] for r in metrics(run_train(f"b{b}", **S4, batch_size=b)) if "loss" in r] for b in (1, 16)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-5)
+
+
+@pytest.mark.parametrize("phase1", ["paper", "script"])
+def test_phase_1_leaves_every_frozen_tensor_bit_identical_and_moves_every_other(run_train, history, phase1):
+    """With weight decay and carried moments, which would both move a tensor that the optimizer should not touch."""
+    run_train("run", **S4, phase1=phase1, checkpoint_interval=1, weight_decay=0.1)
+    plan = schedule.make_plan(4, 16, 4, 4, phase1=phase1)
+    frozen_seen = set()
+    for phase in plan.phases:
+        model = GPT(GPTConfig(**TINY), n_blocks=phase.n_blocks)
+        model.set_phase(phase)
+        trains = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+        before, after = history[phase.stop - 1]["model"], history[phase.stop]["model"]
+        for name, flag in trains.items():
+            assert torch.equal(before[name], after[name]) != flag, (phase.name, name)
+            if not flag:
+                frozen_seen.add(name.removeprefix("transformer."))
+                if phase.start:
+                    assert torch.equal(history[phase.start]["model"][name], after[name])
+    assert {"h.0.ln_1.weight", "h.2.mlp.c_proj.bias"} < frozen_seen
+    assert ({"wte.weight", "wpe.weight", "lm_head.weight"} < frozen_seen) == (phase1 == "paper")
+
+
+def test_new_blocks_begin_as_the_growth_operator_says(run_train, history):
+    run_train("run", **S4, checkpoint_interval=1, learning_rate=0.0, weight_decay=0.0)
+    assert same_weights(history[20]["model"], GPT(GPTConfig(**TINY), seed=1337).state_dict())
+    assert [history[s]["n_blocks"] for s in (1, 4, 5, 8, 9, 12, 13, 20)] == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize("at_phase, at_continual", [("carry", "carry"), ("reset", "carry"), ("carry", "reset")])
+def test_optimizer_state_is_carried_or_reset(run_train, history, at_phase, at_continual):
+    """AdamW counts each tensor's updates: parameter 1 is wpe, which trains in every step but phase 1 of later stages."""
+    run_train("run", **S4, checkpoint_interval=1, phase_optimizer=at_phase, continual_optimizer=at_continual)
+
+    def updates(step):
+        return history[step]["optimizer"]["state"][1]["step"].item()
+
+    assert updates(4) == (2 if at_phase == "reset" else 4)  # stage 1 has phases of 2 steps
+    assert updates(8) == (2 if at_phase == "reset" else 6)  # it waits through phase 1 of stage 2
+    assert updates(16) == (2 if at_phase == "reset" else 10)
+    assert updates(20) == {"carry": updates(16) + 4, "reset": 4}[at_continual]
+
+
+# --- resuming
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.1, "phase1": "script", "phase_optimizer": "reset"}])
+def test_a_resumed_run_is_the_uninterrupted_run(run_train, history, tmp_path, options):
+    options = S4 | options | {"grad_clip": 1.0, "lr_schedule": "wsd", "rewarm_iters": 1}
+    whole = run_train("whole", **options, checkpoint_interval=1)
+    end, rows = history[20]["model"], metrics(whole)
+    for step in (3, 5, 6, 13, 17):  # in phase 2, in phase 1, at a boundary, in stage 4's phase 1, in the continual phase
+        part = tmp_path / f"from_{step}"
+        part.mkdir()
+        torch.save(history[step], part / "ckpt.pt")
+        # what the interrupted run had written beyond its checkpoint is written again, not twice
+        shutil.copy(whole / "metrics.jsonl", part)
+        run_train(part.name, **options, init_from="resume")
+        assert same_weights(load_checkpoint(part)["model"], end), step
+        assert without_clock(metrics(part)) == without_clock(rows), step
+    assert dataclasses.asdict(GPTConfig(**TINY | {"dropout": options.get("dropout", 0.0)})) == history[20]["model_args"]
+
+
+def test_resuming_may_extend_a_run_but_not_change_it(run_train, corpus):
+    out = run_train("run", **S4)
+    run_train("run", **S4 | {"continual_steps": 6}, init_from="resume", batch_size=4)
+    assert [row["step"] for row in metrics(out)] == list(range(23))
+    assert run_train("longer", **S4 | {"continual_steps": 6}) and without_clock(metrics(out))[-1]["loss"] == pytest.approx(
+        metrics(out.parent / "longer")[-1]["loss"], rel=1e-4
+    )
+    for change, named in [
+        (dict(seed=1), "seed 1337 -> 1"),
+        (dict(n_embd=64), "n_embd 32 -> 64"),
+        (dict(tokens_per_step=2048), "tokens_per_step 1024 -> 2048"),
+        (dict(stages=2), "schedule up to step 22"),
+        (dict(phase1="script"), "schedule up to step 22"),
+    ]:
+        with pytest.raises(UserError, match=named):
+            run_train("run", **S4 | {"continual_steps": 6, "init_from": "resume"} | change)
+
+
+# --- what a run leaves behind
+
+
+def test_a_run_folder_tells_the_whole_run(run_train, corpus):
+    out = run_train("run", **S4, checkpoint_interval=7)
+    shape, plan = GPTConfig(**TINY), schedule.make_plan(4, 16, 4, 4)
+    rows = metrics(out)
+    assert [row["step"] for row in rows] == list(range(21))
+    assert [row["step"] for row in rows if "val_loss" in row] == [0, 8, 16, 20]
+    for row in rows:
+        for currency in schedule.CURRENCIES:
+            assert row[currency] == schedule.spent(plan, row["step"], currency, shape, 1024)
+        if row["step"]:
+            phase = plan.phase_of(row["step"] - 1)
+            assert (row["stage"], row["phase"], row["blocks"]) == (phase.stage, phase.phase, phase.n_blocks)
+            assert row["lr"] == 1e-3 and row["grad_norm"] > 0 and row["tokens_per_second"] > 0 and row["peak_memory"] > 0
+            assert row["mfu"] is None  # no peak is known of a CPU
+        assert {"hellaswag_acc", "hellaswag_acc_norm", "hellaswag_acc_stderr"} <= row.keys() or "val_loss" not in row
+    assert all(a["seconds"] < b["seconds"] for a, b in zip(rows, rows[1:]))
+    assert rows[0]["val_loss"] == pytest.approx(np.log(320), abs=0.1) and rows[-1]["val_loss"] < rows[0]["val_loss"] - 0.3
+    plan_json, config = (json.loads((out / name).read_text()) for name in ("plan.json", "config.json"))
+    assert plan_json["total"] == {c: rows[-1][c] for c in schedule.CURRENCIES}
+    assert [p["trained_parameters"] for p in plan_json["phases"]][3:5] == [37760, 12768]
+    assert config["stages"] == 4 and config["vocab_size"] == 320 and config["torch_version"] == torch.__version__
+    assert not list(out.glob("*.tmp"))
+
+
+def test_validation_loss_is_the_mean_over_the_fixed_tokens(run_train, corpus):
+    """Also where the last micro-batch is not full: 35 windows in batches of 8."""
+    out = run_train("run", eval_tokens=35 * 64 - 1, hellaswag_data="none")
+    val = Shards(corpus, "val", 64, 257)
+    model = model_from(load_checkpoint(out)).eval()
+    x, y = map(torch.from_numpy, val.read(np.arange(35)))
+    with torch.no_grad():
+        assert metrics(out)[-1]["val_loss"] == pytest.approx(model(x, y).item(), rel=1e-6)
+    assert "hellaswag_acc" not in metrics(out)[-1]
+
+
+def test_baseline_and_incremental_run_read_the_same_data(run_train, monkeypatch):
+    def read(name, **options):
+        seen, windows = {}, TrainOrder.windows
+
+        def spy(self, step, start, stop):
+            seen.setdefault(step, []).extend(windows(self, step, start, stop))
+            return windows(self, step, start, stop)
+
+        with monkeypatch.context() as m:
+            m.setattr(TrainOrder, "windows", spy)
+            run_train(name, **options)
+        return seen
+
+    assert read("a", steps=8) == read("b", steps=8, stages=4, batch_size=2)
+
+
+def test_compiled_blocks_train_like_plain_ones_through_growth_and_freezing(run_train):
+    if not shutil.which("g++") and not shutil.which("clang++"):
+        pytest.skip("torch.compile needs a C++ compiler on the CPU")
+    options = dict(stages=2, steps=8, batch_size=16, hellaswag_limit=3)
+    plain, compiled = (metrics(run_train(f"c{c}", **options, compile=c)) for c in (False, True))
+    assert [r["loss"] for r in plain[1:]] == pytest.approx([r["loss"] for r in compiled[1:]], rel=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("phase1", ["paper", "script"])
+def test_the_gpu_trains_like_the_cpu(run_train, phase1):
+    """bf16 products against fp32 ones, whole schedule, compiled."""
+    cpu = metrics(run_train("cpu", **S4, phase1=phase1))
+    gpu = metrics(run_train("gpu", **S4, phase1=phase1, device="cuda", compile=True))
+    assert [r["loss"] for r in gpu[1:]] == pytest.approx([r["loss"] for r in cpu[1:]], rel=5e-3)
+    assert gpu[-1]["hellaswag_n"] == 10 and gpu[-1]["peak_memory"] > 0
+
+
+# --- bad input, seen as a user sees it
+
+
+def test_dry_run_needs_no_data_and_prints_the_plan(tmp_path):
+    out = tmp_path / "dry"
+    files = ("configs/gpt2_124m.py", "configs/paper_recipe.py", "configs/s4.py")
+    result = script("train.py", *files, "--dry_run", "--data_dir=/nowhere", f"--out_dir={out}")
+    assert "stage 4 phase 1      12        3      21,265,152   1,250" in result.stdout
+    assert "10,000 in tokens, 14,688 in paper cost, 13,983 in FLOPs" in result.stdout
+    plan = json.loads((out / "plan.json").read_text())
+    assert plan["steps"] == 20_000 and plan["phases"][-1]["name"] == "continual" and plan["phases"][-1]["reset_optimizer"]
+    assert sorted(p.name for p in out.iterdir()) == ["plan.json"]
+
+
+@pytest.mark.parametrize("goal, total", [("equal_cost", 14_688), ("equal_flops", 13_983)])
+def test_continual_steps_up_to_equal_cost(monkeypatch, capsys, tmp_path, goal, total):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--dry_run", "--stages=4", f"--continual_steps={goal}", f"--out_dir={tmp_path}"])
+    train.main()
+    assert json.loads((tmp_path / "plan.json").read_text())["steps"] == total
+    assert "100.0 %" in next(line for line in capsys.readouterr().out.splitlines() if line.startswith("continual"))
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (dict(stages=5), "stages=5 .* n_layer=4"),
+        (dict(tokens_per_step=500), "tokens_per_step=500 .* multiple of block_size=64"),
+        (dict(batch_size=3), "batch_size=3 .* use batch_size=1, 2, 4"),
+        (dict(n_head=3), "n_embd=32 .* n_head=3"),
+        (dict(data_dir="/nowhere"), "/nowhere/meta.json: not found: .* fineweb.py"),
+        (dict(hellaswag_data="/nowhere.jsonl"), "/nowhere.jsonl: cannot be read"),
+        (dict(block_size=2_000_000, tokens_per_step=2_000_000, batch_size=1), "lower block_size"),
+        (dict(init_from="resume"), "no checkpoint there"),
+        (dict(device="tpu"), "device='tpu'"),
+        (dict(learning_rate="nan"), "learning_rate=nan"),
+        (dict(eval_interval=0), "eval_interval=0 must be at least 1"),
+        (dict(seed=-1), "seed=-1 must not be negative"),
+        (dict(dropout=1.0), r"dropout=1.0 must lie in \[0, 1\)"),
+    ],
+)
+def test_bad_options_are_refused_by_name_before_anything_is_written(run_train, tmp_path, options, named):
+    with pytest.raises(UserError, match=named):
+        run_train("run", **options)
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_a_used_folder_is_not_overwritten(run_train):
+    out = run_train("run", steps=2)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    with pytest.raises(UserError, match="metrics.jsonl exists: go on with --init_from=resume"):
+        run_train("run", steps=2)
+    assert before == {p.name: p.read_bytes() for p in out.iterdir()}
+
+
+def test_a_mistake_is_one_line_without_a_traceback(tmp_path):
+    result = script("train.py", *arguments(tmp_path / "x", data_dir="/nowhere"), check=False)
+    assert result.returncode == 1 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: /nowhere/meta.json: not found")
+
+
+def test_a_damaged_checkpoint_is_refused(run_train, tmp_path):
+    out = run_train("run", steps=2)
+    whole = (out / "ckpt.pt").read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"nonsense"):
+        (out / "ckpt.pt").write_bytes(damaged)
+        with pytest.raises(UserError, match="ckpt.pt: is no readable checkpoint"):
+            run_train("run", steps=2, init_from="resume")
+    torch.save({"model": {}}, out / "ckpt.pt")
+    with pytest.raises(UserError, match="it lacks model_args"):
+        run_train("run", steps=2, init_from="resume")
+
+
+def test_a_checkpoint_with_code_in_it_is_refused_not_run(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"model": Code()}, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="no readable checkpoint"):
+        load_checkpoint(tmp_path)
+    assert not (tmp_path / "ran").exists()
