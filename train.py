@@ -43,12 +43,14 @@ def main() -> None:
     summary = schedule.plan_summary(plan, baseline, shape, config.tokens_per_step)
     add_parameter_counts(summary, plan, shape)
     out_dir = Path(config.out_dir)
+    used = next((out_dir / name for name in ("metrics.jsonl", CHECKPOINT) if (out_dir / name).exists()), None)
     if config.dry_run:
-        print(schedule.plan_table(summary))
-        write_plan(out_dir, summary)
+        if master:
+            print(schedule.plan_table(summary))
+        if master and not used:  # a run's own plan is not replaced
+            write_plan(out_dir, summary)
         return
     micro_steps = cfg.micro_steps(config, world_size)
-    used = next((out_dir / name for name in ("metrics.jsonl", CHECKPOINT) if (out_dir / name).exists()), None)
     if config.init_from == "scratch" and used:
         raise UserError(f"{used} exists: go on with --init_from=resume, or name another --out_dir")
 
@@ -62,7 +64,8 @@ def main() -> None:
     device = pick_device(config.device, local_rank)
     precision = autocast(device, config.dtype)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        on_gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     task, examples = hellaswag_file(config, local_rank), []
     if task:
         encoding = get_tokenizer(meta["tokenizer"])
@@ -242,7 +245,7 @@ def main() -> None:
 # set-up
 
 
-BAR = "{desc:<16} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}, {postfix}]"
+BAR = "{desc:<16} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
 def make_optimizer(model: GPT, config: cfg.Config, former: torch.optim.Optimizer | None = None) -> torch.optim.AdamW:
@@ -321,11 +324,14 @@ def write_config(out_dir: Path, config: cfg.Config, shape, task: Path | None, wo
 
 
 def open_metrics(path: Path, step: int):
-    """metrics.jsonl, open for appending, without the rows that lie beyond `step`: a resumed run writes those again."""
+    """metrics.jsonl, open for appending, without the rows that lie beyond `step`: a resumed run writes those again.
+
+    A last row that a crash left half written lies beyond the checkpoint too.
+    """
     if path.exists():
-        rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        rows = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(row + "\n" for row in rows))
+        temporary.write_text("".join(row for row in rows if json.loads(row)["step"] <= step))
         temporary.replace(path)
     return open(path, "a")
 

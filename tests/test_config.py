@@ -115,12 +115,12 @@ def test_micro_steps_share_a_step_among_processes():
         cfg.micro_steps(c, 64)
 
 
-def test_every_option_has_a_help_line(capsys):
+def test_every_option_has_a_help_line_and_its_place_in_the_readme(capsys):
     with pytest.raises(SystemExit) as exit_:
         load_config(["--help"])
     text = capsys.readouterr().out
     assert exit_.value.code == 0
-    source = (ROOT / "config.py").read_text()
+    source, readme = (ROOT / "config.py").read_text(), (ROOT / "README.md").read_text()
     for field in dataclasses.fields(Config):
-        assert f"--{field.name} " in text
+        assert f"--{field.name} " in text and f"`{field.name}`" in readme
         assert f"    {field.name}: " in source and '    """' in source.split(f"    {field.name}: ")[1].split("\n")[1]

@@ -162,7 +162,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(run_train, history, tmp_path, op
         part.mkdir()
         torch.save(history[step], part / "ckpt.pt")
         # what the interrupted run had written beyond its checkpoint is written again, not twice
-        shutil.copy(whole / "metrics.jsonl", part)
+        (part / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text() + '{"step": 21, "sta')
         run_train(part.name, **options, init_from="resume")
         assert same_weights(load_checkpoint(part)["model"], end), step
         assert without_clock(metrics(part)) == without_clock(rows), step
@@ -311,6 +311,13 @@ def test_a_used_folder_is_not_overwritten(run_train):
     with pytest.raises(UserError, match="metrics.jsonl exists: go on with --init_from=resume"):
         run_train("run", steps=2)
     assert before == {p.name: p.read_bytes() for p in out.iterdir()}
+
+
+def test_a_dry_run_leaves_a_runs_plan_alone(run_train):
+    out = run_train("run", steps=2)
+    before = (out / "plan.json").read_text()
+    run_train("run", steps=5, dry_run=True)
+    assert (out / "plan.json").read_text() == before
 
 
 def test_a_mistake_is_one_line_without_a_traceback(tmp_path):
