@@ -29,8 +29,11 @@ X_LABELS = {
     "flops": "FLOPs (baseline = 1)",
     "hours": "hours of training",
 }
+TICK = dict(marker="|", markersize=11, markeredgewidth=1.4, linestyle="")
+CIRCLE = dict(marker="o", markersize=10, linestyle="")
+LEVEL = dict(linewidth=0.9, linestyle=(0, (4, 3)))
 STYLE = {
-    "figure.figsize": (7.2, 4.4),
+    "figure.figsize": (8.6, 4.4),
     "savefig.dpi": 200,
     "font.size": 10,
     "axes.spines.top": False,
@@ -118,7 +121,7 @@ def load_run(path: Path) -> Run:
 
 
 def draw(runs: list[Run], column: str, args: Args, ylabel: str, train_column: str = "", stderr_column: str = ""):
-    """One figure: `column` of every run over args.x. Returns the matplotlib figure."""
+    """One figure: `column` of every run over args.x, its legend beside it. Returns matplotlib's figure and axes."""
     fig, ax = plt.subplots(layout="constrained")
     for run in runs:
         if train_column:
@@ -131,16 +134,26 @@ def draw(runs: list[Run], column: str, args: Args, ylabel: str, train_column: st
         steps, _ = run.curve(column, "steps")
         at = np.array(run.stage_starts(), dtype=float)
         at = at[at <= steps[-1]] if len(steps) else at[:0]
-        if len(at):
-            ax.plot(np.interp(at, steps, x), np.interp(at, steps, y), "|", color=run.color, markersize=11, markeredgewidth=1.4)
+        ax.plot(np.interp(at, steps, x), np.interp(at, steps, y), color=run.color, **TICK) if len(at) else None
         point = run.at_budget(column, args.x, args.equal)
         if point and len(run.plan["phases"]) > 1:
-            ax.plot(*point, "o", color=run.color, markersize=11, zorder=5)
+            ax.plot(*point, color=run.color, zorder=5, **CIRCLE)
         elif point:
-            ax.axhline(point[1], color=run.color, linewidth=0.9, linestyle=(0, (4, 3)), alpha=0.6, zorder=1, label=f"{run.name}, end")
-    ax.plot([], [], "|", color="#555555", markersize=11, markeredgewidth=1.4, linestyle="", label="stage boundary")
-    currency = {"cost": "the baseline's cost", "flops": "the baseline's FLOPs", "tokens": "the baseline's tokens"}[args.equal]
-    ax.plot([], [], "o", color="#555555", markersize=9, linestyle="", label=f"has spent {currency}")
+            ax.axhline(point[1], color=run.color, alpha=0.6, zorder=1, **LEVEL)
+
+    legend = [plt.Line2D([], [], color=run.color, linewidth=1.8, label=run.name) for run in runs]
+    if train_column:
+        legend.append(plt.Line2D([], [], color="#555555", linewidth=1.8, label="validation"))
+        legend.append(plt.Line2D([], [], color="#555555", linewidth=0.8, alpha=0.4, label="training"))
+    if stderr_column:
+        legend.append(matplotlib.patches.Patch(color="#555555", alpha=0.15, linewidth=0, label="standard error"))
+    currency = {"cost": "cost", "flops": "FLOPs", "tokens": "tokens"}[args.equal]
+    legend += [
+        plt.Line2D([], [], color="#555555", label="stage boundary", **TICK),
+        plt.Line2D([], [], color="#555555", label=f"at the baseline's {currency}", **CIRCLE),
+        plt.Line2D([], [], color="#555555", label="the baseline's end", **LEVEL),
+    ]
+    fig.legend(handles=legend, loc="outside right upper")
     ax.set_xlabel(X_LABELS[args.x])
     ax.set_ylabel(ylabel)
     ax.set_xlim(left=0)
@@ -159,22 +172,16 @@ def figure_loss(runs: list[Run], args: Args):
     if len(late) > 1:
         margin = 0.08 * (late.max() - late.min())
         ax.set_ylim(late.min() - margin, late.max() + margin)
-    handles, labels = ax.get_legend_handles_labels()
-    handles.insert(len(runs), plt.Line2D([], [], color="#555555", alpha=0.35, linewidth=0.8))
-    labels.insert(len(runs), "training loss (faint)")
-    ax.legend(handles, labels, loc="upper right")
     return fig
 
 
 def figure_hellaswag(runs: list[Run], args: Args):
     """Figure 2, with the standard error as a band and chance as a dotted line."""
-    name = args.metric
-    ylabel = f"{runs[0].task} accuracy ({name})"
-    fig, ax = draw(runs, f"hellaswag_{name}", args, ylabel, stderr_column=f"hellaswag_{name}_stderr")
+    name = f"hellaswag_{args.metric}"
+    fig, ax = draw(runs, name, args, f"{runs[0].task} accuracy ({args.metric})", stderr_column=f"{name}_stderr")
     ax.axhline(0.25, color="#888888", linewidth=0.9, linestyle=":")
     ax.annotate("chance", (1, 0.25), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color="#666666")
     ax.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
-    ax.legend(loc="upper left")
     return fig
 
 

@@ -24,7 +24,7 @@ def test_both_figures_from_real_runs(runs, tmp_path):
     result = script("plot.py", *runs, "--out", tmp_path / "plots")
     for name in ("figure1_loss", "figure2_hellaswag"):
         picture = matplotlib.image.imread(tmp_path / "plots" / f"{name}.png")
-        assert picture.shape[:2] == (880, 1440) and picture[..., :3].std() > 0.05
+        assert picture.shape[:2] == (880, 1720) and picture[..., :3].std() > 0.05
         xml.etree.ElementTree.parse(tmp_path / "plots" / f"{name}.svg")
     last = metrics(runs[1])[-1]
     (row,) = [line for line in result.stdout.splitlines() if line.startswith("s4")]
