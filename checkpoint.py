@@ -4,7 +4,6 @@ A checkpoint is one file, RUN_DIR/ckpt.pt: the model, the optimizer, the positio
 """
 
 import os
-import pickle
 from pathlib import Path
 
 import torch
@@ -26,16 +25,19 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     temporary.replace(path)
 
 
-def load_checkpoint(path: Path, device="cpu") -> dict:
-    """The checkpoint in a file, or in a run folder. Raises UserError where there is none or it is damaged."""
+def load_checkpoint(path: Path) -> dict:
+    """The checkpoint in a file, or in a run folder, mapped into CPU memory: what is not used is not read.
+
+    Raises UserError where there is none or it is damaged.
+    """
     path = Path(path)
     if path.is_dir():
         path = path / NAME
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no checkpoint there; name a run folder that has one, or a checkpoint file") from None
-    except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged pickle fails in a dozen ways
         raise UserError(f"{path}: is no readable checkpoint ({first_line(error)})") from None
     missing = [f for f in FIELDS if not isinstance(checkpoint, dict) or f not in checkpoint]
     if missing:

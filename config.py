@@ -167,8 +167,10 @@ def _file_options(path) -> list[str]:
     try:
         assigned = runpy.run_path(path)
     except Exception as error:  # whatever the user's file does wrong, say where
-        line = error.lineno if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1].lineno
-        raise UserError(f"config file {path}, line {line}: {type(error).__name__}: {error}") from None
+        own = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = own[-1] if own else getattr(error, "lineno", None)
+        where = f"config file {path}, line {line}" if line else f"config file {path}"
+        raise UserError(f"{where}: {type(error).__name__}: {error}") from None
     options = []
     for key, value in assigned.items():
         if key.startswith("_") or isinstance(value, types.ModuleType):
@@ -197,6 +199,8 @@ def _check(c: Config) -> None:
             raise UserError(f"{field.name}={value} must lie in [0, 1)")
     if not 0 < c.decay_share <= 1:
         raise UserError(f"decay_share={c.decay_share} must lie in (0, 1]")
+    if c.lr_schedule != "constant" and c.min_lr > c.learning_rate:
+        raise UserError(f"min_lr={c.min_lr} must not exceed learning_rate={c.learning_rate}: {c.lr_schedule} ends there")
     if c.seed >= 2**32:
         raise UserError(f"seed={c.seed} must be below 2**32")
     if c.n_embd % c.n_head:
@@ -217,14 +221,14 @@ def make_plans(config: Config, shape: GPTConfig) -> tuple[schedule.Plan, schedul
         return schedule.make_plan(
             config.n_layer,
             config.steps,
-            config.stages,
-            continual_steps,
-            config.stage_blocks,
-            config.phase_shares,
-            config.freezing,
-            config.phase1,
-            config.phase_optimizer == "reset",
-            config.continual_optimizer == "reset",
+            stages=config.stages,
+            continual_steps=continual_steps,
+            stage_blocks=config.stage_blocks,
+            phase_shares=config.phase_shares,
+            freezing=config.freezing,
+            phase1=config.phase1,
+            reset_at_phases=config.phase_optimizer == "reset",
+            reset_at_continual=config.continual_optimizer == "reset",
         )
 
     if isinstance(config.continual_steps, int):

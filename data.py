@@ -1,8 +1,7 @@
 """Token shards and tokenizers: what the corpus is, and which tokens step t reads.
 
 A corpus is a folder of shards in llm.c's .bin format (256 int32 header: magic 20240520, version 1, token count; then uint16
-tokens), `*_val_*.bin` and `*_train_*.bin`, with a meta.json beside them. fineweb.py writes it; train.py reads it through
-memory maps.
+tokens), with a meta.json beside them that names them. fineweb.py writes it; train.py reads it through memory maps.
 """
 
 import json
@@ -78,25 +77,34 @@ def load_meta(data_dir: str | Path) -> dict:
         raise UserError(f"{path}: not found: data_dir must hold a corpus, write one with fineweb.py --out {data_dir}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}): write the corpus again with fineweb.py") from None
-    for key, kind in (("tokenizer", str), ("vocab_size", int)):
+    for key, kind in (("tokenizer", str), ("vocab_size", int), ("shards", list)):
         if not isinstance(meta, dict) or not isinstance(meta.get(key), kind):
             raise UserError(f"{path}: {key!r} must be there as {kind.__name__}: write the corpus again with fineweb.py")
+    for shard in meta["shards"]:
+        if not isinstance(shard, dict) or not {"file", "split", "tokens"} <= shard.keys():
+            raise UserError(f"{path}: every shard needs file, split and tokens: write the corpus again with fineweb.py")
     return meta
 
 
 class Shards:
     """One split of a corpus, cut into windows of `block_size` inputs and their next-token targets.
 
-    Windows do not overlap and do not cross shards: an epoch reads every token once as an input, but for each shard's
-    last incomplete window. Raises UserError where shards are missing or damaged, or none holds a window.
+    meta: the corpus's meta.json, which names the shards; all must be there, for a missing one would change the order of
+    the data without a word. Windows do not overlap and do not cross shards: an epoch reads every token once as an input,
+    but for each shard's last incomplete window. Raises UserError where shards are missing or damaged, or none holds a
+    window.
     """
 
-    def __init__(self, data_dir: str | Path, split: str, block_size: int, vocab_size: int):
-        self.paths = sorted(Path(data_dir).glob(f"*_{split}_*.bin"))
-        if not self.paths:
-            raise UserError(f"{data_dir}: no *_{split}_*.bin shards here: write a corpus with fineweb.py --out {data_dir}")
+    def __init__(self, data_dir: str | Path, split: str, block_size: int, meta: dict):
+        shards = [s for s in meta["shards"] if s["split"] == split]
+        if not shards:
+            raise UserError(f"{data_dir}/meta.json: names no {split} shards: write the corpus again with fineweb.py")
+        self.paths = [Path(data_dir) / s["file"] for s in shards]
         self.tokens = [open_shard(p) for p in self.paths]
-        self.block_size, self.vocab_size = block_size, vocab_size
+        for path, tokens, shard in zip(self.paths, self.tokens, shards):
+            if len(tokens) != shard["tokens"]:
+                raise UserError(f"{path}: has {len(tokens):,} tokens, meta.json says {shard['tokens']:,}: copy both again")
+        self.block_size, self.vocab_size = block_size, meta["vocab_size"]
         self.first = np.cumsum([0] + [max(0, len(t) - 1) // block_size for t in self.tokens])  # first window of a shard
         if len(self) == 0:
             raise UserError(f"{data_dir}: no {split} shard holds the {block_size + 1} tokens of a window: lower block_size")

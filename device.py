@@ -1,12 +1,13 @@
 """The machine a script runs on: which device, which precision, how fast it could be."""
 
+import re
 import resource
 
 import torch
 
 from errors import UserError
 
-# Dense bf16 peak in FLOP/s by parts of the device's name, the specific before the general. Vendors' data sheets, without
+# Dense bf16 peak in FLOP/s by words of the device's name, the specific before the general. Vendors' data sheets, without
 # sparsity; the choice of entries follows torchtitan and nanochat.
 PEAK_FLOPS = [
     (("gb200",), 2.5e15),
@@ -23,7 +24,9 @@ PEAK_FLOPS = [
     (("a40",), 149.7e12),
     (("a30",), 165e12),
     (("a10g",), 70e12),
+    (("a10",), 125e12),
     (("l40s",), 362e12),
+    (("l40",), 181e12),
     (("l4",), 121e12),
     (("5090",), 209.5e12),
     (("4090",), 165.2e12),
@@ -31,14 +34,15 @@ PEAK_FLOPS = [
     (("mi355",), 2.5e15),
     (("mi325",), 1.3074e15),
     (("mi300x",), 1.3074e15),
+    (("mi250x",), 383e12),
     (("mi250",), 362.1e12),
 ]
 
 
-def pick_device(device: str, local_rank: int = 0) -> torch.device:
+def pick_device(device: str, local_rank: int = 0, world_size: int = 1) -> torch.device:
     """The torch device that the option `device` means: "auto" takes CUDA where there is one, under torchrun a GPU a rank.
 
-    Raises UserError where it is unknown or not there.
+    Raises UserError where it is unknown, not there, or one GPU for several processes.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,6 +52,8 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
         raise UserError(f"device={device!r} is unknown: use auto, cpu, cuda or cuda:N") from None
     if picked.type not in ("cpu", "cuda"):
         raise UserError(f"device={device!r} is not supported: use auto, cpu, cuda or cuda:N")
+    if picked.index is not None and world_size > 1:
+        raise UserError(f"device={device!r} is one device for {world_size} processes: use device={picked.type}")
     if picked.type == "cuda":
         n = torch.cuda.device_count()
         index = local_rank if picked.index is None else picked.index
@@ -79,8 +85,12 @@ def device_name(device: torch.device) -> str:
 
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak of the device in FLOP/s; None where the table does not know it."""
-    name = device_name(device).lower()
-    return next((peak for parts, peak in PEAK_FLOPS if all(part in name for part in parts)), None)
+    return _peak_of(device_name(device))
+
+
+def _peak_of(name):
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    return next((peak for parts, peak in PEAK_FLOPS if words.issuperset(parts)), None)
 
 
 def peak_memory(device: torch.device) -> int:

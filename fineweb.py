@@ -68,12 +68,12 @@ def load_source(source: str, subset: str):
     """
     import datasets  # slow to import, and the embedded corpus does without
 
-    datasets.disable_progress_bars() if source != FINEWEB else None
     if source == FINEWEB:
         try:
             return datasets.load_dataset(FINEWEB, name=subset, split="train").select_columns("text")
         except (OSError, ValueError) as error:
             raise UserError(f"{FINEWEB} ({subset}) could not be loaded: {first_line(error)}") from None
+    datasets.disable_progress_bars()
     path = Path(source)
     builders = {".parquet": "parquet", ".jsonl": "json", ".txt": "text"}
     files = sorted(p for p in path.rglob("*") if p.suffix in builders) if path.is_dir() else [path]
@@ -84,7 +84,7 @@ def load_source(source: str, subset: str):
     options = {"sample_by": "document"} if builder == "text" else {}
     try:
         loaded = datasets.load_dataset(builder, data_files=[str(p) for p in files], split="train", **options)
-    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+    except Exception as error:  # the readers of three formats fail in many ways on a damaged file
         raise UserError(f"--source={source}: cannot be read as {builder}: {first_line(error.__cause__ or error)}") from None
     if "text" not in loaded.column_names or loaded.features["text"].dtype not in ("string", "large_string"):
         raise UserError(f"--source={source}: needs a column `text` of strings; it has {loaded.column_names}")
@@ -94,20 +94,23 @@ def load_source(source: str, subset: str):
 def batches(dataset) -> Iterator[list[str]]:
     """Lists of documents. Raises UserError on a document that is no text."""
     done = 0
-    for batch in dataset.iter(DOCUMENTS_AT_A_TIME):
-        for i, text in enumerate(batch["text"]):
-            if text is None:
-                raise UserError(f"document {done + i:,}: its `text` is null: remove it from the source")
-        done += len(batch["text"])
-        yield batch["text"]
+    try:
+        for batch in dataset.iter(DOCUMENTS_AT_A_TIME):
+            if None in batch["text"]:
+                raise UserError(f"document {done + batch['text'].index(None):,}: its `text` is null: remove it from the source")
+            done += len(batch["text"])
+            yield batch["text"]
+    except UnicodeDecodeError as error:
+        raise UserError(f"a document after number {done:,} is not UTF-8 ({error}): convert the source") from None
 
 
 class ShardWriter:
     """Cuts a stream of tokens into shards of `shard_tokens`; the first is for validation."""
 
     def __init__(self, folder: Path, name: str, shard_tokens: int):
-        self.folder, self.name = folder, name
-        self.buffer, self.used, self.shards = np.empty(shard_tokens, dtype=np.uint16), 0, []
+        self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
+        # Two shards: until the second is full, it is open how much validation gets.
+        self.buffer, self.used, self.shards = np.empty(2 * shard_tokens, dtype=np.uint16), 0, []
 
     def add(self, tokens: np.ndarray) -> None:
         while len(tokens):
@@ -116,19 +119,16 @@ class ShardWriter:
             self.used += len(part)
             tokens = tokens[len(part) :]
             if self.used == len(self.buffer):
-                self._write(self.buffer)
-                self.used = 0
+                self._write(self.buffer[: self.shard_tokens])
+                self.buffer[: self.shard_tokens] = self.buffer[self.shard_tokens :]
+                self.used = self.shard_tokens
 
     def close(self) -> None:
-        """Write what is left. A corpus that has not filled its validation shard and begun another is cut 1 : 9."""
-        rest = self.buffer[: self.used]
-        if not self.shards:
-            self._write(rest[: self.used // 10])
-            rest = rest[self.used // 10 :]
-        elif len(self.shards) == 1 and not self.used:
-            raise UserError(f"the corpus fills exactly its validation shard: choose another --shard_tokens than {len(self.buffer)}")
-        if len(rest):
-            self._write(rest)
+        """Write what is left. A corpus of less than two shards gives its first tenth to validation."""
+        cut = self.shard_tokens if self.shards else self.used // 10
+        for rest in (self.buffer[:cut], self.buffer[cut : self.used]):
+            if len(rest):
+                self._write(rest)
 
     def _write(self, tokens):
         split = "train" if self.shards else "val"
@@ -139,33 +139,47 @@ class ShardWriter:
         self.shards.append({"file": path.name, "split": split, "tokens": len(tokens), "sha256": digest})
 
 
-def continuation_task(documents: list[tuple[str, str]], n_examples: int, seed: int = 0) -> list[dict]:
+def continuation_task(held_out: list[tuple[str, str]], others: str, n_examples: int, seed: int = 0) -> list[dict]:
     """Examples of HellaSwag's form: how does this line end? The true end of a line of a document, among three of others.
 
-    A context has 100 characters and stops at a space, where the scorer puts one; an ending has 8 to 32.
+    held_out: (name, text) of documents; `others`, all other text, has none of the passages. A context has 100
+    characters and stops at a space, where the scorer puts one; an ending has 8 to 32.
     """
     rng = random.Random(seed)
     cuts = []  # (name, context, ending)
-    for name, text in documents:
+    for name, text in held_out:
         places = [m for m in re.finditer(r"(?<=\S) (\S[^\n]{7,31})(?=\n)", text) if m.start() >= 100]
         for m in rng.sample(places, min(len(places), 24)):
-            cuts.append((name, text[m.start() - 100 : m.start()], m[1]))
+            if text[m.start() - 100 : m.end()] not in others:
+                cuts.append((name, text[m.start() - 100 : m.start()], m[1]))
     rng.shuffle(cuts)
     examples = []
     for i, (name, context, ending) in enumerate(cuts[:n_examples]):
-        endings = rng.sample([other[2] for other in cuts if other[0] != name], 3)
-        label = rng.randrange(4)
+        wrong = [other for document, _, other in cuts if document != name]
+        if len(wrong) < 3:
+            break
+        endings, label = rng.sample(wrong, 3), rng.randrange(4)
         endings.insert(label, ending)
         examples.append({"ind": i, "activity_label": name, "ctx": context, "split": "val", "label": label, "endings": endings})
     return examples
+
+
+def write_continuation_task(path: Path, documents: list[tuple[str, str]], val_tokens: int) -> None:
+    """1,000 examples from the documents that lie wholly in the first `val_tokens` bytes of the corpus."""
+    ends = np.cumsum([1 + len(text.encode()) for _, text in documents])
+    n = int(np.searchsorted(ends, val_tokens, side="right"))
+    others = "\n".join(text for _, text in documents[n:])
+    path.write_text("".join(json.dumps(e) + "\n" for e in continuation_task(documents[:n], others, 1000)))
 
 
 def main(args: Args) -> None:
     stdlib = args.source == "stdlib"
     name = "fineweb_edu" if args.source == FINEWEB else "stdlib" if stdlib else Path(args.source).stem
     out = args.out or Path("data") / name
-    if args.shard_tokens < 2 or args.threads < 1:
-        raise UserError(f"--shard_tokens={args.shard_tokens} must be at least 2, --threads={args.threads} at least 1")
+    if not 2 <= args.shard_tokens < 2**31:
+        raise UserError(f"--shard_tokens={args.shard_tokens} must lie between 2 and 2**31 - 1, what a shard's header can say")
+    if args.threads < 1:
+        raise UserError(f"--threads={args.threads} must be at least 1")
     if args.source not in (FINEWEB, "stdlib") and not Path(args.source).exists():
         raise UserError(f"--source={args.source}: no such file or folder; give a path, {FINEWEB} or stdlib")
     if out.exists():
@@ -188,41 +202,37 @@ def main(args: Args) -> None:
     # Written beside the final name and moved when whole: an interrupted run never looks like a corpus.
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    writer = ShardWriter(partial, name, args.shard_tokens)
-    n_tokens = 0
-    with ThreadPoolExecutor(args.threads) as pool, tqdm(total=total, unit="doc", desc=f"tokenizing {name}") as bar:
-        for texts in source:
-            for tokens in pool.map(tokenize, texts):
-                writer.add(tokens)
-                n_tokens += len(tokens)
-                bar.update()
-            bar.set_postfix(tokens=f"{n_tokens:,}")
-    if n_tokens < 20:
-        raise UserError(f"--source={args.source}: only {n_tokens} tokens, too little for a training and a validation shard")
-    writer.close()
-    meta = {
-        "source": f"{args.source} {args.subset}" if args.source == FINEWEB else args.source,
-        "tokenizer": encoding.name,
-        "vocab_size": encoding.n_vocab,
-        "eot_token": encoding.eot_token,
-        "documents": total,
-        "tokens": n_tokens,
-        "shards": writer.shards,
-    }
-    (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-
-    if stdlib:
-        held_out, position = [], 0
-        for document in documents:
-            position += 1 + len(document[1].encode())
-            if position > writer.shards[0]["tokens"]:
-                break
-            held_out.append(document)
-        with open(partial / "hellaswag.jsonl", "w") as f:
-            for example in continuation_task(held_out, 1000):
-                f.write(json.dumps(example) + "\n")
-    partial.rename(out)
+    try:
+        partial.mkdir(parents=True)
+        writer = ShardWriter(partial, name, args.shard_tokens)
+        n_tokens = 0
+        with ThreadPoolExecutor(args.threads) as pool, tqdm(total=total, unit="doc", desc=f"tokenizing {name}") as bar:
+            for texts in source:
+                for tokens in pool.map(tokenize, texts):
+                    writer.add(tokens)
+                    n_tokens += len(tokens)
+                    bar.update()
+                bar.set_postfix(tokens=f"{n_tokens:,}")
+        if n_tokens < 20:
+            raise UserError(f"--source={args.source}: only {n_tokens} tokens, too little for a training and a validation shard")
+        writer.close()
+        meta = {
+            "source": f"{args.source} {args.subset}" if args.source == FINEWEB else args.source,
+            "tokenizer": encoding.name,
+            "vocab_size": encoding.n_vocab,
+            "eot_token": encoding.eot_token,
+            "documents": total,
+            "tokens": n_tokens,
+            "shards": writer.shards,
+        }
+        (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        if stdlib:
+            write_continuation_task(partial / "hellaswag.jsonl", documents, val_tokens=writer.shards[0]["tokens"])
+        partial.rename(out)
+    except OSError as error:
+        raise UserError(f"--out={out}: cannot be written ({error.strerror}): name another folder") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     val = sum(s["tokens"] for s in writer.shards if s["split"] == "val")
     print(f"{out}: {n_tokens - val:,} training and {val:,} validation tokens in {len(writer.shards)} shards, {total:,} documents")
 

@@ -15,9 +15,11 @@ is downloaded once where no file is named.
 import hashlib
 import json
 import math
-from contextlib import nullcontext
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import requests
@@ -36,6 +38,7 @@ from errors import UserError, report_user_errors
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # 10,042 examples
 HEAD_ROWS = 1024  # positions whose logits exist at once: 200 MB at GPT-2's vocabulary
+INSTEAD = "try again, or name a file of its form with --hellaswag_data (train.py) or --data (hellaswag.py)"
 DEFAULT_PATH = Path(__file__).parent / "data" / "hellaswag_val.jsonl"
 
 
@@ -43,24 +46,28 @@ def download(path: Path = DEFAULT_PATH) -> Path:
     """Download the official validation set to `path` unless it is there. Raises UserError where that fails."""
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
     digest = hashlib.sha256()
     try:
-        with requests.get(URL, stream=True, timeout=30) as response, open(temporary, "wb") as f:
-            response.raise_for_status()
-            total = int(response.headers.get("content-length", 0)) or None
-            with tqdm(total=total, unit="B", unit_scale=True, desc=path.name) as bar:
-                for chunk in response.iter_content(1 << 16):
-                    digest.update(chunk)
-                    bar.update(f.write(chunk))
-    except requests.RequestException as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"HellaSwag could not be downloaded ({type(error).__name__}) from {URL}: name a file instead") from None
-    if digest.hexdigest() != SHA256:
-        temporary.unlink()
-        raise UserError(f"HellaSwag from {URL} arrived damaged (sha256 {digest.hexdigest()[:12]}): try again, or name a file")
-    return temporary.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A name of its own: several machines may share the folder.
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name) as f:
+            with requests.get(URL, stream=True, timeout=30) as response:
+                response.raise_for_status()
+                total = int(response.headers.get("content-length", 0)) or None
+                with tqdm(total=total, unit="B", unit_scale=True, desc=path.name) as bar:
+                    for chunk in response.iter_content(1 << 16):
+                        digest.update(chunk)
+                        bar.update(f.write(chunk))
+            if digest.hexdigest() != SHA256:
+                raise UserError(f"HellaSwag from {URL} arrived damaged (sha256 {digest.hexdigest()[:12]}): {INSTEAD}")
+            f.flush()
+            os.chmod(f.name, 0o644)
+            os.link(f.name, path)
+    except FileExistsError:  # another process was faster
+        pass
+    except OSError as error:  # every failure of requests is one
+        raise UserError(f"HellaSwag could not be downloaded from {URL} ({type(error).__name__}): {INSTEAD}") from None
+    return path
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ def load_examples(path: str | Path, encoding: tiktoken.Encoding, block_size: int
     """
     examples = []
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
+        lines = Path(path).read_text("utf-8").split("\n")  # not splitlines(), which also cuts at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}): name a file of HellaSwag's JSON lines") from None
     for number, line in enumerate(lines, start=1):
@@ -159,14 +166,9 @@ def ending_losses(model, examples: list[Example], batch_tokens=8192, rank=0, wor
     return sums, counts
 
 
-def evaluate(model, examples: list[Example], context=nullcontext(), **options) -> dict[str, float]:
-    """acc and acc_norm with their standard errors (of the mean, sample variance). `context`: autocast, for example."""
-    was_training = model.training
-    model.eval()
-    # Shapes vary from batch to batch: blocks that training compiled would be compiled again for each.
-    with context, torch.compiler.set_stance("force_eager"):
-        sums, counts = ending_losses(model, examples, **options)
-    model.train(was_training)
+def evaluate(model, examples: list[Example], **options) -> dict[str, float]:
+    """acc and acc_norm of a model in eval mode, with their standard errors (of the mean, sample variance)."""
+    sums, counts = ending_losses(model, examples, **options)
     labels = np.array([e.label for e in examples])
     result = {"n": len(examples)}
     for name, losses in (("acc", sums), ("acc_norm", sums / counts)):
@@ -190,17 +192,18 @@ class Args:
     """Padded positions in a forward pass."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    dtype: str = "auto"
-    """auto, bfloat16 or float32."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Precision of matrix products; auto is bfloat16 where the GPU has it."""
 
 
 def main(args: Args) -> None:
     device = pick_device(args.device)
-    checkpoint = load_checkpoint(args.checkpoint, device)
-    model = model_from(checkpoint, device)
+    checkpoint = load_checkpoint(args.checkpoint)
+    model = model_from(checkpoint, device).eval()
     encoding = get_tokenizer(checkpoint["tokenizer"])
     examples = load_examples(args.data or download(), encoding, model.config.block_size, args.limit)
-    r = evaluate(model, examples, autocast(device, args.dtype), batch_tokens=args.batch_tokens, progress=True)
+    with autocast(device, args.dtype):
+        r = evaluate(model, examples, batch_tokens=args.batch_tokens, progress=True)
     print(f"step {checkpoint['step']}, {checkpoint['n_blocks']} blocks, {r['n']} examples")
     for name in ("acc", "acc_norm"):
         print(f"{name:8s} {r[name]:.4f} +- {r[name + '_stderr']:.4f}")

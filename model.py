@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -106,9 +107,14 @@ def random_init(model: "GPT", i: int, seed: int) -> None:
         _init(p, name, std, generator)
 
 
+def derived_seed(*parts: int) -> int:
+    """A 32-bit seed for one of many independent streams, such as (seed, part of the model)."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
 def _generator(seed, part):
     """Random numbers for one part of the model: 0 the embeddings, 1 + i block i."""
-    return torch.Generator().manual_seed(seed * 2**16 + part)
+    return torch.Generator().manual_seed(derived_seed(seed, part))
 
 
 @torch.no_grad()
@@ -247,7 +253,9 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
 
     def flops_per_token(self) -> int:
-        """FLOPs of a forward and backward pass, per token, with what trains now; see schedule.flops_per_token."""
+        """FLOPs of a forward and backward pass, per token, with what trains now; see schedule.flops_per_token.
+
+        The final norm is taken to train, as it does in every phase."""
         now = self.trainable()
         return schedule.flops_per_token(self.config, now["blocks"], now["embeddings"], now["head"])
 

@@ -17,6 +17,7 @@ import numpy as np
 import tyro
 
 from errors import UserError, report_user_errors
+from schedule import CURRENCIES, NAMES
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
@@ -90,16 +91,23 @@ class Run:
 
     def at_budget(self, column: str, axis: str, currency: str) -> tuple[float, float] | None:
         """The point of a curve at which the run has spent the baseline's total, interpolated; None where it never did."""
-        spent, y = self.curve(column, currency)
-        budget = self.plan["baseline"][currency] / (1 if currency == "tokens" else self.plan["baseline"][currency])
+        x, y = self.curve(column, axis)
+        step, _ = self.curve(column, "steps")
+        spent = np.interp(step, self.columns["step"], self.columns[currency])
+        budget = self.plan["baseline"][currency]
         if not len(y) or spent[-1] < budget * (1 - 0.5 / self.plan["steps"]):  # the plan rounds to whole steps
             return None
-        x, _ = self.curve(column, axis)
         return float(np.interp(budget, spent, x)), float(np.interp(budget, spent, y))
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether all blocks train all the time, in however many phases."""
+        phases = self.plan["phases"]
+        return all(p["n_frozen"] == 0 and p["n_blocks"] == phases[-1]["n_blocks"] for p in phases)
 
     def stage_starts(self) -> list[int]:
         """Steps at which a stage, or continual training, begins, but for the first."""
-        phases = self.plan["phases"]
+        phases = [] if self.is_baseline else self.plan["phases"]
         return [p["start"] for former, p in zip(phases, phases[1:]) if p["stage"] != former["stage"] or p["phase"] == 3]
 
 
@@ -107,13 +115,21 @@ def load_run(path: Path) -> Run:
     """Read a run folder. Raises UserError where it is none."""
     try:
         plan, config = (json.loads((path / name).read_text()) for name in ("plan.json", "config.json"))
-        rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        lines = (path / "metrics.jsonl").read_text().split("\n")[:-1]  # a live run may be writing its last line
+        rows = [json.loads(line) for line in lines]
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}: {path} is no run folder of train.py") from None
     except ValueError as error:
         raise UserError(f"{path}: plan.json, config.json or metrics.jsonl is damaged: {error}") from None
-    if not rows:
-        raise UserError(f"{path}: metrics.jsonl is empty: the run has measured nothing yet")
+    for name, parsed, needed in (
+        ("plan.json", [plan], {"steps", "phases", "baseline"}),
+        ("config.json", [config], {"data_dir", "hellaswag_file"}),
+        ("metrics.jsonl", rows, {"step", *CURRENCIES, "seconds"}),
+    ):
+        if not parsed:
+            raise UserError(f"{path}/{name} is empty: the run has measured nothing yet")
+        if not all(isinstance(part, dict) and needed <= part.keys() for part in parsed):
+            raise UserError(f"{path}/{name} is damaged: it lacks one of {', '.join(sorted(needed))}")
     names = {name for row in rows for name in row}
     values = {n: np.array([np.nan if row.get(n) is None else row[n] for row in rows], dtype=float) for n in names}
     own_task = config["hellaswag_file"] == str(Path(config["data_dir"]) / "hellaswag.jsonl")
@@ -134,12 +150,13 @@ def draw(runs: list[Run], column: str, args: Args, ylabel: str, train_column: st
         steps, _ = run.curve(column, "steps")
         at = np.array(run.stage_starts(), dtype=float)
         at = at[at <= steps[-1]] if len(steps) else at[:0]
-        ax.plot(np.interp(at, steps, x), np.interp(at, steps, y), color=run.color, **TICK) if len(at) else None
+        if len(at):
+            ax.plot(np.interp(at, steps, x), np.interp(at, steps, y), color=run.color, **TICK)
         point = run.at_budget(column, args.x, args.equal)
-        if point and len(run.plan["phases"]) > 1:
-            ax.plot(*point, color=run.color, zorder=5, **CIRCLE)
-        elif point:
+        if point and run.is_baseline:
             ax.axhline(point[1], color=run.color, alpha=0.6, zorder=1, **LEVEL)
+        elif point:
+            ax.plot(*point, color=run.color, zorder=5, **CIRCLE)
 
     legend = [plt.Line2D([], [], color=run.color, linewidth=1.8, label=run.name) for run in runs]
     if train_column:
@@ -147,11 +164,10 @@ def draw(runs: list[Run], column: str, args: Args, ylabel: str, train_column: st
         legend.append(plt.Line2D([], [], color="#555555", linewidth=0.8, alpha=0.4, label="training"))
     if stderr_column:
         legend.append(matplotlib.patches.Patch(color="#555555", alpha=0.15, linewidth=0, label="standard error"))
-    currency = {"cost": "cost", "flops": "FLOPs", "tokens": "tokens"}[args.equal]
     legend += [
         plt.Line2D([], [], color="#555555", label="stage boundary", **TICK),
-        plt.Line2D([], [], color="#555555", label=f"at the baseline's {currency}", **CIRCLE),
-        plt.Line2D([], [], color="#555555", label="the baseline's end", **LEVEL),
+        plt.Line2D([], [], color="#555555", label=f"at equal {NAMES[args.equal]}", **CIRCLE),
+        plt.Line2D([], [], color="#555555", label="the baseline there", **LEVEL),
     ]
     fig.legend(handles=legend, loc="outside right upper")
     ax.set_xlabel(X_LABELS[args.x])
@@ -219,7 +235,10 @@ def main(args: Args) -> None:
     for run, color in zip(runs, COLORS * len(runs)):
         run.color = color
     plt.rcParams.update(STYLE)
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={args.out}: no folder can be made there ({error.strerror}): name another") from None
     figures = {"figure1_loss": figure_loss(runs, args)}
     if any(f"hellaswag_{args.metric}" in run.columns for run in runs):
         figures["figure2_hellaswag"] = figure_hellaswag(runs, args)

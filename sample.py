@@ -5,6 +5,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -35,15 +36,17 @@ class Args:
     """Seed of the draws."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    dtype: str = "auto"
-    """auto, bfloat16 or float32."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Precision of matrix products; auto is bfloat16 where the GPU has it."""
 
 
 def main(args: Args) -> None:
     if args.temperature < 0 or min(args.top_k, args.num_samples, args.max_new_tokens) < 1:
         raise UserError("temperature must not be negative; top_k, num_samples and max_new_tokens must be at least 1")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed={args.seed} must lie between 0 and 2**63 - 1")
     device = pick_device(args.device)
-    checkpoint = load_checkpoint(args.checkpoint, device)
+    checkpoint = load_checkpoint(args.checkpoint)
     model = model_from(checkpoint, device).eval()
     encoding = get_tokenizer(checkpoint["tokenizer"])
     prompt = [encoding.eot_token] + encoding.encode_ordinary(args.prompt)

@@ -131,13 +131,15 @@ def make_plan(
     phases = []
     if S == 1:
         phases.append(phase("baseline", 1, 2, 0, steps, 0, False))
+    preceding = 0  # blocks that have trained: a stage without steps leaves nothing behind to freeze
     for s in range(1, S + 1) if S > 1 else ():
         start, middle, stop = starts[2 * s - 2], ends[2 * s - 2], ends[2 * s - 1]
         if freezing:
-            preceding = blocks[s - 2] if s > 1 else 0
             phases.append(phase(f"stage {s} phase 1", s, 1, start, middle, preceding, reset_at_phases))
             start = middle
         phases.append(phase(f"stage {s} phase 2", s, 2, start, stop, 0, reset_at_phases))
+        if stop > starts[2 * s - 2]:
+            preceding = blocks[s - 1]
     if continual_steps:
         phases.append(phase("continual", S, 3, steps, steps + continual_steps, 0, reset_at_continual))
     phases = [p for p in phases if p.n_steps]
@@ -245,6 +247,7 @@ def plan_summary(plan: Plan, baseline: Plan, shape, tokens_per_step: int) -> dic
         "total": {c: spent(plan, plan.n_steps, c, shape, tokens_per_step) for c in CURRENCIES},
         "baseline": {"steps": baseline.n_steps} | totals,
         "equal_step": equal_steps(plan, baseline, shape),
+        "paper_formula_step": paper_equal_cost_step(plan.phases[-1].stage, baseline.n_steps),
     }
 
 
@@ -270,7 +273,10 @@ def plan_table(summary: dict) -> str:
         f"100 % is the baseline of {base['steps']:,} steps: {base['tokens']:.4g} tokens, cost {base['cost']:.4g} c, "
         f"{base['flops']:.4g} FLOPs"
     )
-    lines.append("equal to it at step " + ", ".join(f"{equal[c]:,} in {NAMES[c]}" for c in CURRENCIES))
+    lines.append(
+        "equal to it at step " + ", ".join(f"{equal[c]:,} in {NAMES[c]}" for c in CURRENCIES)
+        + f"; {summary['paper_formula_step']:,} by the paper's formula"
+    )  # fmt: skip
     return "\n".join(lines)
 
 

@@ -10,7 +10,9 @@ follows the plan; the baseline is the plan with one phase.
 
 import dataclasses
 import json
+import math
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -29,13 +31,14 @@ from checkpoint import load_checkpoint, model_from, save_checkpoint
 from data import Shards, TrainOrder, get_tokenizer, prefetch
 from device import autocast, device_name, peak_flops, peak_memory, pick_device
 from errors import UserError, report_user_errors
-from model import GPT
+from model import GPT, derived_seed
 
 
 def main() -> None:
     # --- what to do, checked before anything starts
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, master = int(os.environ.get("LOCAL_RANK", 0)), rank == 0
+    launched = dist.is_torchelastic_launched()  # by torchrun
+    rank, local_rank, world_size = (int(os.environ[k]) if launched else v for k, v in TORCHRUN.items())
+    master = rank == 0
     config = cfg.load_config(sys.argv[1:], quiet=local_rank != 0)
     meta = cfg.read_meta(config)
     shape = config.model(cfg.vocab_size(config, meta))
@@ -44,27 +47,33 @@ def main() -> None:
     add_parameter_counts(summary, plan, shape)
     out_dir = Path(config.out_dir)
     used = next((out_dir / name for name in ("metrics.jsonl", CHECKPOINT) if (out_dir / name).exists()), None)
+    micro_steps = cfg.micro_steps(config, world_size)
     if config.dry_run:
         if master:
             print(schedule.plan_table(summary))
+            print("" if meta else f"(no corpus in {config.data_dir} yet: a vocabulary of {shape.vocab_size:,} is assumed)")
         if master and not used:  # a run's own plan is not replaced
             write_plan(out_dir, summary)
         return
-    micro_steps = cfg.micro_steps(config, world_size)
     if config.init_from == "scratch" and used:
-        raise UserError(f"{used} exists: go on with --init_from=resume, or name another --out_dir")
+        resumable = (out_dir / CHECKPOINT).exists()
+        hint = "go on with --init_from=resume" if resumable else "that run has no checkpoint yet: remove the folder"
+        raise UserError(f"{used} exists: {hint}, or name another --out_dir")
 
     # --- data
-    train_data = Shards(config.data_dir, "train", config.block_size, meta["vocab_size"])
-    val_data = Shards(config.data_dir, "val", config.block_size, meta["vocab_size"])
+    train_data = Shards(config.data_dir, "train", config.block_size, meta)
+    val_data = Shards(config.data_dir, "val", config.block_size, meta)
     order = TrainOrder(len(train_data), config.seed, config.tokens_per_step // config.block_size)
     val_windows = np.arange(min(len(val_data), -(-config.eval_tokens // config.block_size)))
 
     # --- devices and processes
-    device = pick_device(config.device, local_rank)
+    device = pick_device(config.device, local_rank, world_size)
+    on_gpu = device.type == "cuda"
     precision = autocast(device, config.dtype)
-    if "RANK" in os.environ:
-        on_gpu = device.type == "cuda"
+    if config.compile and not on_gpu and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
+        raise UserError("compile=True needs a C++ compiler on the CPU (g++ or clang++): install one, or use --compile=False")
+    if launched:
+        # All ranks meet here, so none has looked into out_dir (above) after rank 0 wrote to it (below).
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     task, examples = hellaswag_file(config, local_rank), []
     if task:
@@ -102,20 +111,22 @@ def main() -> None:
 
     def evaluate() -> dict:
         """Validation loss, and HellaSwag where there is one: every rank's share, summed."""
+        result = {}
         model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=device)
+        # Eager: the varying shapes of HellaSwag would each compile the blocks anew, and the loss would for another mode.
         with torch.no_grad(), precision, torch.compiler.set_stance("force_eager"):
+            total = torch.zeros((), dtype=torch.float64, device=device)
             for start in range(rank * config.batch_size, len(val_windows), world_size * config.batch_size):
-                x, y = map(torch.from_numpy, val_data.read(val_windows[start : start + config.batch_size]))
-                total += model(x.to(device), y.to(device)).double() * len(x)
-        if world_size > 1:
-            dist.all_reduce(total)
+                x, y = to_device(*val_data.read(val_windows[start : start + config.batch_size]))
+                total += model(x, y).double() * len(x)
+            if world_size > 1:
+                dist.all_reduce(total)
+            result["val_loss"] = total.item() / len(val_windows)
+            if examples:
+                options = dict(batch_tokens=config.hellaswag_batch_tokens, rank=rank, world_size=world_size)
+                scores = hellaswag.evaluate(model, examples, **options)
+                result |= {f"hellaswag_{name}": value for name, value in scores.items()}
         model.train()
-        result = {"val_loss": total.item() / len(val_windows)}
-        if examples:
-            options = dict(batch_tokens=config.hellaswag_batch_tokens, rank=rank, world_size=world_size)
-            scores = hellaswag.evaluate(model, examples, precision, **options)
-            result |= {f"hellaswag_{name}": value for name, value in scores.items()}
         return result
 
     def record(phase: schedule.Phase, row: dict) -> None:
@@ -143,15 +154,20 @@ def main() -> None:
         }
         save_checkpoint(out_dir / CHECKPOINT, state)
 
-    def read_batch(step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def read_batch(step: int, micro_step: int) -> tuple[np.ndarray, np.ndarray]:
         """This rank's sequences of a micro-step: inputs and targets, each (B, T)."""
         start = (micro_step * world_size + rank) * config.batch_size
-        x, y = map(torch.from_numpy, train_data.read(order.windows(step, start, start + config.batch_size)))
-        return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
+        return train_data.read(order.windows(step, start, start + config.batch_size))
+
+    def to_device(*arrays: np.ndarray) -> list[torch.Tensor]:
+        """Pinned memory lets the copy to the GPU run beside what the GPU is doing."""
+        tensors = map(torch.from_numpy, arrays)
+        return [t.pin_memory().to(device, non_blocking=True) if on_gpu else t for t in tensors]
 
     # --- the run
     batches = prefetch(read_batch(s, m) for s in range(step, plan.n_steps) for m in range(micro_steps))
     peak, total_flops = peak_flops(device), summary["total"]["flops"]
+    n_compiled = 0
     bar = tqdm(total=plan.n_steps, initial=step, disable=not master, bar_format=BAR, mininterval=0.5 if sys.stderr.isatty() else 30)
     if step == 0:
         row = evaluate()
@@ -166,19 +182,19 @@ def main() -> None:
         model.grow(phase.n_blocks, config.seed)
         model.set_phase(phase)
         if config.compile:
-            for block in model.transformer.h:
-                if block._compiled_call_impl is None:
-                    block.compile()
+            for block in model.transformer.h[n_compiled:]:
+                block.compile()
+            n_compiled = phase.n_blocks
         optimizer = make_optimizer(model, config, None if phase.reset_optimizer and step == phase.start else optimizer)
         # DistributedDataParallel fixes the set of trained parameters when it is made, so it is made anew; the former
         # one must be gone by then, with the hooks that it left on the parameters.
         parallel = None
         if world_size > 1:
-            parallel = DDP(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+            parallel = DDP(model, device_ids=[device] if on_gpu else None, gradient_as_bucket_view=True)
         trained = [p for p in model.parameters() if p.requires_grad]
         flops_per_step = model.flops_per_token() * config.tokens_per_step
         bar.set_description(phase.name)
-        if device.type == "cuda":
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
 
         interval_start, interval_steps = time.perf_counter(), 0
@@ -187,11 +203,11 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             if config.dropout:
-                torch.manual_seed((config.seed * plan.n_steps + step) * world_size + rank)  # a resumed run drops the same
+                torch.manual_seed(derived_seed(config.seed, step, rank))  # so that a resumed run drops the same
 
             loss = torch.zeros((), device=device)
             for micro_step in range(micro_steps):
-                x, y = (t.to(device, non_blocking=True) for t in next(batches))
+                x, y = to_device(*next(batches))
                 if parallel:
                     parallel.require_backward_grad_sync = micro_step == micro_steps - 1
                 with precision:
@@ -216,6 +232,8 @@ def main() -> None:
                 if world_size > 1:
                     dist.all_reduce(loss)
                 row = {"loss": loss.item() / world_size, "lr": lr}
+                if not math.isfinite(row["loss"]):
+                    raise UserError(f"step {step}: the loss is {row['loss']}; {CHECKPOINT} stays as it was: lower learning_rate?")
                 elapsed = time.perf_counter() - interval_start
                 seconds += elapsed
                 if logs or evaluates:
@@ -237,7 +255,7 @@ def main() -> None:
         del parallel
 
     bar.close()
-    if "RANK" in os.environ:
+    if launched:
         dist.destroy_process_group()
 
 
@@ -245,6 +263,7 @@ def main() -> None:
 # set-up
 
 
+TORCHRUN = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # what torchrun sets, and what a single process is
 BAR = "{desc:<16} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
@@ -265,14 +284,12 @@ def hellaswag_file(config: cfg.Config, local_rank: int) -> Path | None:
     """The file that the options name; one process of a machine downloads, the others wait. Raises UserError."""
     if config.hellaswag_data != "auto":
         return None if config.hellaswag_data == "none" else Path(config.hellaswag_data)
-    path = Path(config.data_dir) / "hellaswag.jsonl"
-    if path.exists():
-        return path
-    if local_rank == 0:
+    own = Path(config.data_dir) / "hellaswag.jsonl"
+    if local_rank == 0 and not own.exists():
         hellaswag.download()
     if dist.is_initialized():
         dist.barrier()
-    return hellaswag.download()
+    return own if own.exists() else hellaswag.download()
 
 
 def check_resumable(checkpoint: dict, config: cfg.Config, shape, plan: schedule.Plan, n_windows: int) -> None:

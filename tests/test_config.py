@@ -64,7 +64,7 @@ def test_config_files_are_checked_like_options_and_named(capsys, tmp_path, line,
 
 
 def test_config_files_that_cannot_be_run_are_refused_by_line(tmp_path):
-    for content, named in (("steps = 3\nsteps = (", "line 2: SyntaxError"), ("steps = 3\n\nsteps = x\n", "line 3: NameError")):
+    for content, named in (("steps = 3\nsteps = (", "line 2: SyntaxError"), ("steps = 3\n\nsteps = x\n", "line 3: NameError"), ("import json\njson.loads('{')\n", "line 2: JSONDecodeError")):
         (tmp_path / "mine.py").write_text(content)
         with pytest.raises(UserError, match=named):
             load_config([str(tmp_path / "mine.py")])

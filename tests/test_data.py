@@ -18,6 +18,14 @@ def folder(tmp_path):
     return tmp_path
 
 
+SHARDS = [("val", 0, 50), ("train", 1, 101), ("train", 2, 55)]
+META = {
+    "tokenizer": "gpt2",
+    "vocab_size": 65536,
+    "shards": [{"file": f"x_{split}_{i:06d}.bin", "split": split, "tokens": n} for split, i, n in SHARDS],
+}
+
+
 def test_shards_are_llmc_files(folder):
     raw = (folder / "x_val_000000.bin").read_bytes()
     header = np.frombuffer(raw[:1024], dtype=np.int32)
@@ -26,7 +34,7 @@ def test_shards_are_llmc_files(folder):
 
 
 def test_windows_are_inputs_and_their_next_tokens(folder):
-    shards = Shards(folder, "train", 10, 65536)
+    shards = Shards(folder, "train", 10, META)
     assert len(shards) == 10 + 5  # 101 tokens are ten windows and the last target; 55 are five and a rest
     x, y = shards.read(np.array([0, 9, 10, 14]))
     assert x.dtype == np.int64 and x.flags.c_contiguous and y.flags.c_contiguous
@@ -128,20 +136,25 @@ def header(magic=20240520, version=1, count=50, tokens=50):
 def test_damaged_shards_are_refused_by_name(folder, content, named):
     (folder / "x_train_000002.bin").write_bytes(content)
     with pytest.raises(UserError, match=f"x_train_000002.bin: .*{named}"):
-        Shards(folder, "train", 10, 65536)
+        Shards(folder, "train", 10, META)
 
 
 def test_missing_shards_short_shards_and_foreign_tokens_are_refused(folder):
     with pytest.raises(UserError, match="lower block_size"):
-        Shards(folder, "val", 50, 65536)
+        Shards(folder, "val", 50, META)
     with pytest.raises(UserError, match="x_train_000002.bin: token id 2054 .* vocabulary of 2054"):
-        Shards(folder, "train", 54, 2054).read(np.array([1]))
-    (folder / "x_val_000000.bin").unlink()
-    with pytest.raises(UserError, match=r"no \*_val_\*.bin shards here: .* fineweb.py"):
-        Shards(folder, "val", 10, 65536)
+        Shards(folder, "train", 54, META | {"vocab_size": 2054}).read(np.array([1]))
+    (folder / "x_train_000001.bin").unlink()
+    with pytest.raises(UserError, match="x_train_000001.bin: cannot be read"):
+        Shards(folder, "train", 10, META)
+    write_shard(folder / "x_train_000001.bin", np.arange(70, dtype=np.uint16))
+    with pytest.raises(UserError, match="x_train_000001.bin: has 70 tokens, meta.json says 101"):
+        Shards(folder, "train", 10, META)
+    with pytest.raises(UserError, match="names no val shards"):
+        Shards(folder, "val", 10, META | {"shards": META["shards"][1:]})
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"tokenizer": "gpt2"}', '{"tokenizer": 3, "vocab_size": 5}', "\xff"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"tokenizer": "gpt2"}', '{"tokenizer": 3, "vocab_size": 5}', '{"tokenizer": "x", "vocab_size": 5}', '{"tokenizer": "x", "vocab_size": 5, "shards": [1]}', "\xff"])
 def test_damaged_meta_is_refused(tmp_path, content):
     (tmp_path / "meta.json").write_text(content, encoding="latin-1")
     with pytest.raises(UserError, match="meta.json: .* write the corpus again"):

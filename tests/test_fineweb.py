@@ -67,10 +67,12 @@ def test_the_continuation_task_is_true_to_held_out_files(corpus):
     examples = [json.loads(line) for line in (corpus / "hellaswag.jsonl").read_text().splitlines()]
     assert len(examples) > 300
     val = bytes(t for t in open_shard(next(corpus.glob("*_val_*"))).tolist() if t != 256).decode("utf-8", "ignore")
+    train = bytes(t for t in open_shard(next(corpus.glob("*_train_*"))).tolist() if t != 256).decode("utf-8", "ignore")
     documents = dict(fineweb.stdlib_documents())
     for example in examples:
         true = example["ctx"] + " " + example["endings"][example["label"]] + "\n"
         assert true in val and true in documents[example["activity_label"]]
+        assert true[:-1] not in train
         assert len(example["endings"]) == 4 and all(8 <= len(e) <= 32 and "\n" not in e for e in example["endings"])
     labels = np.bincount([e["label"] for e in examples])
     assert (labels > len(examples) / 6).all()
@@ -96,6 +98,16 @@ def test_a_folder_is_read_in_the_order_of_names_and_cut_into_shards(monkeypatch,
     assert tokens_of(out).tolist() == stream(TEXTS)
 
 
+@pytest.mark.parametrize("n, sizes", [(50, [5, 45]), (100, [10, 90]), (199, [19, 180]), (200, [100, 100]), (301, [100, 100, 100, 1])])
+def test_less_than_two_shards_give_a_tenth_to_validation(tmp_path, n, sizes):
+    writer = fineweb.ShardWriter(tmp_path, "x", shard_tokens=100)
+    for part in np.array_split(np.arange(n, dtype=np.uint16), 7):
+        writer.add(part)
+    writer.close()
+    assert [s["tokens"] for s in writer.shards] == sizes and [s["split"] for s in writer.shards[:2]] == ["val", "train"]
+    assert np.concatenate([open_shard(tmp_path / s["file"]) for s in writer.shards]).tolist() == list(range(n))
+
+
 def test_many_documents_keep_their_order(monkeypatch, tmp_path):
     """More than are handed to the threads at a time."""
     texts = [f"document {i} " * (i % 7 + 1) for i in range(2500)]
@@ -111,23 +123,33 @@ def test_many_documents_keep_their_order(monkeypatch, tmp_path):
         ("a.jsonl", '{"text": 3}\n', "needs a column `text` of strings"),
         ("a.jsonl", '{"text": "a"}\n{"text": null}\n', "document 1: its `text` is null"),
         ("a.jsonl", '{"text": "too short"}\n', "only 10 tokens"),
+        ("a.jsonl", "", "a.jsonl"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "after number 0 is not UTF-8"),
         ("a.parquet", "not parquet", "cannot be read as parquet"),
         ("a.csv", "text\nx", "needs files of one kind of .parquet, .jsonl, .txt"),
     ],
 )
 def test_bad_sources_are_refused_by_name(monkeypatch, tmp_path, name, content, named):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=named):
         run(monkeypatch, tmp_path, tmp_path / name)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
 def test_an_existing_folder_a_missing_source_and_a_large_vocabulary_are_refused(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         run(monkeypatch, tmp_path, tmp_path / "nothing")
+    with pytest.raises(UserError, match="what a shard's header can say"):
+        run(monkeypatch, tmp_path, "stdlib", shard_tokens=2**31)
+    with pytest.raises(UserError, match="--out=/proc/x: cannot be written"):
+        run(monkeypatch, tmp_path, "stdlib", out=Path("/proc/x"))
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="exists already"):
         run(monkeypatch, tmp_path, "stdlib")
+
+
+def test_a_held_out_part_too_small_for_the_task_gives_an_empty_one():
+    assert fineweb.continuation_task([("a", "x" * 100 + " and this is how it ends\n")], "", 10) == []
 
 
 def test_a_second_try_after_an_interrupted_one_begins_anew(monkeypatch, tmp_path):

@@ -91,6 +91,27 @@ def test_folders_that_are_no_runs_are_refused(tmp_path, runs):
     (runs[0] / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="metrics.jsonl is empty"):
         plot.load_run(runs[0])
-    (runs[0] / "metrics.jsonl").write_text("{")
-    with pytest.raises(UserError, match="damaged"):
-        plot.load_run(runs[0])
+    for damaged in ("{\n", "[1]\n", '{"step": 1}\n'):
+        (runs[0] / "metrics.jsonl").write_text(damaged)
+        with pytest.raises(UserError, match="damaged"):
+            plot.load_run(runs[0])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--out="):
+        plot.main(plot.Args(runs=(runs[1],), out=tmp_path / "file"))
+
+
+def test_a_live_runs_half_written_row_is_left_out(runs):
+    whole = plot.load_run(runs[1]).columns["step"]
+    with open(runs[1] / "metrics.jsonl", "a") as f:
+        f.write('{"step": 99, "lo')
+    assert plot.load_run(runs[1]).columns["step"].tolist() == whole.tolist()
+
+
+def test_a_baseline_that_goes_on_is_still_the_baseline(run_train):
+    run = plot.load_run(run_train("longer", steps=8, continual_steps=4, eval_interval=2))
+    run.color = "k"
+    figure = plot.draw([run], "val_loss", plot.Args(), "loss")
+    assert run.stage_starts() == [] and circles(figure) == []
+    level = next(l for l in figure[1].lines if l.get_linestyle() == "--" and len(set(l.get_ydata())) == 1)
+    x, y = run.curve("val_loss", "steps")
+    assert level.get_ydata()[0] == pytest.approx(y[list(x).index(8)])

@@ -74,6 +74,11 @@ def test_explicit_blocks_and_unequal_shares():
     assert [(p.name, p.stop) for p in phases] == [("stage 1 phase 2", 25), ("stage 2 phase 1", 50), ("stage 2 phase 2", 100)]
 
 
+def test_a_stage_without_steps_leaves_nothing_behind_to_freeze():
+    (first, second) = make_plan(12, 100, stage_blocks=(2, 12), phase_shares=(0, 0, 1, 1)).phases
+    assert (first.name, first.start, first.n_blocks, first.n_frozen, first.train_head) == ("stage 2 phase 1", 0, 12, 0, True)
+
+
 @pytest.mark.parametrize(
     "arguments, named",
     [

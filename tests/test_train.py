@@ -13,11 +13,11 @@ import torch
 import schedule
 import train
 from checkpoint import load_checkpoint, model_from
-from data import Shards, TrainOrder
+from data import Shards, TrainOrder, load_meta
 from errors import UserError
 from model import GPT, GPTConfig
 
-from conftest import TINY, arguments, metrics, script, torchrun
+from conftest import ROOT, TINY, arguments, metrics, script, torchrun
 
 S4 = dict(stages=4, steps=16, continual_steps=4)
 
@@ -54,7 +54,7 @@ def test_the_run_is_that_of_a_plain_loop(run_train, corpus, phase1):
     whole = GPT(GPTConfig(**TINY))
     optimizer = torch.optim.AdamW(whole.param_groups(0.1), betas=(0.9, 0.95), eps=1e-8, foreach=False, fused=False)
     blocks = list(whole.transformer.h)
-    data = Shards(corpus, "train", 64, 257)
+    data = Shards(corpus, "train", 64, load_meta(corpus))
     order = TrainOrder(len(data), 1337, 16)
     config = train.cfg.load_config(["--learning_rate=1e-3", "--lr_schedule=cosine", "--warmup_iters=3"])
     losses = []
@@ -81,7 +81,7 @@ def test_the_run_is_that_of_a_plain_loop(run_train, corpus, phase1):
     assert measured == pytest.approx(losses, rel=2e-5)
     trained = model_from(load_checkpoint(out))
     for p, q in zip(trained.parameters(), whole.parameters()):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)  # AdamW divides rounding by rounding
 
 
 @pytest.mark.parametrize("phase1", ["paper", "script"])
@@ -100,7 +100,13 @@ def test_two_processes_train_what_one_trains_in_every_phase(corpus, tmp_path, ph
         for key in ("step", "stage", "phase", "blocks", "tokens", "cost", "flops", "lr", "hellaswag_acc", "hellaswag_acc_norm"):
             assert row.get(key) == other.get(key), (row["step"], key)
     for p, q in zip(model_from(load_checkpoint(one)).parameters(), model_from(load_checkpoint(two)).parameters()):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)  # AdamW divides rounding by rounding
+    # and one process goes on from what two have written
+    for out in (one, two):
+        script("train.py", *arguments(out, **options | {"continual_steps": 8}, init_from="resume"))
+    a, b = metrics(one), metrics(two)
+    assert [row["step"] for row in a] == [row["step"] for row in b] == list(range(25))
+    assert [row["loss"] for row in a[21:]] == pytest.approx([row["loss"] for row in b[21:]], rel=1e-4)
 
 
 def test_the_micro_batch_does_not_matter(run_train):
@@ -217,7 +223,7 @@ def test_a_run_folder_tells_the_whole_run(run_train, corpus):
 def test_validation_loss_is_the_mean_over_the_fixed_tokens(run_train, corpus):
     """Also where the last micro-batch is not full: 35 windows in batches of 8."""
     out = run_train("run", eval_tokens=35 * 64 - 1, hellaswag_data="none")
-    val = Shards(corpus, "val", 64, 257)
+    val = Shards(corpus, "val", 64, load_meta(corpus))
     model = model_from(load_checkpoint(out)).eval()
     x, y = map(torch.from_numpy, val.read(np.arange(35)))
     with torch.no_grad():
@@ -241,12 +247,57 @@ def test_baseline_and_incremental_run_read_the_same_data(run_train, monkeypatch)
     assert read("a", steps=8) == read("b", steps=8, stages=4, batch_size=2)
 
 
-def test_compiled_blocks_train_like_plain_ones_through_growth_and_freezing(run_train):
+@pytest.mark.parametrize("phase1", ["paper", "script"])
+def test_compiled_blocks_train_like_plain_ones_with_few_graphs(run_train, phase1):
+    """Growth, freezing and evaluation compile nothing anew: a block trains alone, under others, or is frozen."""
     if not shutil.which("g++") and not shutil.which("clang++"):
         pytest.skip("torch.compile needs a C++ compiler on the CPU")
-    options = dict(stages=2, steps=8, batch_size=16, hellaswag_limit=3)
-    plain, compiled = (metrics(run_train(f"c{c}", **options, compile=c)) for c in (False, True))
+    options = dict(stages=4, steps=16, batch_size=16, hellaswag_limit=3, eval_interval=4, phase1=phase1)
+    plain = metrics(run_train("plain", **options))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = metrics(run_train("compiled", **options, compile=True))
     assert [r["loss"] for r in plain[1:]] == pytest.approx([r["loss"] for r in compiled[1:]], rel=1e-4)
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
+def test_bf16_products_change_little_but_something(run_train):
+    exact, rounded = (metrics(run_train(dtype, **S4, dtype=dtype)) for dtype in ("float32", "bfloat16"))
+    for row, other in zip(exact, rounded):
+        for key in {"loss", "val_loss"} & row.keys():
+            assert row[key] == pytest.approx(other[key], rel=5e-3) and row[key] != other[key]
+
+
+def test_speed_and_utilisation_are_tokens_and_flops_over_time(run_train, monkeypatch):
+    monkeypatch.setattr(train, "peak_flops", lambda device: 1e12)
+    out = run_train("run", **S4, log_interval=2, hellaswag_data="none")
+    rows = metrics(out)
+    for before, row in zip(rows, rows[1:]):
+        seconds = row["seconds"] - before["seconds"]
+        assert row["tokens_per_second"] == pytest.approx((row["tokens"] - before["tokens"]) / seconds, rel=0.2)
+        assert row["mfu"] == pytest.approx((row["flops"] - before["flops"]) / seconds / 1e12, rel=0.2)
+
+
+def test_gradients_are_exchanged_on_the_last_micro_step_only(corpus, tmp_path):
+    """DistributedDataParallel itself says whether a forward pass prepares an exchange."""
+    program = tmp_path / "spy.py"
+    program.write_text(
+        f"""import json, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+exchanged = []
+class Spy(train.DDP):
+    def forward(self, *args):
+        exchanged.append(self.require_backward_grad_sync)
+        return super().forward(*args)
+train.DDP = Spy
+train.main()
+open({str(tmp_path)!r} + "/exchanged" + os.environ["RANK"], "w").write(json.dumps(exchanged))
+"""
+    )
+    torchrun(2, program, *arguments(tmp_path / "run", data_dir=corpus, **S4, batch_size=2))
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"exchanged{rank}").read_text()) == [False, False, False, True] * 20
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -313,6 +364,41 @@ def test_a_used_folder_is_not_overwritten(run_train):
     assert before == {p.name: p.read_bytes() for p in out.iterdir()}
 
 
+def test_a_run_without_a_checkpoint_says_what_to_do(run_train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="that run has no checkpoint yet: remove the folder"):
+        run_train("run", steps=2)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_checkpoint(run_train, history):
+    out = run_train("run", steps=2)
+    with pytest.raises(UserError, match="step 4: the loss is nan; ckpt.pt stays as it was"):
+        run_train("run", steps=2, continual_steps=4, init_from="resume", learning_rate=1e300, checkpoint_interval=1)
+    assert load_checkpoint(out)["step"] == 3 and [row["step"] for row in metrics(out)] == [0, 1, 2, 3]
+
+
+def test_a_save_that_fails_leaves_the_former_checkpoint(run_train, monkeypatch):
+    out = run_train("run", steps=2)
+    before = (out / "ckpt.pt").read_bytes()
+
+    def fail(checkpoint, file):
+        file.write(b"half of it")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as m, pytest.raises(OSError, match="disk full"):
+        m.setattr(torch, "save", fail)
+        run_train("run", steps=2, continual_steps=2, init_from="resume")
+    assert (out / "ckpt.pt").read_bytes() == before
+
+
+def test_compiling_without_a_compiler_is_refused_before_the_run(run_train, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="C\\+\\+ compiler .* --compile=False"):
+        run_train("run", compile=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_dry_run_leaves_a_runs_plan_alone(run_train):
     out = run_train("run", steps=2)
     before = (out / "plan.json").read_text()
@@ -330,7 +416,9 @@ def test_a_mistake_is_one_line_without_a_traceback(tmp_path):
 def test_a_damaged_checkpoint_is_refused(run_train, tmp_path):
     out = run_train("run", steps=2)
     whole = (out / "ckpt.pt").read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", b"nonsense"):
+    flipped = bytearray(whole)
+    flipped[300:340] = bytes(40)  # in the pickle
+    for damaged in (whole[: len(whole) // 2], b"", b"nonsense", bytes(flipped)):
         (out / "ckpt.pt").write_bytes(damaged)
         with pytest.raises(UserError, match="ckpt.pt: is no readable checkpoint"):
             run_train("run", steps=2, init_from="resume")
