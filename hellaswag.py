@@ -37,7 +37,9 @@ from errors import UserError, report_user_errors
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # 10,042 examples
-HEAD_ROWS = 1024  # positions whose logits exist at once: 200 MB at GPT-2's vocabulary
+# Logits that exist at once. On the CPU the allocator returns larger blocks to the system each time, and half of the run
+# goes into page faults.
+LOGITS_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
 INSTEAD = "try again, or name a file of its form with --hellaswag_data (train.py) or --data (hellaswag.py)"
 DEFAULT_PATH = Path(__file__).parent / "data" / "hellaswag_val.jsonl"
 
@@ -136,6 +138,7 @@ def ending_losses(model, examples: list[Example], batch_tokens=8192, rank=0, wor
             counts[i, j] = len(ending)
     rows = sorted(rows, key=lambda row: len(row[0]), reverse=True)[rank::world_size]
 
+    head_rows = max(1, LOGITS_BYTES[device.type] // (4 * model.config.vocab_size))
     sums = torch.zeros(len(examples) * width, dtype=torch.float64, device=device)
     start = 0
     with tqdm(total=len(rows), unit="row", desc="HellaSwag", disable=not progress) as bar:
@@ -153,8 +156,8 @@ def ending_losses(model, examples: list[Example], batch_tokens=8192, rank=0, wor
                 owners.extend([owner] * n_scored)
             positions, targets, owners = (torch.tensor(t, device=device) for t in (positions, targets, owners))
             x = model.hidden(torch.from_numpy(idx).to(device)).flatten(0, 1)[positions]
-            for part in range(0, len(x), HEAD_ROWS):
-                scored = slice(part, part + HEAD_ROWS)
+            for part in range(0, len(x), head_rows):
+                scored = slice(part, part + head_rows)
                 losses = F.cross_entropy(model.head(x[scored]).float(), targets[scored], reduction="none")
                 sums.index_add_(0, owners[scored], losses.double())
             bar.update(len(batch))

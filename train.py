@@ -36,7 +36,7 @@ from model import GPT, derived_seed
 
 def main() -> None:
     # --- what to do, checked before anything starts
-    launched = dist.is_torchelastic_launched()  # by torchrun
+    launched = all(name in os.environ for name in (*TORCHRUN, "MASTER_ADDR"))  # by torchrun, or by hand as it does
     rank, local_rank, world_size = (int(os.environ[k]) if launched else v for k, v in TORCHRUN.items())
     master = rank == 0
     config = cfg.load_config(sys.argv[1:], quiet=local_rank != 0)
@@ -51,7 +51,8 @@ def main() -> None:
     if config.dry_run:
         if master:
             print(schedule.plan_table(summary))
-            print("" if meta else f"(no corpus in {config.data_dir} yet: a vocabulary of {shape.vocab_size:,} is assumed)")
+        if master and not meta:
+            print(f"(no corpus in {config.data_dir} yet: a vocabulary of {shape.vocab_size:,} is assumed)")
         if master and not used:  # a run's own plan is not replaced
             write_plan(out_dir, summary)
         return
