@@ -16,6 +16,7 @@ from errors import UserError, first_line
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
+TOKENS_CHECKED_AT_START = 2**20  # of each shard: enough to see another tokenizer; the rest is checked as it is read
 
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
@@ -96,6 +97,7 @@ class Shards:
     """
 
     def __init__(self, data_dir: str | Path, split: str, block_size: int, meta: dict):
+        self.block_size, self.vocab_size = block_size, meta["vocab_size"]
         shards = [s for s in meta["shards"] if s["split"] == split]
         if not shards:
             raise UserError(f"{data_dir}/meta.json: names no {split} shards: write the corpus again with fineweb.py")
@@ -104,7 +106,7 @@ class Shards:
         for path, tokens, shard in zip(self.paths, self.tokens, shards):
             if len(tokens) != shard["tokens"]:
                 raise UserError(f"{path}: has {len(tokens):,} tokens, meta.json says {shard['tokens']:,}: copy both again")
-        self.block_size, self.vocab_size = block_size, meta["vocab_size"]
+            self._check_vocabulary(path, tokens[:TOKENS_CHECKED_AT_START])
         self.first = np.cumsum([0] + [max(0, len(t) - 1) // block_size for t in self.tokens])  # first window of a shard
         if len(self) == 0:
             raise UserError(f"{data_dir}: no {split} shard holds the {block_size + 1} tokens of a window: lower block_size")
@@ -122,12 +124,15 @@ class Shards:
         for row, window, shard in zip(rows, windows, shards):
             start = (window - self.first[shard]) * self.block_size
             row[:] = self.tokens[shard][start : start + self.block_size + 1]
-            if row.max() >= self.vocab_size:
-                raise UserError(
-                    f"{self.paths[shard]}: token id {row.max()} near token {start:,} is outside the vocabulary of "
-                    f"{self.vocab_size}: the shard is damaged or from another tokenizer than meta.json says"
-                )
+            self._check_vocabulary(self.paths[shard], row)
         return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
+
+    def _check_vocabulary(self, path, tokens):
+        if len(tokens) and tokens.max() >= self.vocab_size:
+            raise UserError(
+                f"{path}: token id {tokens.max()} is outside the vocabulary of {self.vocab_size}: the shard is damaged, or "
+                "from another tokenizer than meta.json says; write the corpus again with fineweb.py"
+            )
 
 
 class TrainOrder:

@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 from errors import UserError, report_user_errors
-from schedule import CURRENCIES, NAMES
+from schedule import CURRENCIES, NAMES, text_table
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
@@ -203,8 +203,7 @@ def figure_hellaswag(runs: list[Run], args: Args):
 
 def table(runs: list[Run], args: Args) -> str:
     """Where the runs ended, and their validation loss where they had spent the baseline's budget."""
-    header = ("run", "steps", "tokens", "cost", "FLOPs", "minutes", "val loss", f"at equal {args.equal}", args.metric)
-    rows = [header]
+    rows = [("run", "steps", "tokens", "cost", "FLOPs", "minutes", "val loss", f"at equal {args.equal}", args.metric)]
     for run in runs:
         last = {name: values[-1] for name, values in run.columns.items()}
         _, losses = run.curve("val_loss", "steps")
@@ -222,9 +221,7 @@ def table(runs: list[Run], args: Args) -> str:
             f"{point[1]:.4f}" if point else "-",
             f"{100 * accuracy[-1]:.1f} +- {100 * error[-1]:.1f} %" if len(accuracy) else "-",
         ))  # fmt: skip
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = ["  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return text_table(rows)
 
 
 def main(args: Args) -> None:

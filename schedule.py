@@ -253,8 +253,7 @@ def plan_summary(plan: Plan, baseline: Plan, shape, tokens_per_step: int) -> dic
 
 def plan_table(summary: dict) -> str:
     """`plan_summary`, with `trained_parameters` added to its phases, as a table to print."""
-    header = ("phase", "blocks", "trained", "trained params", "steps", "tokens", "cost", "FLOPs", "cumulative cost", "FLOPs")
-    rows = [header]
+    rows = [("phase", "blocks", "trained", "trained params", "steps", "tokens", "cost", "FLOPs", "cumulative cost", "FLOPs")]
     for p in summary["phases"]:
         rows.append((
             p["name"],
@@ -265,9 +264,7 @@ def plan_table(summary: dict) -> str:
             f"{p['tokens']:,}",
             *(f"{100 * p[kind][currency]:.1f} %" for kind in ("share", "cumulative") for currency in ("cost", "flops")),
         ))  # fmt: skip
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = ["  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]) for row in rows]
-    lines.insert(1, "-" * len(lines[0]))
+    lines = [text_table(rows)]
     base, equal = summary["baseline"], summary["equal_step"]
     lines.append(
         f"100 % is the baseline of {base['steps']:,} steps: {base['tokens']:.4g} tokens, cost {base['cost']:.4g} c, "
@@ -278,6 +275,13 @@ def plan_table(summary: dict) -> str:
         + f"; {summary['paper_formula_step']:,} by the paper's formula"
     )  # fmt: skip
     return "\n".join(lines)
+
+
+def text_table(rows: list[tuple[str, ...]]) -> str:
+    """Rows of text, the first one the header, as columns of a terminal: the first left, the others right-justified."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]) for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

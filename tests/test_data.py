@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import data
 from data import Shards, TrainOrder, get_tokenizer, load_meta, open_shard, prefetch, write_shard
 from errors import UserError
 
@@ -139,11 +140,16 @@ def test_damaged_shards_are_refused_by_name(folder, content, named):
         Shards(folder, "train", 10, META)
 
 
-def test_missing_shards_short_shards_and_foreign_tokens_are_refused(folder):
+def test_missing_shards_short_shards_and_foreign_tokens_are_refused(folder, monkeypatch):
     with pytest.raises(UserError, match="lower block_size"):
         Shards(folder, "val", 50, META)
     with pytest.raises(UserError, match="x_train_000002.bin: token id 2054 .* vocabulary of 2054"):
-        Shards(folder, "train", 54, META | {"vocab_size": 2054}).read(np.array([1]))
+        Shards(folder, "train", 54, META | {"vocab_size": 2054})
+    monkeypatch.setattr(data, "TOKENS_CHECKED_AT_START", 10)
+    shards = Shards(folder, "train", 54, META | {"vocab_size": 2054})
+    shards.read(np.array([0]))
+    with pytest.raises(UserError, match="x_train_000002.bin: token id 2054 .* vocabulary of 2054"):
+        shards.read(np.array([1]))
     (folder / "x_train_000001.bin").unlink()
     with pytest.raises(UserError, match="x_train_000001.bin: cannot be read"):
         Shards(folder, "train", 10, META)
