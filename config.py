@@ -20,6 +20,8 @@ from data import load_meta
 from errors import UserError
 from model import GPTConfig
 
+CONFIGS = {p.stem: f"configs/{p.name}" for p in sorted(Path(__file__).parent.joinpath("configs").glob("*.py"))}
+
 
 @dataclass(frozen=True)
 class Config:
@@ -140,29 +142,35 @@ def load_config(argv: list[str], quiet: bool = False) -> Config:
     config, options = Config(), []
     for i, arg in enumerate(argv):
         if arg.endswith(".py") and not arg.startswith("-"):
-            config = _override(config, options, "train.py", quiet)
-            config, options = _override(config, _file_options(arg), arg, quiet), []
+            config, options = _override(config, options, quiet), []
+            try:
+                config = _override(config, _file_options(arg), quiet)
+            except SystemExit:
+                if not quiet:
+                    print(f"error: the option above stands in config file {arg}", file=sys.stderr)
+                raise
+        elif arg in CONFIGS and not argv[max(0, i - 1)].startswith("--"):
+            raise UserError(f"{arg}: did you mean {CONFIGS[arg]}?")
         elif arg in ("--dry_run", "--dry-run") and argv[i + 1 : i + 2] not in (["True"], ["False"]):
             options.append("--dry_run=True")
         else:
             options.append(arg)
-    config = _override(config, options, "train.py", quiet)
+    config = _override(config, options, quiet)
     _check(config)
     return config
 
 
-def _override(config, options, prog, quiet):
+def _override(config, options, quiet):
     out, err = (io.StringIO(), io.StringIO()) if quiet else (sys.stdout, sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         markers = (tyro.conf.FlagConversionOff,)
-        return tyro.cli(Config, args=options, default=config, prog=prog, use_underscores=True, config=markers)
+        return tyro.cli(Config, args=options, default=config, prog="train.py", use_underscores=True, config=markers)
 
 
 def _file_options(path) -> list[str]:
     if not Path(path).is_file():
-        known = sorted(str(p) for p in Path(__file__).parent.joinpath("configs").glob("*.py"))
-        near = difflib.get_close_matches(Path(path).stem, [Path(k).stem for k in known], n=1)
-        hint = f"did you mean configs/{near[0]}.py?" if near else "configs/ has: " + ", ".join(Path(k).stem for k in known)
+        near = difflib.get_close_matches(Path(path).stem, CONFIGS, n=1)
+        hint = f"did you mean {CONFIGS[near[0]]}?" if near else "configs/ has: " + ", ".join(CONFIGS)
         raise UserError(f"config file {path}: not found; {hint}")
     try:
         assigned = runpy.run_path(path)

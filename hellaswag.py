@@ -40,8 +40,16 @@ SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # 1
 # Logits that exist at once. On the CPU the allocator returns larger blocks to the system each time, and half of the run
 # goes into page faults.
 LOGITS_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
-INSTEAD = "try again, or name a file of its form with --hellaswag_data (train.py) or --data (hellaswag.py)"
+INSTEAD = "try again, or name a file of its form with --hellaswag_data (train.py; none goes without) or --data (hellaswag.py)"
 DEFAULT_PATH = Path(__file__).parent / "data" / "hellaswag_val.jsonl"
+
+
+def task_file(option: str, data_dir: str) -> Path | None:
+    """The file that train.py's option hellaswag_data means: DEFAULT_PATH, which `download` fills, where the corpus has none."""
+    if option == "none":
+        return None
+    own = Path(data_dir) / "hellaswag.jsonl"
+    return Path(option) if option != "auto" else own if own.exists() else DEFAULT_PATH
 
 
 def download(path: Path = DEFAULT_PATH) -> Path:
@@ -188,7 +196,7 @@ class Args:
     checkpoint: tyro.conf.Positional[Path]
     """A run folder, or a checkpoint file."""
     data: Path | None = None
-    """File of HellaSwag's JSON lines; default: the official validation set, downloaded once."""
+    """File of HellaSwag's JSON lines; default: the one that the run used, or the official validation set, downloaded once."""
     limit: int = 0
     """Score only the first examples; 0 is all."""
     batch_tokens: int = 8192
@@ -204,10 +212,14 @@ def main(args: Args) -> None:
     checkpoint = load_checkpoint(args.checkpoint)
     model = model_from(checkpoint, device).eval()
     encoding = get_tokenizer(checkpoint["tokenizer"])
-    examples = load_examples(args.data or download(), encoding, model.config.block_size, args.limit)
+    run = checkpoint["config"]
+    path = args.data or task_file(run["hellaswag_data"], run["data_dir"]) or DEFAULT_PATH
+    if path == DEFAULT_PATH:
+        download()
+    examples = load_examples(path, encoding, model.config.block_size, args.limit)
     with autocast(device, args.dtype):
         r = evaluate(model, examples, batch_tokens=args.batch_tokens, progress=True)
-    print(f"step {checkpoint['step']}, {checkpoint['n_blocks']} blocks, {r['n']} examples")
+    print(f"step {checkpoint['step']}, {checkpoint['n_blocks']} blocks, {r['n']} examples of {path}")
     for name in ("acc", "acc_norm"):
         print(f"{name:8s} {r[name]:.4f} +- {r[name + '_stderr']:.4f}")
 

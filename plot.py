@@ -139,6 +139,8 @@ def load_run(path: Path) -> Run:
 def draw(runs: list[Run], column: str, args: Args, ylabel: str, train_column: str = "", stderr_column: str = ""):
     """One figure: `column` of every run over args.x, its legend beside it. Returns matplotlib's figure and axes."""
     fig, ax = plt.subplots(layout="constrained")
+    has_tick = has_circle = has_level = False
+    runs = [run for run in runs if len(run.curve(column, "steps")[0])]
     for run in runs:
         if train_column:
             ax.plot(*run.curve(train_column, args.x), color=run.color, alpha=0.22, linewidth=0.8)
@@ -149,13 +151,16 @@ def draw(runs: list[Run], column: str, args: Args, ylabel: str, train_column: st
         ax.plot(x, y, color=run.color, linewidth=1.8, label=run.name)
         steps, _ = run.curve(column, "steps")
         at = np.array(run.stage_starts(), dtype=float)
-        at = at[at <= steps[-1]] if len(steps) else at[:0]
+        at = at[at <= steps[-1]]
         if len(at):
+            has_tick = True
             ax.plot(np.interp(at, steps, x), np.interp(at, steps, y), color=run.color, **TICK)
         point = run.at_budget(column, args.x, args.equal)
         if point and run.is_baseline:
+            has_level = True
             ax.axhline(point[1], color=run.color, alpha=0.6, zorder=1, **LEVEL)
         elif point:
+            has_circle = True
             ax.plot(*point, color=run.color, zorder=5, **CIRCLE)
 
     legend = [plt.Line2D([], [], color=run.color, linewidth=1.8, label=run.name) for run in runs]
@@ -164,11 +169,12 @@ def draw(runs: list[Run], column: str, args: Args, ylabel: str, train_column: st
         legend.append(plt.Line2D([], [], color="#555555", linewidth=0.8, alpha=0.4, label="training"))
     if stderr_column:
         legend.append(matplotlib.patches.Patch(color="#555555", alpha=0.15, linewidth=0, label="standard error"))
-    legend += [
-        plt.Line2D([], [], color="#555555", label="stage boundary", **TICK),
-        plt.Line2D([], [], color="#555555", label=f"at equal {NAMES[args.equal]}", **CIRCLE),
-        plt.Line2D([], [], color="#555555", label="the baseline there", **LEVEL),
-    ]
+    marks = (
+        (has_tick, "stage boundary", TICK),
+        (has_circle, f"at equal {NAMES[args.equal]}", CIRCLE),
+        (has_level, "the baseline there", LEVEL),
+    )
+    legend += [plt.Line2D([], [], color="#555555", label=label, **mark) for drawn, label, mark in marks if drawn]
     fig.legend(handles=legend, loc="outside right upper")
     ax.set_xlabel(X_LABELS[args.x])
     ax.set_ylabel(ylabel)
@@ -240,6 +246,8 @@ def main(args: Args) -> None:
     if any(f"hellaswag_{args.metric}" in run.columns for run in runs):
         figures["figure2_hellaswag"] = figure_hellaswag(runs, args)
     print(table(runs, args))
+    if len({json.dumps(run.plan["baseline"]) for run in runs}) > 1:
+        print("note: these runs have different baselines; shares of cost and FLOPs are relative to each one's own")
     for name, fig in figures.items():
         for suffix, metadata in ((".png", None), (".svg", {"Date": None})):
             fig.savefig(args.out / f"{name}{suffix}", metadata=metadata)

@@ -253,28 +253,33 @@ def plan_summary(plan: Plan, baseline: Plan, shape, tokens_per_step: int) -> dic
 
 def plan_table(summary: dict) -> str:
     """`plan_summary`, with `trained_parameters` added to its phases, as a table to print."""
-    rows = [("phase", "blocks", "trained", "trained params", "steps", "tokens", "cost", "FLOPs", "cumulative cost", "FLOPs")]
+    rows = [("phase", "blocks", "params", "steps", "tokens", "cost", "FLOPs", "sum cost", "FLOPs")]
     for p in summary["phases"]:
         rows.append((
             p["name"],
-            str(p["n_blocks"]),
-            str(p["n_blocks"] - p["n_frozen"]),
-            f"{p['trained_parameters']:,}",
+            f"{p['n_blocks'] - p['n_frozen']} of {p['n_blocks']}",
+            _short(p["trained_parameters"]),
             f"{p['stop'] - p['start']:,}",
-            f"{p['tokens']:,}",
-            *(f"{100 * p[kind][currency]:.1f} %" for kind in ("share", "cumulative") for currency in ("cost", "flops")),
+            _short(p["tokens"]),
+            *(f"{100 * p[kind][currency]:.1f}%" for kind in ("share", "cumulative") for currency in ("cost", "flops")),
         ))  # fmt: skip
     lines = [text_table(rows)]
     base, equal = summary["baseline"], summary["equal_step"]
-    lines.append(
-        f"100 % is the baseline of {base['steps']:,} steps: {base['tokens']:.4g} tokens, cost {base['cost']:.4g} c, "
-        f"{base['flops']:.4g} FLOPs"
-    )
-    lines.append(
-        "equal to it at step " + ", ".join(f"{equal[c]:,} in {NAMES[c]}" for c in CURRENCIES)
-        + f"; {summary['paper_formula_step']:,} by the paper's formula"
-    )  # fmt: skip
+    lines += [
+        "blocks and params: those that train. cost: the paper's unit c, one block x token x pass.",
+        f"100% is the baseline of {base['steps']:,} steps: {_short(base['tokens'])} tokens, {base['cost']:.4g} c, {base['flops']:.4g} FLOPs.",
+        f"Equal to it at step {', '.join(f'{equal[c]:,} in {NAMES[c]}' for c in CURRENCIES)};",
+        f"{summary['paper_formula_step']:,} by the paper's formula, which assumes that stages divide blocks.",
+    ]
     return "\n".join(lines)
+
+
+def _short(n: int) -> str:
+    """Three digits and a unit, 21.3M; plan.json has the exact number."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.3g}{unit}"
+    return str(n)
 
 
 def text_table(rows: list[tuple[str, ...]]) -> str:

@@ -73,10 +73,13 @@ def main() -> None:
     precision = autocast(device, config.dtype)
     if config.compile and not on_gpu and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
         raise UserError("compile=True needs a C++ compiler on the CPU (g++ or clang++): install one, or use --compile=False")
+    task = hellaswag.task_file(config.hellaswag_data, config.data_dir)
+    if task == hellaswag.DEFAULT_PATH and local_rank == 0:
+        hellaswag.download()
     if launched:
-        # All ranks meet here, so none has looked into out_dir (above) after rank 0 wrote to it (below).
+        # All ranks meet here: the download is there, and none looks into out_dir (above) after rank 0 wrote to it (below).
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
-    task, examples = hellaswag_file(config, local_rank), []
+    examples = []
     if task:
         encoding = get_tokenizer(meta["tokenizer"])
         examples = hellaswag.load_examples(task, encoding, config.block_size, config.hellaswag_limit)
@@ -104,8 +107,9 @@ def main() -> None:
         print(schedule.plan_table(summary))
         n_epochs = plan.n_steps * config.tokens_per_step / (len(train_data) * config.block_size)
         print(
-            f"{out_dir}: {model.config.n_layer} blocks at the end, {world_size} x {device_name(device)}, {micro_steps} micro-steps "
-            f"of {config.batch_size} sequences, {n_epochs:.2f} epochs over the data" + (f", from step {step}" if step else "")
+            f"{out_dir}: on {world_size} x {device_name(device)}; a step is {world_size} x {micro_steps} x {config.batch_size} "
+            f"sequences (processes, micro-steps, batch_size); {n_epochs:.2f} epochs over the data"
+            + (f"; from step {step}" if step else "")
         )
     if world_size > 1:
         dist.barrier()  # no rank trains before the outputs are known to be writable
@@ -170,6 +174,7 @@ def main() -> None:
     peak, total_flops = peak_flops(device), summary["total"]["flops"]
     n_compiled = 0
     bar = tqdm(total=plan.n_steps, initial=step, disable=not master, bar_format=BAR, mininterval=0.5 if sys.stderr.isatty() else 30)
+    bar.set_description("evaluation")
     if step == 0:
         row = evaluate()
         if master:
@@ -256,6 +261,8 @@ def main() -> None:
         del parallel
 
     bar.close()
+    if master:
+        print(f"{out_dir}: finished at step {step:,} of {plan.n_steps:,}; python plot.py {out_dir} draws it")
     if launched:
         dist.destroy_process_group()
 
@@ -281,18 +288,6 @@ def make_optimizer(model: GPT, config: cfg.Config, former: torch.optim.Optimizer
     return optimizer
 
 
-def hellaswag_file(config: cfg.Config, local_rank: int) -> Path | None:
-    """The file that the options name; one process of a machine downloads, the others wait. Raises UserError."""
-    if config.hellaswag_data != "auto":
-        return None if config.hellaswag_data == "none" else Path(config.hellaswag_data)
-    own = Path(config.data_dir) / "hellaswag.jsonl"
-    if local_rank == 0 and not own.exists():
-        hellaswag.download()
-    if dist.is_initialized():
-        dist.barrier()
-    return own if own.exists() else hellaswag.download()
-
-
 def check_resumable(checkpoint: dict, config: cfg.Config, shape, plan: schedule.Plan, n_windows: int) -> None:
     """Raise UserError where the run in the checkpoint is not the beginning of the run asked for.
 
@@ -310,7 +305,10 @@ def check_resumable(checkpoint: dict, config: cfg.Config, shape, plan: schedule.
         return [dataclasses.replace(p, stop=min(p.stop, step)) for p in phases if p.start < step]
 
     if begun(schedule.Phase(**p) for p in checkpoint["phases"]) != begun(plan.phases):
-        raise UserError(f"{config.out_dir}: the schedule up to step {step} is not the one asked for: use the run's own options")
+        raise UserError(
+            f"{config.out_dir}: the schedule up to step {step} is not the one asked for: keep the run's own steps, stages and "
+            "phases (continual_steps may grow)"
+        )
 
 
 def add_parameter_counts(summary: dict, plan: schedule.Plan, shape) -> None:

@@ -60,7 +60,7 @@ def test_config_files_are_checked_like_options_and_named(capsys, tmp_path, line,
     with pytest.raises(SystemExit) as exit_:
         load_config([str(path)])
     message = capsys.readouterr().err
-    assert exit_.value.code == 2 and said in message and "mine.py" in message.replace("\n", "")
+    assert exit_.value.code == 2 and said in message and f"stands in config file {path}" in message
 
 
 def test_config_files_that_cannot_be_run_are_refused_by_line(tmp_path):
@@ -70,6 +70,9 @@ def test_config_files_that_cannot_be_run_are_refused_by_line(tmp_path):
             load_config([str(tmp_path / "mine.py")])
     with pytest.raises(UserError, match="did you mean configs/gpt2_124m.py"):
         load_config(["configs/gpt2_124.py"])
+    with pytest.raises(UserError, match="s4: did you mean configs/s4.py"):
+        load_config(["configs/gpt2_124m.py", "s4"])
+    assert load_config(["--out_dir", "s4"]).out_dir == "s4"  # a value, not a file
     with pytest.raises(UserError, match="configs/ has: baseline"):
         load_config(["zzzz.py"])
 

@@ -198,5 +198,7 @@ def test_from_the_command_line(corpus, run_train):
     result = script("hellaswag.py", out, "--data", corpus / "hellaswag.jsonl", "--limit", "10", "--device", "cpu")
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     assert f"acc_norm {last['hellaswag_acc_norm']:.4f} +- {last['hellaswag_acc_norm_stderr']:.4f}" in result.stdout
+    result = script("hellaswag.py", out, "--limit", "10", "--device", "cpu")  # the task that the run used
+    assert f"10 examples of {corpus / 'hellaswag.jsonl'}" in result.stdout
     result = script("hellaswag.py", corpus, check=False)
     assert result.returncode == 1 and "no checkpoint there" in result.stderr and "Traceback" not in result.stderr

@@ -317,8 +317,9 @@ def test_dry_run_needs_no_data_and_prints_the_plan(tmp_path):
     out = tmp_path / "dry"
     files = ("configs/gpt2_124m.py", "configs/paper_recipe.py", "configs/s4.py")
     result = script("train.py", *files, "--dry_run", "--data_dir=/nowhere", f"--out_dir={out}")
-    assert "stage 4 phase 1      12        3      21,265,152   1,250" in result.stdout
+    assert "stage 4 phase 1   3 of 12   21.3M   1,250    655M    7.8%    6.8%" in result.stdout
     assert "10,000 in tokens, 14,688 in paper cost, 13,983 in FLOPs" in result.stdout
+    assert max(map(len, result.stdout.splitlines()[:-1])) <= 100
     plan = json.loads((out / "plan.json").read_text())
     assert plan["steps"] == 20_000 and plan["phases"][-1]["name"] == "continual" and plan["phases"][-1]["reset_optimizer"]
     assert sorted(p.name for p in out.iterdir()) == ["plan.json"]
@@ -329,7 +330,7 @@ def test_continual_steps_up_to_equal_cost(monkeypatch, capsys, tmp_path, goal, t
     monkeypatch.setattr(sys, "argv", ["train.py", "--dry_run", "--stages=4", f"--continual_steps={goal}", f"--out_dir={tmp_path}"])
     train.main()
     assert json.loads((tmp_path / "plan.json").read_text())["steps"] == total
-    assert "100.0 %" in next(line for line in capsys.readouterr().out.splitlines() if line.startswith("continual"))
+    assert "100.0%" in next(line for line in capsys.readouterr().out.splitlines() if line.startswith("continual"))
 
 
 @pytest.mark.parametrize(
