@@ -267,7 +267,8 @@ def plan_table(summary: dict) -> str:
     base, equal = summary["baseline"], summary["equal_step"]
     lines += [
         "blocks and params: those that train. cost: the paper's unit c, one block x token x pass.",
-        f"100% is the baseline of {base['steps']:,} steps: {_short(base['tokens'])} tokens, {base['cost']:.4g} c, {base['flops']:.4g} FLOPs.",
+        f"100% is the baseline of {base['steps']:,} steps: "
+        f"{_short(base['tokens'])} tokens, {base['cost']:.4g} c, {base['flops']:.4g} FLOPs.",
         f"Equal to it at step {', '.join(f'{equal[c]:,} in {NAMES[c]}' for c in CURRENCIES)};",
         f"{summary['paper_formula_step']:,} by the paper's formula, which assumes that stages divide blocks.",
     ]

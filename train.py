@@ -173,8 +173,8 @@ def main() -> None:
     batches = prefetch(read_batch(s, m) for s in range(step, plan.n_steps) for m in range(micro_steps))
     peak, total_flops = peak_flops(device), summary["total"]["flops"]
     n_compiled = 0
-    bar = tqdm(total=plan.n_steps, initial=step, disable=not master, bar_format=BAR, mininterval=0.5 if sys.stderr.isatty() else 30)
-    bar.set_description("evaluation")
+    refresh = 0.5 if sys.stderr.isatty() else 30  # seconds: a log file need not hold every step
+    bar = tqdm(total=plan.n_steps, initial=step, disable=not master, bar_format=BAR, mininterval=refresh, desc="evaluation")
     if step == 0:
         row = evaluate()
         if master:
@@ -294,10 +294,15 @@ def check_resumable(checkpoint: dict, config: cfg.Config, shape, plan: schedule.
     The model, the seed, the batch and the data must be the same, and so must the phases up to the checkpoint's step. All
     else may change: processes, micro-batch, rates, intervals, and how long the run still goes on.
     """
-    then, step = checkpoint["config"], checkpoint["step"]
-    before = checkpoint["model_args"] | {k: then[k] for k in ("seed", "tokens_per_step")} | {"windows of data": checkpoint["n_windows"]}
-    now = dataclasses.asdict(shape) | {k: getattr(config, k) for k in ("seed", "tokens_per_step")} | {"windows of data": n_windows}
-    changed = [f"{k} {before[k]} -> {now[k]}" for k in now if before[k] != now[k] and k != "dropout"]
+    step = checkpoint["step"]
+
+    def identity(model_args, options, n_windows):
+        fixed = {k: options[k] for k in ("seed", "tokens_per_step")} | {"windows of data": n_windows}
+        return {k: v for k, v in model_args.items() if k != "dropout"} | fixed
+
+    before = identity(checkpoint["model_args"], checkpoint["config"], checkpoint["n_windows"])
+    now = identity(dataclasses.asdict(shape), dataclasses.asdict(config), n_windows)
+    changed = [f"{k} {before[k]} -> {now[k]}" for k in now if before[k] != now[k]]
     if changed:
         raise UserError(f"{config.out_dir}: cannot resume with {', '.join(changed)}: use the former values, or another out_dir")
 

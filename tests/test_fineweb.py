@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 import sysconfig
 from pathlib import Path
 
