@@ -64,7 +64,16 @@ def test_batched_scores_are_the_one_by_one_scores(model, examples):
         right = [one_by_one(model, e)[which].argmin().item() == label for e, label in zip(examples, labels)]
         assert r[name] == np.mean(right)
         assert r[f"{name}_stderr"] == pytest.approx(np.std(right, ddof=1) / math.sqrt(60))
-    assert (sums.argmin(1) != (sums / counts).argmin(1)).any()  # else the test could not tell them apart
+
+
+def test_acc_goes_by_the_sum_and_acc_norm_by_the_mean(model, examples):
+    """On examples where the two choose different endings, relabelled with the choice of one of them."""
+    by_sum, by_mean = zip(*(tuple(losses.argmin().item() for losses in one_by_one(model, e)) for e in examples))
+    differ = [(e, s, m) for e, s, m in zip(examples, by_sum, by_mean) if s != m]
+    assert len(differ) > 3
+    for chosen, expected in ((1, (1.0, 0.0)), (2, (0.0, 1.0))):
+        r = evaluate(model, [Example(row[0].context, row[0].endings, row[chosen]) for row in differ])
+        assert (r["acc"], r["acc_norm"]) == expected
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, 1000, 10**6])
