@@ -81,6 +81,13 @@ def test_the_batch_size_does_not_matter(model, examples, batch_tokens):
     np.testing.assert_allclose(ending_losses(model, examples, batch_tokens=batch_tokens)[0], ending_losses(model, examples)[0], rtol=1e-5)
 
 
+def test_ranks_share_the_rows(model, examples, monkeypatch):
+    monkeypatch.setattr(hellaswag.dist, "all_reduce", lambda tensor: None)  # what each rank has before they are added up
+    a, b = (ending_losses(model, examples, rank=rank, world_size=2)[0] for rank in (0, 1))
+    assert ((a == 0) != (b == 0)).all() and abs((a == 0).sum() - (b == 0).sum()) <= 1
+    np.testing.assert_allclose(a + b, ending_losses(model, examples)[0], rtol=1e-5)
+
+
 def test_ragged_endings_and_long_contexts(model):
     long = Example(list(range(200)), [[1, 2], [3], [4, 5, 6]], 1)
     short = Example([7], [[8] * 64, [9]], 0)

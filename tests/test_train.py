@@ -175,6 +175,13 @@ def test_a_resumed_run_is_the_uninterrupted_run(run_train, history, tmp_path, op
     assert dataclasses.asdict(GPTConfig(**TINY | {"dropout": options.get("dropout", 0.0)})) == history[20]["model_args"]
 
 
+def test_every_step_drops_out_other_units(run_train, monkeypatch):
+    seeds, manual_seed = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or manual_seed(seed))
+    run_train("run", **S4, dropout=0.1)
+    assert len(seeds) == len(set(seeds)) == 20
+
+
 def test_resuming_may_extend_a_run_but_not_change_it(run_train, corpus):
     out = run_train("run", **S4)
     run_train("run", **S4 | {"continual_steps": 6}, init_from="resume", batch_size=4)
