@@ -90,9 +90,7 @@ def main() -> None:
         check_resumable(checkpoint, config, shape, plan, len(train_data))
         model = model_from(checkpoint, device)
         optimizer = make_optimizer(model, config)
-        # Only the moments are taken over: options such as weight_decay are this run's own.
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
+        load_moments(optimizer, checkpoint["optimizer"]["state"])
         step, seconds = checkpoint["step"], checkpoint["seconds"]
         del checkpoint
     else:
@@ -286,6 +284,18 @@ def make_optimizer(model: GPT, config: cfg.Config, former: torch.optim.Optimizer
     if former is not None:
         optimizer.state.update(former.state)
     return optimizer
+
+
+def load_moments(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, torch.Tensor]]) -> None:
+    """Take over a checkpoint's moments, and nothing else: options such as weight_decay are this run's own.
+
+    Raises UserError where they belong to other parameters: AdamW's kernel would read beyond their end.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, moments in state.items():
+        if i >= len(params) or any(moments[name].shape != params[i].shape for name in ("exp_avg", "exp_avg_sq")):
+            raise UserError(f"{CHECKPOINT}: its optimizer state does not fit its model: the file is damaged, use an earlier one")
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def check_resumable(checkpoint: dict, config: cfg.Config, shape, plan: schedule.Plan, n_windows: int) -> None:

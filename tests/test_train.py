@@ -435,6 +435,16 @@ def test_a_damaged_checkpoint_is_refused(run_train, tmp_path):
         run_train("run", steps=2, init_from="resume")
 
 
+def test_moments_of_other_parameters_are_refused(run_train):
+    out = run_train("run", steps=2)
+    checkpoint = copy.deepcopy(load_checkpoint(out))
+    state = checkpoint["optimizer"]["state"]
+    state[0], state[1] = state[1], state[0]
+    torch.save(checkpoint, out / "ckpt.pt")
+    with pytest.raises(UserError, match="optimizer state does not fit its model"):
+        run_train("run", steps=2, continual_steps=2, init_from="resume")
+
+
 def test_a_checkpoint_with_code_in_it_is_refused_not_run(tmp_path):
     class Code:
         def __reduce__(self):
