@@ -6,6 +6,8 @@ tokens), with a meta.json beside them that names them. fineweb.py writes it; tra
 
 import json
 import os
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -162,10 +164,26 @@ class TrainOrder:
         return self._order
 
 
-def prefetch(items):
-    """The items of an iterator, each made in a background thread while the one before is in use."""
-    with ThreadPoolExecutor(1) as reader:
-        future = reader.submit(next, items, None)
-        while (item := future.result()) is not None:
-            future = reader.submit(next, items, None)
-            yield item
+class Prefetch:
+    """Iterates over the items of an iterator, each made in a background thread while the one before is in use.
+
+    `waited` counts the seconds in which the consumer had to wait for one.
+    """
+
+    def __init__(self, items: Iterator):
+        self.waited = 0.0
+        self._items, self._reader = items, ThreadPoolExecutor(1)
+        self._future = self._reader.submit(next, items, None)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        start = time.perf_counter()
+        item = self._future.result()
+        self.waited += time.perf_counter() - start
+        if item is None:
+            self._reader.shutdown()
+            raise StopIteration
+        self._future = self._reader.submit(next, self._items, None)
+        return item

@@ -10,17 +10,22 @@ meta.json; the embedded corpus also hellaswag.jsonl, a task of HellaSwag's form 
 
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import re
 import shutil
+import signal
 import sysconfig
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 import tyro
 from tqdm import tqdm
 
@@ -28,7 +33,7 @@ from data import get_tokenizer, write_shard
 from errors import UserError, first_line, report_user_errors
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
-DOCUMENTS_AT_A_TIME = 1000
+DOCUMENTS_AT_A_TIME = 64
 
 
 @dataclass
@@ -45,8 +50,8 @@ class Args:
     """tiktoken encoding, or "bytes". Default: gpt2, for the standard library bytes."""
     shard_tokens: int = 100_000_000
     """Tokens a shard. A corpus of less than two shards gives its first tenth to validation."""
-    threads: int = os.cpu_count() or 1
-    """Threads that tokenize."""
+    processes: int = os.cpu_count() or 1
+    """Processes that tokenize."""
 
 
 def stdlib_documents() -> list[tuple[str, str]]:
@@ -91,17 +96,47 @@ def load_source(source: str, subset: str):
     return loaded.select_columns("text")
 
 
-def batches(dataset) -> Iterator[list[str]]:
-    """Lists of documents. Raises UserError on a document that is no text."""
-    done = 0
+def tokenized(read: Callable[[int, int], list[str]], total: int, encoding: tiktoken.Encoding, processes: int) -> Iterator[tuple]:
+    """(number of documents, their tokens as uint16), in the order of the documents.
+
+    read(start, stop) gives the documents of a range. Workers read for themselves, so that only tokens pass between
+    processes; what is in flight is bounded. Raises UserError on a document that is no text, or when a worker is killed.
+    """
+    # Forked, so that the workers have the tokenizer and the memory map of the documents without a copy.
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes, fork, initializer=_begin_worker, initargs=(read, encoding)) as pool:
+        ranges = ((start, min(start + DOCUMENTS_AT_A_TIME, total)) for start in range(0, total, DOCUMENTS_AT_A_TIME))
+        futures = deque()
+        try:
+            for start, stop in ranges:
+                futures.append((stop - start, pool.submit(_tokenize, start, stop)))
+                if len(futures) > 4 * processes:
+                    n, future = futures.popleft()
+                    yield n, future.result()
+            for n, future in futures:
+                yield n, future.result()
+        except BrokenProcessPool:
+            raise UserError("a process that tokenizes was killed, for lack of memory perhaps: use fewer --processes") from None
+
+
+def _begin_worker(*shared):
+    global _shared
+    _shared = shared
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+
+
+def _tokenize(start, stop):
+    read, encoding = _shared
     try:
-        for batch in dataset.iter(DOCUMENTS_AT_A_TIME):
-            if None in batch["text"]:
-                raise UserError(f"document {done + batch['text'].index(None):,}: its `text` is null: remove it from the source")
-            done += len(batch["text"])
-            yield batch["text"]
+        texts = read(start, stop)
     except UnicodeDecodeError as error:
-        raise UserError(f"a document after number {done:,} is not UTF-8 ({error}): convert the source") from None
+        raise UserError(f"one of the documents {start:,} to {stop - 1:,} is not UTF-8 ({error}): convert the source") from None
+    if None in texts:
+        raise UserError(f"document {start + texts.index(None):,}: its `text` is null: remove it from the source")
+    parts, end_of_text = [], np.array([encoding.eot_token])
+    for text in texts:
+        parts += [end_of_text, encoding.encode_to_numpy(text, disallowed_special=())]
+    return np.concatenate(parts, dtype=np.uint16, casting="unsafe")
 
 
 class ShardWriter:
@@ -178,8 +213,8 @@ def main(args: Args) -> None:
     out = args.out or Path("data") / name
     if not 2 <= args.shard_tokens < 2**31:
         raise UserError(f"--shard_tokens={args.shard_tokens} must lie between 2 and 2**31 - 1, what a shard's header can say")
-    if args.threads < 1:
-        raise UserError(f"--threads={args.threads} must be at least 1")
+    if args.processes < 1:
+        raise UserError(f"--processes={args.processes} must be at least 1")
     if args.source not in (FINEWEB, "stdlib") and not Path(args.source).exists():
         raise UserError(f"--source={args.source}: no such file or folder; give a path, {FINEWEB} or stdlib")
     if out.exists():
@@ -188,16 +223,11 @@ def main(args: Args) -> None:
     if encoding.n_vocab > 2**16:
         raise UserError(f"--tokenizer={args.tokenizer} has {encoding.n_vocab:,} tokens; the shards hold ids below 65,536")
 
-    if stdlib:
-        documents = stdlib_documents()
-        total, source = len(documents), [[text for _, text in documents]]
-    else:
-        dataset = load_source(args.source, args.subset)
-        total, source = len(dataset), batches(dataset)
+    documents = stdlib_documents() if stdlib else load_source(args.source, args.subset)
+    total = len(documents)
 
-    def tokenize(text):
-        tokens = encoding.encode_to_numpy(text, disallowed_special=())  # Rust, without the interpreter's lock
-        return np.concatenate([[encoding.eot_token], tokens]).astype(np.uint16)
+    def read(start, stop):
+        return [text for _, text in documents[start:stop]] if stdlib else documents[start:stop]["text"]
 
     # Written beside the final name and moved when whole: an interrupted run never looks like a corpus.
     partial = out.with_name(out.name + ".partial")
@@ -206,13 +236,12 @@ def main(args: Args) -> None:
         partial.mkdir(parents=True)
         writer = ShardWriter(partial, name, args.shard_tokens)
         n_tokens = 0
-        with ThreadPoolExecutor(args.threads) as pool, tqdm(total=total, unit="doc", desc=f"tokenizing {name}") as bar:
-            for texts in source:
-                for tokens in pool.map(tokenize, texts):
-                    writer.add(tokens)
-                    n_tokens += len(tokens)
-                    bar.update()
-                bar.set_postfix(tokens=f"{n_tokens:,}")
+        with tqdm(total=total, unit="doc", desc=f"tokenizing {name}") as bar:
+            for n_documents, tokens in tokenized(read, total, encoding, args.processes):
+                writer.add(tokens)
+                n_tokens += len(tokens)
+                bar.set_postfix(tokens=f"{n_tokens:,}", refresh=False)
+                bar.update(n_documents)
         if n_tokens < 20:
             raise UserError(f"--source={args.source}: only {n_tokens} tokens, too little for a training and a validation shard")
         writer.close()

@@ -34,12 +34,10 @@ from checkpoint import load_checkpoint, model_from
 from data import get_tokenizer
 from device import autocast, pick_device
 from errors import UserError, report_user_errors
+from model import logit_chunks
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # 10,042 examples
-# Logits that exist at once. On the CPU the allocator returns larger blocks to the system each time, and half of the run
-# goes into page faults.
-LOGITS_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
 INSTEAD = "try again, or name a file of its form with --hellaswag_data (train.py; none goes without) or --data (hellaswag.py)"
 DEFAULT_PATH = Path(__file__).parent / "data" / "hellaswag_val.jsonl"
 
@@ -132,42 +130,62 @@ def load_examples(path: str | Path, encoding: tiktoken.Encoding, block_size: int
 def ending_losses(model, examples: list[Example], batch_tokens=8192, rank=0, world_size=1, progress=False):
     """Summed loss in nats and number of tokens of every ending: two float64 arrays (examples, most endings).
 
-    Ragged rows are filled with inf losses and counts of 1. All endings of all examples are rows of their own, sorted by
-    length and batched up to `batch_tokens` padded positions; the head runs only where an ending is scored. Every rank
-    scores its share of the rows and all get all results. Contexts too long for the model lose their beginning.
+    Ragged rows are filled with inf losses and counts of 1. A row is an example: its context once, then its endings, each of
+    which sees the context and itself. Rows are sorted by length and batched up to `batch_tokens` padded positions; the
+    head runs only where an ending is scored. Every rank scores its share of the rows and all get all results. Contexts
+    too long for the model lose their beginning.
     """
     block_size, device = model.config.block_size, model.lm_head.weight.device
     width = max(len(e.endings) for e in examples)
     counts = np.ones((len(examples), width))
-    rows = []  # (tokens, number of scored tokens, index into the flattened results)
-    for i, example in enumerate(examples):
-        for j, ending in enumerate(example.endings):
-            rows.append(((example.context + ending)[-block_size - 1 :], len(ending), i * width + j))
-            counts[i, j] = len(ending)
-    rows = sorted(rows, key=lambda row: len(row[0]), reverse=True)[rank::world_size]
+    rows = []  # (context, endings, index of the first ending in the flattened results)
+    for i, e in enumerate(examples):
+        counts[i, : len(e.endings)] = list(map(len, e.endings))
+        if len(e.context) + max(map(len, e.endings)) <= block_size + 1:  # the last token is only predicted
+            rows.append((e.context, e.endings, i * width))
+        else:  # each ending leaves another part of the context
+            rows += [(e.context[len(t) - block_size - 1 :], [t], i * width + j) for j, t in enumerate(e.endings)]
 
-    head_rows = max(1, LOGITS_BYTES[device.type] // (4 * model.config.vocab_size))
+    def length(row):
+        context, endings, _ = row
+        return len(context) + sum(map(len, endings)) - len(endings)
+
+    rows = sorted(rows, key=length, reverse=True)[rank::world_size]
     sums = torch.zeros(len(examples) * width, dtype=torch.float64, device=device)
     start = 0
     with tqdm(total=len(rows), unit="row", desc="HellaSwag", disable=not progress) as bar:
         while start < len(rows):
-            T = len(rows[start][0]) - 1
+            T = -(-length(rows[start]) // 8) * 8  # GPU kernels want the mask's rows aligned
             batch = rows[start : start + max(1, batch_tokens // T)]
             start += len(batch)
-            idx = np.zeros((len(batch), T), dtype=np.int64)  # right padding: no token sees what comes after it
-            positions, targets, owners = [], [], []
-            for b, (tokens, n_scored, owner) in enumerate(batch):
-                idx[b, : len(tokens) - 1] = tokens[:-1]
-                last = b * T + len(tokens) - 1
-                positions.extend(range(last - n_scored, last))
-                targets.extend(tokens[-n_scored:])
-                owners.extend([owner] * n_scored)
-            positions, targets, owners = (torch.tensor(t, device=device) for t in (positions, targets, owners))
-            x = model.hidden(torch.from_numpy(idx).to(device)).flatten(0, 1)[positions]
-            for part in range(0, len(x), head_rows):
-                scored = slice(part, part + head_rows)
-                losses = F.cross_entropy(model.head(x[scored]).float(), targets[scored], reduction="none")
-                sums.index_add_(0, owners[scored], losses.double())
+            idx = np.zeros((len(batch), T), dtype=np.int64)
+            positions = np.zeros((len(batch), T), dtype=np.int64)
+            # Up to where a token is seen: a context by its whole row, an ending by itself, padding (at the end) by nobody else.
+            seen_until = np.full((len(batch), T), T)
+            at, targets, owners = [], [], []  # where ending tokens are predicted, which they are, and of which ending
+            for b, (context, endings, owner) in enumerate(batch):
+                n = len(context)
+                idx[b, :n], positions[b, :n] = context, range(n)
+                begin = n
+                for ending in endings:
+                    end = begin + len(ending) - 1
+                    idx[b, begin:end], positions[b, begin:end] = ending[:-1], range(n, n + end - begin)
+                    seen_until[b, begin:end] = end
+                    at += [b * T + n - 1, *range(b * T + begin, b * T + end)]
+                    targets += ending
+                    owners += [owner] * len(ending)
+                    begin, owner = end, owner + 1
+            idx, positions, seen_until, at, targets, owners = (
+                torch.from_numpy(np.asarray(a)).to(device) for a in (idx, positions, seen_until, at, targets, owners)
+            )
+            i = torch.arange(T, device=device)
+            mask = (i[:, None] >= i) & (i[:, None] < seen_until[:, None, None])  # (B, 1, T, T)
+            x = model.hidden(idx, positions, mask).flatten(0, 1)[at]
+            n_parts = logit_chunks(len(x), model.config.vocab_size, device)
+            parts = zip(x.chunk(n_parts), targets.chunk(n_parts), owners.chunk(n_parts))
+            for x_part, targets_part, owners_part in parts:
+                losses = F.cross_entropy(model.head(x_part).float(), targets_part, reduction="none")
+                sums.index_add_(0, owners_part, losses.double())
             bar.update(len(batch))
     if world_size > 1:
         dist.all_reduce(sums)

@@ -55,12 +55,12 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
 
-    def forward(self, x):
+    def forward(self, x, mask=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -85,10 +85,76 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, mask=None):
+        x = x + self.attn(self.ln_1(x), mask)
         x = x + self.mlp(self.ln_2(x))
         return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the head and its loss, the one place where tensors as wide as the vocabulary exist
+
+# Logits that exist at once. On the CPU the allocator gives larger blocks back to the system each time, and the time goes into
+# page faults.
+LOGITS_BYTES = {"cpu": 24 * 2**20, "cuda": 2 * 2**30}
+
+
+def logit_chunks(n_rows: int, n_vocab: int, device: torch.device) -> int:
+    """Number of equal parts to cut `n_rows` rows of logits into, so that a part in fp32 keeps within LOGITS_BYTES."""
+    return max(1, math.ceil(4 * n_rows * n_vocab / LOGITS_BYTES[device.type]))
+
+
+class SoftmaxLoss(nn.Module):
+    """Cross entropy of logits (N, V), summed, in nats; and its gradient (N, V), of the logits' dtype.
+
+    A module, so that it can be compiled by itself: one kernel for the sums and one for the gradient, in fp32 registers.
+    """
+
+    def forward(self, logits, targets):
+        log_p = F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        of_target = log_p.gather(1, targets[:, None])
+        gradient = log_p.exp_().to(logits.dtype)  # softmax - 1 at the target, softmax elsewhere
+        gradient.scatter_(1, targets[:, None], of_target.expm1().to(logits.dtype))
+        return -of_target.sum(), gradient
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross entropy (a scalar) of the logits x @ weight.T, in parts that never exist together.
+
+    x (N, C), weight (V, C), targets (N,). The gradients are computed in the forward pass, while a part's logits are there;
+    the backward pass scales them. Products are made in autocast's dtype where that is on, sums in fp32. Nothing is
+    computed that does not require a gradient: a frozen head costs two of the three products, an evaluation one.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, softmax_loss):
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        N, n_parts = len(x), logit_chunks(len(x), len(weight), x.device)
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        loss = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        with torch.autocast(kind, enabled=False):
+            w = weight.to(dtype)
+            done = 0
+            for x_part, targets_part in zip(x.chunk(n_parts), targets.chunk(n_parts)):
+                x_part = x_part.to(dtype)
+                part_loss, gradient = softmax_loss(x_part @ w.T, targets_part)
+                loss += part_loss
+                if dx is not None:
+                    dx[done : done + len(x_part)] = gradient @ w
+                if dw is not None:
+                    torch.addmm(dw, gradient.T, x_part, out=dw) if dw.dtype == dtype else dw.add_(gradient.T @ x_part)
+                done += len(x_part)
+        ctx.save_for_backward(dx, dw)
+        ctx.N = N
+        return loss / N
+
+    @staticmethod
+    def backward(ctx, grad):
+        scale = grad / ctx.N
+        dx, dw = (None if d is None else d.mul_(scale) for d in ctx.saved_tensors)
+        return dx, dw, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,7 +221,9 @@ class GPT(nn.Module):
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.to_empty(device=device)
         self.transformer.wte.weight = self.lm_head.weight
+        self.softmax_loss = SoftmaxLoss()
         self._embeddings_train = self._head_trains = True
+        self._compiled = False
         generator = _generator(seed, 0)
         for name in ("wte", "wpe", "ln_f"):
             for kind, p in self.transformer[name].named_parameters():
@@ -167,31 +235,47 @@ class GPT(nn.Module):
 
         Raises ValueError where T > block_size.
         """
-        logits = self.head(self.hidden(idx))
+        x = self.hidden(idx)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            return self.head(x)
+        return LinearCrossEntropy.apply(x.flatten(0, 1), self._head_weight(), targets.flatten(), self.softmax_loss)
 
-    def hidden(self, idx: torch.Tensor) -> torch.Tensor:
+    def hidden(self, idx: torch.Tensor, positions: torch.Tensor | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
         """States (B, T, C) after the final norm, the input of `head`.
+
+        positions (B, T), mask (B, 1, T, T): the place of every token in its text, and which tokens (True) a row's token sees,
+        itself among them, where a row holds several texts; by default 0..T-1 and all tokens up to its own.
 
         Below the first part that trains nothing requires gradients, so autograd records nothing there: a frozen trunk
         under frozen embeddings keeps no activations.
         """
         B, T = idx.shape
-        if T > self.config.block_size:
+        if positions is None and T > self.config.block_size:
             raise ValueError(f"a sequence of {T} tokens is longer than block_size={self.config.block_size}")
         wte, wpe = self.transformer.wte.weight, self.transformer.wpe.weight
         if not self._embeddings_train:  # the tensor is the head's too, which may train by itself
             wte = wte.detach()
-        x = self.transformer.drop(F.embedding(idx, wte) + wpe[:T])
+        x = self.transformer.drop(F.embedding(idx, wte) + (wpe[:T] if positions is None else F.embedding(positions, wpe)))
         for block in self.transformer.h:
-            x = block(x)
+            x = block(x, mask)
         return self.transformer.ln_f(x)
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (..., V) of states (..., C)."""
-        return F.linear(x, self.lm_head.weight if self._head_trains else self.lm_head.weight.detach())
+        return F.linear(x, self._head_weight())
+
+    def _head_weight(self):
+        return self.lm_head.weight if self._head_trains else self.lm_head.weight.detach()
+
+    def compile_regions(self) -> None:
+        """torch.compile every block, present and future, and the loss, each as a region of its own.
+
+        All blocks share a graph, so that neither growth nor freezing compiles the model anew.
+        """
+        self._compiled = True
+        self.softmax_loss.compile()
+        for block in self.transformer.h:
+            block.compile()
 
     # --- growing and freezing
 
@@ -210,6 +294,8 @@ class GPT(nn.Module):
                 block = Block(self.config).to(weight.dtype)
             h.append(block.to_empty(device=weight.device).train(self.training))
             init(self, i, seed)
+            if self._compiled:
+                h[i].compile()
 
     def freeze(self, blocks: Iterable[int] = (), embeddings=False, ln_f=False, head=False) -> None:
         """Stop training the named parts. Embeddings are wte and wpe as inputs, the head is wte as output projection:

@@ -28,8 +28,8 @@ import hellaswag
 import schedule
 from checkpoint import NAME as CHECKPOINT
 from checkpoint import load_checkpoint, model_from, save_checkpoint
-from data import Shards, TrainOrder, get_tokenizer, prefetch
-from device import autocast, device_name, peak_flops, peak_memory, pick_device
+from data import Prefetch, Shards, TrainOrder, get_tokenizer
+from device import autocast, device_name, peak_flops, peak_memory, pick_device, reset_peak_memory
 from errors import UserError, report_user_errors
 from model import GPT, derived_seed
 
@@ -96,6 +96,8 @@ def main() -> None:
     else:
         model = GPT(shape, n_blocks=plan.phases[0].n_blocks, seed=config.seed, device=device)
         optimizer, step, seconds = None, 0, 0.0
+    if config.compile:
+        model.compile_regions()
 
     # --- outputs
     if master:
@@ -120,7 +122,8 @@ def main() -> None:
         with torch.no_grad(), precision, torch.compiler.set_stance("force_eager"):
             total = torch.zeros((), dtype=torch.float64, device=device)
             for start in range(rank * config.batch_size, len(val_windows), world_size * config.batch_size):
-                x, y = to_device(*val_data.read(val_windows[start : start + config.batch_size]))
+                batch = read_batch(val_data, val_windows[start : start + config.batch_size])
+                x, y = (t.to(device, non_blocking=True) for t in batch)
                 total += model(x, y).double() * len(x)
             if world_size > 1:
                 dist.all_reduce(total)
@@ -157,20 +160,21 @@ def main() -> None:
         }
         save_checkpoint(out_dir / CHECKPOINT, state)
 
-    def read_batch(step: int, micro_step: int) -> tuple[np.ndarray, np.ndarray]:
-        """This rank's sequences of a micro-step: inputs and targets, each (B, T)."""
-        start = (micro_step * world_size + rank) * config.batch_size
-        return train_data.read(order.windows(step, start, start + config.batch_size))
+    def read_batch(data: Shards, windows: np.ndarray) -> list[torch.Tensor]:
+        """Inputs and targets, each (B, T), in pinned memory, from where they travel to a GPU beside what it is doing."""
+        tensors = map(torch.from_numpy, data.read(windows))
+        return [t.pin_memory() if on_gpu else t for t in tensors]
 
-    def to_device(*arrays: np.ndarray) -> list[torch.Tensor]:
-        """Pinned memory lets the copy to the GPU run beside what the GPU is doing."""
-        tensors = map(torch.from_numpy, arrays)
-        return [t.pin_memory().to(device, non_blocking=True) if on_gpu else t for t in tensors]
+    def train_batches():
+        """This rank's sequences of every micro-step from here to the end of the plan."""
+        for s in range(step, plan.n_steps):
+            for micro_step in range(micro_steps):
+                first = (micro_step * world_size + rank) * config.batch_size
+                yield read_batch(train_data, order.windows(s, first, first + config.batch_size))
 
     # --- the run
-    batches = prefetch(read_batch(s, m) for s in range(step, plan.n_steps) for m in range(micro_steps))
+    batches = Prefetch(train_batches())
     peak, total_flops = peak_flops(device), summary["total"]["flops"]
-    n_compiled = 0
     refresh = 0.5 if sys.stderr.isatty() else 30  # seconds: a log file need not hold every step
     bar = tqdm(total=plan.n_steps, initial=step, disable=not master, bar_format=BAR, mininterval=refresh, desc="evaluation")
     if step == 0:
@@ -185,23 +189,17 @@ def main() -> None:
         # A phase: the blocks that it has, the parts of them that train, the optimizer, gradients in step over the ranks.
         model.grow(phase.n_blocks, config.seed)
         model.set_phase(phase)
-        if config.compile:
-            for block in model.transformer.h[n_compiled:]:
-                block.compile()
-            n_compiled = phase.n_blocks
         optimizer = make_optimizer(model, config, None if phase.reset_optimizer and step == phase.start else optimizer)
         # DistributedDataParallel fixes the set of trained parameters when it is made, so it is made anew; the former
         # one must be gone by then, with the hooks that it left on the parameters.
         parallel = None
         if world_size > 1:
             parallel = DDP(model, device_ids=[device] if on_gpu else None, gradient_as_bucket_view=True)
-        trained = [p for p in model.parameters() if p.requires_grad]
         flops_per_step = model.flops_per_token() * config.tokens_per_step
         bar.set_description(phase.name)
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(device)
+        reset_peak_memory(device)
 
-        interval_start, interval_steps = time.perf_counter(), 0
+        interval_start, interval_steps, batches.waited = time.perf_counter(), 0, 0.0
         while step < phase.stop:
             lr = schedule.learning_rate(step, plan, config)
             for group in optimizer.param_groups:
@@ -209,25 +207,10 @@ def main() -> None:
             if config.dropout:
                 torch.manual_seed(derived_seed(config.seed, step, rank))  # so that a resumed run drops the same
 
-            loss = torch.zeros((), device=device)
-            for micro_step in range(micro_steps):
-                x, y = to_device(*next(batches))
-                if parallel:
-                    parallel.require_backward_grad_sync = micro_step == micro_steps - 1
-                with precision:
-                    micro_loss = (parallel or model)(x, y) / micro_steps
-                micro_loss.backward()
-                loss += micro_loss.detach()
-
             logs = (step + 1) % config.log_interval == 0
             evaluates = (step + 1) % config.eval_interval == 0 or step + 1 == plan.n_steps
             saves = (step + 1) % config.checkpoint_interval == 0 or step + 1 == plan.n_steps
-            if config.grad_clip:
-                grad_norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip)
-            elif logs or evaluates:
-                grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            loss, grad_norm = update(parallel or model, optimizer, batches, micro_steps, precision, config.grad_clip)
             step += 1
             interval_steps += 1
             bar.update()
@@ -245,6 +228,7 @@ def main() -> None:
                     row["tokens_per_second"] = round(interval_steps * config.tokens_per_step / elapsed, 1)
                     flops_per_second = interval_steps * flops_per_step / elapsed
                     row["mfu"] = flops_per_second / (peak * world_size) if peak else None
+                    row["data_wait"] = round(batches.waited / elapsed, 5)
                     row["peak_memory"] = peak_memory(device)
                     done = schedule.spent(plan, step, "flops", shape, config.tokens_per_step)
                     eta = tqdm.format_interval((total_flops - done) / flops_per_second)
@@ -255,7 +239,7 @@ def main() -> None:
                         record(phase, row)
                 if master and saves:
                     save()
-                interval_start, interval_steps = time.perf_counter(), 0
+                interval_start, interval_steps, batches.waited = time.perf_counter(), 0, 0.0
         del parallel
 
     bar.close()
@@ -271,6 +255,33 @@ def main() -> None:
 
 TORCHRUN = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # what torchrun sets, and what a single process is
 BAR = "{desc:<16} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+
+
+def update(model, optimizer, batches, micro_steps: int, precision: torch.autocast, grad_clip: float = 0.0):
+    """One optimizer update: the gradient of the mean loss over `micro_steps` batches, clipped, then AdamW.
+
+    model: a GPT, or one in DistributedDataParallel, which exchanges gradients on the last micro-step only. batches gives
+    (inputs, targets), each (B, T). Returns this rank's mean loss and the norm of the gradient over all ranks, as tensors on
+    the model's device: nothing here waits for it.
+    """
+    device = next(model.parameters()).device
+    loss = torch.zeros((), device=device)
+    for micro_step in range(micro_steps):
+        x, y = (t.to(device, non_blocking=True) for t in next(batches))
+        if isinstance(model, DDP):
+            model.require_backward_grad_sync = micro_step == micro_steps - 1
+        with precision:
+            micro_loss = model(x, y) / micro_steps
+        micro_loss.backward()
+        loss += micro_loss.detach()
+    trained = [p for p in model.parameters() if p.grad is not None]
+    if grad_clip:
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip)
+    else:
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, grad_norm
 
 
 def make_optimizer(model: GPT, config: cfg.Config, former: torch.optim.Optimizer | None = None) -> torch.optim.AdamW:

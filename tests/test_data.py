@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import data
-from data import Shards, TrainOrder, get_tokenizer, load_meta, open_shard, prefetch, write_shard
+from data import Prefetch, Shards, TrainOrder, get_tokenizer, load_meta, open_shard, write_shard
 from errors import UserError
 
 from conftest import SHARED_DATA
@@ -78,14 +78,14 @@ def test_the_order_is_the_one_of_earlier_versions():
 
 
 def test_prefetch_yields_everything_in_order_and_passes_errors_on():
-    assert list(prefetch(iter(range(1, 6)))) == [1, 2, 3, 4, 5] and list(prefetch(iter(()))) == []
+    assert list(Prefetch(iter(range(1, 6)))) == [1, 2, 3, 4, 5] and list(Prefetch(iter(()))) == []
 
     def failing():
         yield 1
         raise UserError("shard gone")
 
     with pytest.raises(UserError, match="shard gone"):
-        list(prefetch(failing()))
+        list(Prefetch(failing()))
 
 
 # --- tokenizers

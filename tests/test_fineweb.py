@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import signal
 import sysconfig
 from pathlib import Path
 
@@ -41,7 +43,7 @@ def write(path, texts=TEXTS):
 def run(monkeypatch, tmp_path, source, **options):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fineweb.tqdm, "monitor_interval", 0)
-    args = fineweb.Args(source=str(source), out=tmp_path / "out", tokenizer="bytes", threads=2)
+    args = fineweb.Args(source=str(source), out=tmp_path / "out", tokenizer="bytes", processes=2)
     for key, value in options.items():
         setattr(args, key, value)
     fineweb.main(args)
@@ -108,10 +110,15 @@ def test_less_than_two_shards_give_a_tenth_to_validation(tmp_path, n, sizes):
 
 
 def test_many_documents_keep_their_order(monkeypatch, tmp_path):
-    """More than are handed to the threads at a time."""
+    """More than are handed to a process at a time."""
     texts = [f"document {i} " * (i % 7 + 1) for i in range(2500)]
     out = run(monkeypatch, tmp_path, write(tmp_path / "x.jsonl", texts))
     assert tokens_of(out).tolist() == stream(texts)
+
+
+def test_a_killed_worker_ends_in_a_message_and_not_in_a_wait():
+    with pytest.raises(UserError, match="was killed, .* use fewer --processes"):
+        list(fineweb.tokenized(lambda start, stop: os.kill(os.getpid(), signal.SIGKILL), 1000, get_tokenizer("bytes"), 2))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +130,7 @@ def test_many_documents_keep_their_order(monkeypatch, tmp_path):
         ("a.jsonl", '{"text": "a"}\n{"text": null}\n', "document 1: its `text` is null"),
         ("a.jsonl", '{"text": "too short"}\n', "only 10 tokens"),
         ("a.jsonl", "", "a.jsonl"),
-        ("a.jsonl", b'{"text": "\xff"}\n', "after number 0 is not UTF-8"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "documents 0 to 0 is not UTF-8"),
         ("a.parquet", "not parquet", "cannot be read as parquet"),
         ("a.csv", "text\nx", "needs files of one kind of .parquet, .jsonl, .txt"),
     ],

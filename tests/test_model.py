@@ -76,6 +76,47 @@ def test_weights_go_to_transformers_and_back_with_a_padded_vocabulary(hf):
     torch.testing.assert_close(ours(idx)[..., :301], hf(idx).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("parts", [1, 3, 50])
+def test_the_loss_in_parts_is_the_loss(monkeypatch, frozen, parts):
+    """Value and gradients, against whole logits in fp64; the gradient of the result scales them."""
+    monkeypatch.setitem(gpt2.LOGITS_BYTES, "cpu", 4 * 320 * -(-50 // parts))
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 32, generator=generator, dtype=torch.float64).requires_grad_() for n in (50, 320))
+    targets = torch.randint(320, (50,), generator=generator)
+    head = weight.detach() if frozen else weight
+
+    def loss_and_gradients(loss):
+        x.grad = weight.grad = None
+        (3 * loss).backward()
+        return loss.detach(), x.grad, weight.grad
+
+    shapes = []
+    softmax_loss = gpt2.SoftmaxLoss()
+    softmax_loss.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape[0]))
+    ours = loss_and_gradients(gpt2.LinearCrossEntropy.apply(x, head, targets, softmax_loss))
+    plain = loss_and_gradients(F.cross_entropy(x @ head.T, targets))
+    assert sum(shapes) == 50 and max(shapes) == -(-50 // parts)
+    for a, b in zip(ours, plain):
+        assert a is b is None or torch.allclose(a, b, rtol=1e-12, atol=1e-15)
+    assert (ours[2] is None) == frozen
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # products in bf16, the loss not
+        rounded = gpt2.LinearCrossEntropy.apply(x.float(), head.float(), targets, softmax_loss)
+    assert rounded.dtype == torch.float32 and rounded.item() == pytest.approx(plain[0].item(), rel=2e-3)
+
+
+def test_a_step_never_holds_all_logits(monkeypatch):
+    """More rows need no more memory as wide as the vocabulary."""
+
+    def peak(T):
+        model = GPT(GPTConfig(block_size=T, vocab_size=16384, n_layer=1, n_head=1, n_embd=8))
+        model.freeze(embeddings=True, head=True)  # the gradient of the weights would be the larger part
+        return peak_bytes(model, torch.zeros(1, T, dtype=torch.long))
+
+    monkeypatch.setitem(gpt2.LOGITS_BYTES, "cpu", 4 * 16384 * 16)
+    assert peak(256) - peak(64) < 0.05 * (256 - 64) * 16384 * 4
+
+
 def test_parameter_names_and_counts_are_gpt2s():
     model = GPT(GPTConfig(vocab_size=50257), device="meta")
     assert model.num_params() == 124_439_808
@@ -251,9 +292,9 @@ class LiveBytes(TorchDispatchMode):
         self.live -= nbytes
 
 
-def peak_bytes(model):
+def peak_bytes(model, idx=None):
     gc.collect()
-    idx = torch.randint(320, (8, 32))
+    idx = torch.randint(320, (8, 32)) if idx is None else idx
     with LiveBytes(model) as bytes_:
         model(idx, idx).backward()
     return bytes_.peak
