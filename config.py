@@ -11,7 +11,7 @@ import traceback
 import types
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import tyro
 
@@ -30,6 +30,8 @@ class Config:
     python train.py [configs/A.py configs/B.py ...] [--key=value ...]: config files hold assignments `key = value`;
     later ones win. The defaults are the paper's baseline.
     """
+
+    prog: ClassVar[str] = "train.py"
 
     # output
     out_dir: str = "out/gpt2_124m"
@@ -122,8 +124,8 @@ class Config:
     """auto, cpu, cuda or cuda:N; under torchrun every process takes the GPU of its local rank."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision of matrix products; auto is bfloat16 where the GPU has it. Weights and optimizer are float32."""
-    compile: bool = True
-    """torch.compile the blocks, each as a region of its own: growth and freezing do not compile the model anew."""
+    compile: Literal["blocks", "model", "none"] = "blocks"
+    """torch.compile every block, which growth and freezing reuse; or the whole "model", anew in every phase, for narrow ones."""
     seed: int = 1337
     """Seed of the weights, the order of the data and dropout."""
 
@@ -132,14 +134,14 @@ class Config:
         return GPTConfig(self.block_size, vocab_size, self.n_layer, self.n_head, self.n_embd, self.dropout, self.bias)
 
 
-def load_config(argv: list[str], quiet: bool = False) -> Config:
-    """The configuration of a command line: config files and --key=value options, folded in their order, later wins.
+def load_config(argv: list[str], quiet: bool = False, config: Config = Config()) -> Config:
+    """The configuration of a command line: config files and --key=value options over `config`, in their order, later wins.
 
     Unknown and ill-typed keys of files and options alike end in tyro's message, which suggests the nearest key, and exit
     status 2. Raises UserError on a file that cannot be run and on values that no run can have. quiet: no message, for
     all ranks but one.
     """
-    config, options = Config(), []
+    options = []
     for i, arg in enumerate(argv):
         if arg.endswith(".py") and not arg.startswith("-"):
             config, options = _override(config, options, quiet), []
@@ -164,7 +166,7 @@ def _override(config, options, quiet):
     out, err = (io.StringIO(), io.StringIO()) if quiet else (sys.stdout, sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         markers = (tyro.conf.FlagConversionOff,)
-        return tyro.cli(Config, args=options, default=config, prog="train.py", use_underscores=True, config=markers)
+        return tyro.cli(type(config), args=options, default=config, prog=config.prog, use_underscores=True, config=markers)
 
 
 def _file_options(path) -> list[str]:

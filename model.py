@@ -65,16 +65,22 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y))
 
 
+def gelu(x):
+    """GELU in the tanh approximation, GPT-2's own."""
+    if torch.compiler.is_compiling():  # the same function; compilers make more of exp than of tanh
+        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+    return F.gelu(x, approximate="tanh")
+
+
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU(approximate="tanh")  # GPT-2's own
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+        return self.dropout(self.c_proj(gelu(self.c_fc(x))))
 
 
 class Block(nn.Module):
@@ -96,7 +102,7 @@ class Block(nn.Module):
 
 # Logits that exist at once. On the CPU the allocator gives larger blocks back to the system each time, and the time goes into
 # page faults.
-LOGITS_BYTES = {"cpu": 24 * 2**20, "cuda": 2 * 2**30}
+LOGITS_BYTES = {"cpu": 192 * 2**20, "cuda": 2 * 2**30}
 
 
 def logit_chunks(n_rows: int, n_vocab: int, device: torch.device) -> int:
@@ -118,6 +124,14 @@ class SoftmaxLoss(nn.Module):
         return -of_target.sum(), gradient
 
 
+def _product_into(out, a, b, add=False):
+    """out = a @ b, or out += a @ b, for an `out` of a and b's dtype or a wider one."""
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, beta=int(add), out=out)
+    else:
+        out.add_(a @ b) if add else out.copy_(a @ b)
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Mean cross entropy (a scalar) of the logits x @ weight.T, in parts that never exist together.
 
@@ -130,25 +144,25 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, softmax_loss):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        N, n_parts = len(x), logit_chunks(len(x), len(weight), x.device)
+        n_parts = logit_chunks(len(x), len(weight), x.device)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         loss = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         with torch.autocast(kind, enabled=False):
             w = weight.to(dtype)
-            done = 0
-            for x_part, targets_part in zip(x.chunk(n_parts), targets.chunk(n_parts)):
-                x_part = x_part.to(dtype)
-                part_loss, gradient = softmax_loss(x_part @ w.T, targets_part)
+            size = math.ceil(len(x) / n_parts)
+            for start in range(0, len(x), size):
+                rows = slice(start, start + size)
+                x_part = x[rows].to(dtype)
+                part_loss, gradient = softmax_loss(x_part @ w.T, targets[rows])
                 loss += part_loss
                 if dx is not None:
-                    dx[done : done + len(x_part)] = gradient @ w
+                    _product_into(dx[rows], gradient, w)
                 if dw is not None:
-                    torch.addmm(dw, gradient.T, x_part, out=dw) if dw.dtype == dtype else dw.add_(gradient.T @ x_part)
-                done += len(x_part)
+                    _product_into(dw, gradient.T, x_part, add=True)
         ctx.save_for_backward(dx, dw)
-        ctx.N = N
-        return loss / N
+        ctx.N = len(x)
+        return loss / len(x)
 
     @staticmethod
     def backward(ctx, grad):
@@ -223,7 +237,7 @@ class GPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight
         self.softmax_loss = SoftmaxLoss()
         self._embeddings_train = self._head_trains = True
-        self._compiled = False
+        self._compile_new_blocks = False
         generator = _generator(seed, 0)
         for name in ("wte", "wpe", "ln_f"):
             for kind, p in self.transformer[name].named_parameters():
@@ -267,13 +281,18 @@ class GPT(nn.Module):
     def _head_weight(self):
         return self.lm_head.weight if self._head_trains else self.lm_head.weight.detach()
 
-    def compile_regions(self) -> None:
+    def compile_regions(self, whole: bool = False) -> None:
         """torch.compile every block, present and future, and the loss, each as a region of its own.
 
-        All blocks share a graph, so that neither growth nor freezing compiles the model anew.
+        All blocks share a graph, so that neither growth nor freezing compiles the model anew. whole=True compiles all that
+        comes before the head as one region instead: a faster step for narrow models, and a new graph in every phase.
         """
-        self._compiled = True
         self.softmax_loss.compile()
+        if whole:
+            torch._dynamo.config.recompile_limit = 1000  # else a long schedule would silently run on uncompiled
+            self.hidden = torch.compile(self.hidden)
+            return
+        self._compile_new_blocks = True
         for block in self.transformer.h:
             block.compile()
 
@@ -294,7 +313,7 @@ class GPT(nn.Module):
                 block = Block(self.config).to(weight.dtype)
             h.append(block.to_empty(device=weight.device).train(self.training))
             init(self, i, seed)
-            if self._compiled:
+            if self._compile_new_blocks:
                 h[i].compile()
 
     def freeze(self, blocks: Iterable[int] = (), embeddings=False, ln_f=False, head=False) -> None:

@@ -71,8 +71,8 @@ def main() -> None:
     device = pick_device(config.device, local_rank, world_size)
     on_gpu = device.type == "cuda"
     precision = autocast(device, config.dtype)
-    if config.compile and not on_gpu and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
-        raise UserError("compile=True needs a C++ compiler on the CPU (g++ or clang++): install one, or use --compile=False")
+    if config.compile != "none" and not on_gpu and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
+        raise UserError(f"compile={config.compile} needs a C++ compiler on the CPU (g++ or clang++): install one, or use --compile=none")
     task = hellaswag.task_file(config.hellaswag_data, config.data_dir)
     if task == hellaswag.DEFAULT_PATH and local_rank == 0:
         hellaswag.download()
@@ -96,8 +96,8 @@ def main() -> None:
     else:
         model = GPT(shape, n_blocks=plan.phases[0].n_blocks, seed=config.seed, device=device)
         optimizer, step, seconds = None, 0, 0.0
-    if config.compile:
-        model.compile_regions()
+    if config.compile != "none":
+        model.compile_regions(whole=config.compile == "model")
 
     # --- outputs
     if master:

@@ -6,4 +6,4 @@ steps, tokens_per_step, batch_size = 700, 2048, 16
 learning_rate, lr_schedule, warmup_iters, grad_clip = 3e-3, "constant", 20, 1.0
 log_interval, eval_interval, checkpoint_interval = 10, 100, 200
 eval_tokens, hellaswag_limit = 32_768, 300
-device, compile = "cpu", False
+device, compile = "cpu", "none"

@@ -16,7 +16,7 @@ TINY = dict(n_layer=4, n_head=2, n_embd=32, block_size=64, vocab_size=320)
 # A second of training with everything in it that a run does.
 TINY_RUN = {
     "device": "cpu",
-    "compile": False,
+    "compile": "none",
     "n_layer": 4,
     "n_head": 2,
     "n_embd": 32,

@@ -27,8 +27,8 @@ def test_later_wins_files_and_options_alike(tmp_path):
 
 
 def test_options_are_typed():
-    c = load_config(["--learning_rate=1e-3", "--compile=False", "--continual_steps=equal_flops", "--phase_shares", "1", "3"])
-    assert (c.learning_rate, c.compile, c.continual_steps, c.phase_shares) == (1e-3, False, "equal_flops", (1.0, 3.0))
+    c = load_config(["--learning_rate=1e-3", "--compile=none", "--continual_steps=equal_flops", "--phase_shares", "1", "3"])
+    assert (c.learning_rate, c.compile, c.continual_steps, c.phase_shares) == (1e-3, "none", "equal_flops", (1.0, 3.0))
     assert load_config(["--continual_steps=12", "--dry_run"]).continual_steps == 12
     assert load_config(["--dry_run", "--steps=3"]).dry_run and not load_config(["--dry_run=False"]).dry_run
 

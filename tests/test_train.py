@@ -266,11 +266,25 @@ def test_compiled_regions_train_like_plain_ones_with_few_graphs(run_train, phase
     plain = metrics(run_train("plain", **options))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = metrics(run_train("compiled", **options, compile=True))
+    compiled = metrics(run_train("compiled", **options, compile="blocks"))
     assert [r["loss"] for r in plain[1:]] == pytest.approx([r["loss"] for r in compiled[1:]], rel=1e-4)
     assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
-    run_train("short", **options, compile=True, block_size=32)
+    run_train("short", **options, compile="blocks", block_size=32)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
+
+
+def test_the_model_compiled_whole_trains_like_the_plain_one(run_train, monkeypatch):
+    """Also beyond the number of graphs (here 1, else 8) after which torch gives up and runs a function uncompiled."""
+    if not shutil.which("g++") and not shutil.which("clang++"):
+        pytest.skip("torch.compile needs a C++ compiler on the CPU")
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    options = dict(n_layer=2, stages=2, steps=8, batch_size=16, hellaswag_limit=3)
+    plain = metrics(run_train("plain", **options))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = metrics(run_train("compiled", **options, compile="model"))
+    assert [r["loss"] for r in plain[1:]] == pytest.approx([r["loss"] for r in compiled[1:]], rel=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 4  # 3 of the model, 1 of the loss
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-3)])
@@ -353,7 +367,7 @@ open({str(tmp_path)!r} + "/exchanged" + os.environ["RANK"], "w").write(json.dump
 def test_the_gpu_trains_like_the_cpu(run_train, phase1):
     """bf16 products against fp32 ones, whole schedule, compiled."""
     cpu = metrics(run_train("cpu", **S4, phase1=phase1))
-    gpu = metrics(run_train("gpu", **S4, phase1=phase1, device="cuda", compile=True))
+    gpu = metrics(run_train("gpu", **S4, phase1=phase1, device="cuda", compile="blocks"))
     assert [r["loss"] for r in gpu[1:]] == pytest.approx([r["loss"] for r in cpu[1:]], rel=5e-3)
     assert gpu[-1]["hellaswag_n"] == 10 and gpu[-1]["peak_memory"] > 0
 
@@ -443,8 +457,8 @@ def test_a_save_that_fails_leaves_the_former_checkpoint(run_train, monkeypatch):
 
 def test_compiling_without_a_compiler_is_refused_before_the_run(run_train, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="C\\+\\+ compiler .* --compile=False"):
-        run_train("run", compile=True)
+    with pytest.raises(UserError, match="C\\+\\+ compiler .* --compile=none"):
+        run_train("run", compile="blocks")
     assert not (tmp_path / "run").exists()
 
 
