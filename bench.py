@@ -140,7 +140,7 @@ def check(config: BenchConfig) -> None:
         name, _, folder = option.partition("=")
         if name not in PEERS:
             raise UserError(f"--peer={option}: is none of {', '.join(PEERS)}")
-        if PEERS[name] and not Path(folder, PEERS[name]).is_file():
+        if PEERS[name] and not (folder and Path(folder, PEERS[name]).is_file()):
             raise UserError(f"--peer={option}: {PEERS[name]} is not in {folder or 'DIR'!r}; give a checkout, --peer {name}=DIR")
     if config.rounds < 1:
         raise UserError(f"--rounds={config.rounds} must be at least 1")

@@ -273,11 +273,11 @@ def test_compiled_regions_train_like_plain_ones_with_few_graphs(run_train, phase
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
 
 
-def test_the_model_compiled_whole_trains_like_the_plain_one(run_train, monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_the_model_compiled_whole_trains_like_the_plain_one(run_train):
     """Also beyond the number of graphs (here 1, else 8) after which torch gives up and runs a function uncompiled."""
     if not shutil.which("g++") and not shutil.which("clang++"):
         pytest.skip("torch.compile needs a C++ compiler on the CPU")
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     options = dict(n_layer=2, stages=2, steps=8, batch_size=16, hellaswag_limit=3)
     plain = metrics(run_train("plain", **options))
     torch._dynamo.reset()
