@@ -383,7 +383,7 @@ def machine(device: torch.device) -> dict:
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
     cpu = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(["python", os.path.relpath(sys.argv[0], Path(__file__).parent), *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "device": device_name(device),
         "cpu": f"{os.cpu_count()} x {cpu[0] if cpu else platform.machine()}",

@@ -56,8 +56,6 @@ class Config:
     """HellaSwag file; "auto" is data_dir/hellaswag.jsonl, or else the official set, downloaded once; "none" skips it."""
     hellaswag_limit: int = 0
     """Score only the first examples of the file; 0 is all."""
-    hellaswag_batch_tokens: int = 8192
-    """Padded positions in a forward pass of HellaSwag scoring."""
 
     # model
     n_layer: int = 12
@@ -194,7 +192,7 @@ def _file_options(path) -> list[str]:
 
 def _check(c: Config) -> None:
     positive = ("log_interval eval_interval eval_tokens checkpoint_interval n_layer n_head n_embd block_size steps "
-                "tokens_per_step batch_size hellaswag_batch_tokens").split()  # fmt: skip
+                "tokens_per_step batch_size").split()  # fmt: skip
     not_negative = "hellaswag_limit warmup_iters rewarm_iters min_lr learning_rate weight_decay grad_clip seed".split()
     below_one = "dropout beta1 beta2".split()
     for field in dataclasses.fields(c):

@@ -27,19 +27,19 @@ import tiktoken
 import torch
 import torch.distributed as dist
 import tyro
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from checkpoint import load_checkpoint, model_from
 from data import get_tokenizer
 from device import autocast, pick_device
 from errors import UserError, report_user_errors
-from model import logit_chunks
+from model import token_losses
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # 10,042 examples
 INSTEAD = "try again, or name a file of its form with --hellaswag_data (train.py; none goes without) or --data (hellaswag.py)"
 DEFAULT_PATH = Path(__file__).parent / "data" / "hellaswag_val.jsonl"
+BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # positions in a forward pass
 
 
 def task_file(option: str, data_dir: str) -> Path | None:
@@ -127,15 +127,16 @@ def load_examples(path: str | Path, encoding: tiktoken.Encoding, block_size: int
 
 
 @torch.no_grad()
-def ending_losses(model, examples: list[Example], batch_tokens=8192, rank=0, world_size=1, progress=False):
+def ending_losses(model, examples: list[Example], batch_tokens: int | None = None, rank=0, world_size=1, progress=False):
     """Summed loss in nats and number of tokens of every ending: two float64 arrays (examples, most endings).
 
     Ragged rows are filled with inf losses and counts of 1. A row is an example: its context once, then its endings, each of
-    which sees the context and itself. Rows are sorted by length and batched up to `batch_tokens` padded positions; the
+    which sees the context and itself. Rows are sorted by length and batched up to `batch_tokens` (BATCH_TOKENS) positions; the
     head runs only where an ending is scored. Every rank scores its share of the rows and all get all results. Contexts
     too long for the model lose their beginning.
     """
     block_size, device = model.config.block_size, model.lm_head.weight.device
+    batch_tokens = batch_tokens or BATCH_TOKENS[device.type]
     width = max(len(e.endings) for e in examples)
     counts = np.ones((len(examples), width))
     rows = []  # (context, endings, index of the first ending in the flattened results)
@@ -155,7 +156,7 @@ def ending_losses(model, examples: list[Example], batch_tokens=8192, rank=0, wor
     start = 0
     with tqdm(total=len(rows), unit="row", desc="HellaSwag", disable=not progress) as bar:
         while start < len(rows):
-            T = -(-length(rows[start]) // 8) * 8  # GPU kernels want the mask's rows aligned
+            T = length(rows[start])
             batch = rows[start : start + max(1, batch_tokens // T)]
             start += len(batch)
             idx = np.zeros((len(batch), T), dtype=np.int64)
@@ -181,11 +182,7 @@ def ending_losses(model, examples: list[Example], batch_tokens=8192, rank=0, wor
             i = torch.arange(T, device=device)
             mask = (i[:, None] >= i) & (i[:, None] < seen_until[:, None, None])  # (B, 1, T, T)
             x = model.hidden(idx, positions, mask).flatten(0, 1)[at]
-            n_parts = logit_chunks(len(x), model.config.vocab_size, device)
-            parts = zip(x.chunk(n_parts), targets.chunk(n_parts), owners.chunk(n_parts))
-            for x_part, targets_part, owners_part in parts:
-                losses = F.cross_entropy(model.head(x_part).float(), targets_part, reduction="none")
-                sums.index_add_(0, owners_part, losses.double())
+            sums.index_add_(0, owners, token_losses(x, model.lm_head.weight, targets).double())
             bar.update(len(batch))
     if world_size > 1:
         dist.all_reduce(sums)
@@ -217,8 +214,6 @@ class Args:
     """File of HellaSwag's JSON lines; default: the one that the run used, or the official validation set, downloaded once."""
     limit: int = 0
     """Score only the first examples; 0 is all."""
-    batch_tokens: int = 8192
-    """Padded positions in a forward pass."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -236,7 +231,7 @@ def main(args: Args) -> None:
         download()
     examples = load_examples(path, encoding, model.config.block_size, args.limit)
     with autocast(device, args.dtype):
-        r = evaluate(model, examples, batch_tokens=args.batch_tokens, progress=True)
+        r = evaluate(model, examples, progress=True)
     print(f"step {checkpoint['step']}, {checkpoint['n_blocks']} blocks, {r['n']} examples of {path}")
     for name in ("acc", "acc_norm"):
         print(f"{name:8s} {r[name]:.4f} +- {r[name + '_stderr']:.4f}")

@@ -100,20 +100,22 @@ class Block(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # the head and its loss, the one place where tensors as wide as the vocabulary exist
 
-# Logits that exist at once. On the CPU the allocator gives larger blocks back to the system each time, and the time goes into
-# page faults.
+# Logits that exist at once, in bytes of fp32. In training every part adds to the whole weight gradient, so that small parts
+# cost; in evaluation a part does best to stay near the caches.
 LOGITS_BYTES = {"cpu": 192 * 2**20, "cuda": 2 * 2**30}
+LOGITS_BYTES_EVAL = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}
 
 
-def logit_chunks(n_rows: int, n_vocab: int, device: torch.device) -> int:
-    """Number of equal parts to cut `n_rows` rows of logits into, so that a part in fp32 keeps within LOGITS_BYTES."""
-    return max(1, math.ceil(4 * n_rows * n_vocab / LOGITS_BYTES[device.type]))
+def _part_size(n_rows, n_vocab, limit):
+    """Rows in each of the fewest equal parts of `n_rows` rows whose logits keep within `limit` bytes."""
+    n_parts = max(1, math.ceil(4 * n_rows * n_vocab / limit))
+    return math.ceil(n_rows / n_parts)
 
 
 class SoftmaxLoss(nn.Module):
     """Cross entropy of logits (N, V), summed, in nats; and its gradient (N, V), of the logits' dtype.
 
-    A module, so that it can be compiled by itself: one kernel for the sums and one for the gradient, in fp32 registers.
+    A module, so that it can be compiled by itself, without a tensor of fp32 logits.
     """
 
     def forward(self, logits, targets):
@@ -137,20 +139,19 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     x (N, C), weight (V, C), targets (N,). The gradients are computed in the forward pass, while a part's logits are there;
     the backward pass scales them. Products are made in autocast's dtype where that is on, sums in fp32. Nothing is
-    computed that does not require a gradient: a frozen head costs two of the three products, an evaluation one.
+    computed that does not require a gradient: a frozen head costs two of the three products.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, softmax_loss):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        n_parts = logit_chunks(len(x), len(weight), x.device)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         loss = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         with torch.autocast(kind, enabled=False):
             w = weight.to(dtype)
-            size = math.ceil(len(x) / n_parts)
+            size = _part_size(len(x), len(weight), LOGITS_BYTES[kind])
             for start in range(0, len(x), size):
                 rows = slice(start, start + size)
                 x_part = x[rows].to(dtype)
@@ -169,6 +170,26 @@ class LinearCrossEntropy(torch.autograd.Function):
         scale = grad / ctx.N
         dx, dw = (None if d is None else d.mul_(scale) for d in ctx.saved_tensors)
         return dx, dw, None, None
+
+
+@torch.no_grad()
+def token_losses(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross entropy (N,) in nats of each row of the logits x @ weight.T, for evaluation; else as LinearCrossEntropy."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    size = _part_size(len(x), len(weight), LOGITS_BYTES_EVAL[kind])
+    # Reused by all parts: on the CPU, memory that is new each time costs a fifth of the head's time in page faults.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    logits, log_p = (torch.empty(size, len(weight), dtype=wide, device=x.device) for _ in range(2))
+    losses = []
+    with torch.autocast(kind, enabled=False):
+        w = weight.to(dtype)
+        for x_part, targets_part in zip(x.to(dtype).split(size), targets.split(size)):
+            n = len(x_part)
+            _product_into(logits[:n], x_part, w.T)
+            torch.log_softmax(logits[:n], -1, out=log_p[:n])
+            losses.append(-log_p[:n].gather(1, targets_part[:, None]).squeeze(1))
+    return torch.cat(losses)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,7 +273,10 @@ class GPT(nn.Module):
         x = self.hidden(idx)
         if targets is None:
             return self.head(x)
-        return LinearCrossEntropy.apply(x.flatten(0, 1), self._head_weight(), targets.flatten(), self.softmax_loss)
+        x, targets = x.flatten(0, 1), targets.flatten()
+        if not torch.is_grad_enabled():
+            return token_losses(x, self.lm_head.weight, targets).mean()
+        return LinearCrossEntropy.apply(x, self._head_weight(), targets, self.softmax_loss)
 
     def hidden(self, idx: torch.Tensor, positions: torch.Tensor | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
         """States (B, T, C) after the final norm, the input of `head`.

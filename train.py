@@ -129,8 +129,7 @@ def main() -> None:
                 dist.all_reduce(total)
             result["val_loss"] = total.item() / len(val_windows)
             if examples:
-                options = dict(batch_tokens=config.hellaswag_batch_tokens, rank=rank, world_size=world_size)
-                scores = hellaswag.evaluate(model, examples, **options)
+                scores = hellaswag.evaluate(model, examples, rank=rank, world_size=world_size)
                 result |= {f"hellaswag_{name}": value for name, value in scores.items()}
         model.train()
         return result

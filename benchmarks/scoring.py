@@ -1,18 +1,20 @@
 """HellaSwag: hellaswag.py against one example at a time, by turns, on the same examples.
 
-    python benchmarks/scoring.py --data FILE [--checkpoint RUN] [--limit 60]
+    python benchmarks/scoring.py --data FILE [--peer DIR] [--checkpoint RUN] [--limit 600]
 
-One at a time is build-nanogpt's evaluation loop: an example's endings are one padded batch, each with its context, and logits are
-made at every position.
+One at a time: an example's endings are one padded batch, each with its context, and logits are made at every position. With
+--peer, a checkout of build-nanogpt, its own code does the same with its own model, given the same weights.
 """
 
+import json
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 import torch
 import tyro
 from torch.nn import functional as F
@@ -20,29 +22,31 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from bench import machine, synchronize, write_report
+from bench import definitions, machine, synchronize, write_report
 from checkpoint import load_checkpoint, model_from
 from data import get_tokenizer
 from device import autocast, pick_device
-from errors import report_user_errors
+from errors import UserError, report_user_errors
 from hellaswag import Example, ending_losses, load_examples
 from model import GPT, GPTConfig
 
 
 @dataclass
 class Args:
-    """Time and compare two ways to score HellaSwag."""
+    """Time and compare ways to score HellaSwag."""
 
     data: Path
     """File of HellaSwag's JSON lines."""
     checkpoint: Path | None = None
     """A run folder; default: GPT-2 124M with random weights."""
-    limit: int = 60
+    peer: Path | None = None
+    """A checkout of build-nanogpt; its model and loop are timed too (GPT-2's tokenizer, four endings, biases)."""
+    limit: int = 600
     """Examples, drawn evenly from the whole file; 0 is all."""
-    rounds: int = 3
-    """Parts that the examples are cut into; each part is scored both ways."""
-    batch_tokens: int = 8192
-    """Padded positions in a forward pass of hellaswag.py."""
+    rounds: int = 6
+    """Parts that the examples are cut into; each part is scored in every way."""
+    batch_tokens: int | None = None
+    """Positions in a forward pass of hellaswag.py."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     json: Path = Path("out/bench/scoring.json")
@@ -50,8 +54,8 @@ class Args:
 
 
 @torch.no_grad()
-def one_by_one(model, example: Example) -> torch.Tensor:
-    """Summed loss in nats of every ending of an example (endings,)."""
+def one_by_one(model, example: Example) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed and mean loss in nats of every ending of an example (endings,): the plain way, by the definition."""
     device = model.lm_head.weight.device
     rows = [(example.context + ending)[-model.config.block_size - 1 :] for ending in example.endings]
     masks = [[0] * (len(row) - len(ending)) + [1] * len(ending) for row, ending in zip(rows, example.endings)]
@@ -59,39 +63,91 @@ def one_by_one(model, example: Example) -> torch.Tensor:
     tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
     mask = torch.tensor([m + [0] * (longest - len(m)) for m in masks], device=device)[:, 1:]
     logits = model(tokens[:, :-1])
-    losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(mask.shape)
-    return (losses * mask).sum(1)
+    losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none") * mask
+    return losses.sum(1), losses.sum(1) / mask.sum(1)
+
+
+def build_nanogpt(folder: Path, model: GPT):
+    """Its way to choose an ending: a function of an example as its file has it."""
+    scorer, trainer = definitions(folder / "hellaswag.py"), definitions(folder / "train_gpt2.py")
+    scorer.enc = tiktoken.get_encoding("gpt2")
+    shape, device = model.config, model.lm_head.weight.device
+    sizes = dict(n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd)
+    peer = trainer.GPT(trainer.GPTConfig(block_size=shape.block_size, vocab_size=shape.vocab_size, **sizes)).to(device).eval()
+    peer.load_state_dict(model.state_dict())
+
+    @torch.no_grad()
+    def choose(example: dict) -> int:
+        _, tokens, mask, _ = scorer.render_example(example)
+        tokens, mask = tokens.to(device), mask.to(device)
+        logits, _ = peer(tokens)
+        return trainer.get_most_likely_row(tokens, mask, logits)
+
+    return choose
+
+
+@dataclass
+class Tally:
+    """How one way to score went, beside hellaswag.py."""
+
+    seconds: list[float] = field(default_factory=list)  # an example, one entry a round
+    differ: dict[str, int] = field(default_factory=dict)  # predictions unlike those of hellaswag.py
+    closest: list[float] = field(default_factory=list)  # by how much, in nats, hellaswag.py preferred its own choice, where they differ
 
 
 def main(args: Args) -> None:
+    if args.peer and not (args.peer / "train_gpt2.py").is_file():
+        raise UserError(f"--peer={args.peer}: train_gpt2.py is not there; name a checkout of build-nanogpt")
     device = pick_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else None
     model = model_from(checkpoint, device) if checkpoint else GPT(GPTConfig(), device=device)
     model.eval()
     examples = load_examples(args.data, get_tokenizer(checkpoint["tokenizer"] if checkpoint else "gpt2"), model.config.block_size)
-    examples = examples[:: max(1, len(examples) // args.limit)][: args.limit] if args.limit else examples
-    seconds, differ, largest = {"one by one": [], "hellaswag.py": []}, {"acc": 0, "acc_norm": 0}, 0.0
+    lines = [line for line in args.data.read_text("utf-8").split("\n") if line.strip()]
+    every = max(1, len(examples) // args.limit) if args.limit else 1
+    chosen = range(0, len(examples), every)[: args.limit or None]
+
+    ours, plain, largest = Tally(), Tally(differ={"acc": 0, "acc_norm": 0}), 0.0
+    ways = {"hellaswag.py": ours, "one by one": plain}
+    if args.peer:
+        choose, peer = build_nanogpt(args.peer, model), Tally(differ={"acc_norm": 0})
+        ways["build-nanogpt"] = peer
+
+    def timed(way, score):
+        synchronize(device)
+        start = time.perf_counter()
+        result = score()
+        synchronize(device)
+        way.seconds.append((time.perf_counter() - start) / len(part))
+        return result
+
+    def compare(way, name, choice, losses):
+        if choice != losses.argmin():
+            way.differ[name] += 1
+            way.closest.append(float(losses[choice] - losses.min()))
+
     with autocast(device, "auto"):
-        one_by_one(model, examples[0]), ending_losses(model, examples[:4])  # warm up
-        for part in tqdm([examples[r :: args.rounds] for r in range(args.rounds)], desc="rounds"):
-            synchronize(device)
-            start = time.perf_counter()
-            plain = [one_by_one(model, e).double().cpu().numpy() for e in part]
-            middle = time.perf_counter()
-            sums, counts = ending_losses(model, part, batch_tokens=args.batch_tokens)
-            seconds["one by one"].append((middle - start) / len(part))
-            seconds["hellaswag.py"].append((time.perf_counter() - middle) / len(part))
-            for e, a, b, n in zip(part, plain, sums, counts):
-                b, n = b[: len(e.endings)], n[: len(e.endings)]
-                differ["acc"] += int(a.argmin() != b.argmin())
-                differ["acc_norm"] += int((a / n).argmin() != (b / n).argmin())
-                largest = max(largest, float(np.abs(a / b - 1).max()))
-    ratio = statistics.median(a / b for a, b in zip(*seconds.values()))
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    for name, value in medians.items():
-        print(f"{name:14s} {value:.4f} s an example")
-    print(f"ratio {ratio:.2f}; {len(examples)} examples: predictions that differ {differ}, largest relative difference of a loss {largest:.1e}")
-    results = {"seconds_an_example": medians, "ratio": ratio, "examples": len(examples), "differ": differ, "largest_difference": largest}
+        for i in chosen[:4]:  # warm up
+            one_by_one(model, examples[i]), ending_losses(model, [examples[i]])
+        for part in tqdm([chosen[r :: args.rounds] for r in range(args.rounds)], desc="rounds"):
+            in_part = [examples[i] for i in part]
+            losses_of = timed(plain, lambda: [[losses.double().cpu().numpy() for losses in one_by_one(model, e)] for e in in_part])
+            sums, counts = timed(ours, lambda: ending_losses(model, in_part, batch_tokens=args.batch_tokens))
+            choices = timed(peer, lambda: [choose(json.loads(lines[i])) for i in part]) if args.peer else None
+            for k, (example, (summed, mean)) in enumerate(zip(in_part, losses_of)):
+                n = len(example.endings)
+                compare(plain, "acc", summed.argmin(), sums[k])
+                compare(plain, "acc_norm", mean.argmin(), sums[k] / counts[k])
+                largest = max(largest, float(np.abs(sums[k, :n] / summed - 1).max()))
+                if args.peer:
+                    compare(peer, "acc_norm", choices[k], sums[k] / counts[k])
+
+    results = {"examples": len(chosen), "largest_relative_difference_of_a_loss": largest, "ways": {}}
+    for name, way in ways.items():
+        seconds, ratio = statistics.median(way.seconds), statistics.median(a / b for a, b in zip(way.seconds, ours.seconds))
+        results["ways"][name] = {"seconds_an_example": seconds, "ratio": ratio, "predictions_that_differ": way.differ, "by_nats": way.closest}
+        print(f"{name:14s} {seconds:.4f} s an example, {ratio:.2f} of hellaswag.py's; predictions that differ: {way.differ or '-'}")
+    print(f"{len(chosen)} examples; losses one by one differ by {largest:.1e} at most, relatively")
     write_report(args.json, {"machine": machine(device)} | results)
 
 
