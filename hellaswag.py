@@ -126,6 +126,38 @@ def load_examples(path: str | Path, encoding: tiktoken.Encoding, block_size: int
     return examples
 
 
+def pack(rows, T: int, width: int) -> tuple[np.ndarray, ...]:
+    """A batch of packed rows: each a context, its endings but for their last tokens, padding.
+
+    rows: (context, endings, number of the first ending) each. Returns int64 arrays
+
+        idx, positions, seen_until (B, T)   tokens, their places in their texts, and up to where in the row they are seen
+        at (M,)                             where, in the flattened batch, something is predicted
+        targets (M, width)                  what, for each ending that is predicted there: all begin at the same place
+        which, columns, owners (N,)         for every ending token, its place in targets, and the number of its ending
+    """
+    idx, positions = np.zeros((2, len(rows), T), dtype=np.int64)
+    # A context is seen by its whole row, an ending by itself, padding, which comes last, by nobody else.
+    seen_until = np.full((len(rows), T), T)
+    at, tokens, columns, owners = [], [], [], []
+    for b, (context, endings, first) in enumerate(rows):
+        n = begin = len(context)
+        idx[b, :n], positions[b, :n] = context, range(n)
+        for column, ending in enumerate(endings):
+            end = begin + len(ending) - 1
+            idx[b, begin:end], positions[b, begin:end] = ending[:-1], range(n, n + end - begin)
+            seen_until[b, begin:end] = end
+            at += [b * T + n - 1, *range(b * T + begin, b * T + end)]
+            tokens += ending
+            columns += [column] * len(ending)
+            owners += [first + column] * len(ending)
+            begin = end
+    at, which = np.unique(at, return_inverse=True)
+    targets = np.zeros((len(at), width), dtype=np.int64)
+    targets[which, columns] = tokens
+    return idx, positions, seen_until, at, targets, which, np.array(columns), np.array(owners)
+
+
 @torch.no_grad()
 def ending_losses(model, examples: list[Example], batch_tokens: int | None = None, rank=0, world_size=1, progress=False):
     """Summed loss in nats and number of tokens of every ending: two float64 arrays (examples, most endings).
@@ -139,7 +171,7 @@ def ending_losses(model, examples: list[Example], batch_tokens: int | None = Non
     batch_tokens = batch_tokens or BATCH_TOKENS[device.type]
     width = max(len(e.endings) for e in examples)
     counts = np.ones((len(examples), width))
-    rows = []  # (context, endings, index of the first ending in the flattened results)
+    rows = []  # (context, endings, number of the first of them in the flattened results)
     for i, e in enumerate(examples):
         counts[i, : len(e.endings)] = list(map(len, e.endings))
         if len(e.context) + max(map(len, e.endings)) <= block_size + 1:  # the last token is only predicted
@@ -159,30 +191,12 @@ def ending_losses(model, examples: list[Example], batch_tokens: int | None = Non
             T = length(rows[start])
             batch = rows[start : start + max(1, batch_tokens // T)]
             start += len(batch)
-            idx = np.zeros((len(batch), T), dtype=np.int64)
-            positions = np.zeros((len(batch), T), dtype=np.int64)
-            # Up to where a token is seen: a context by its whole row, an ending by itself, padding (at the end) by nobody else.
-            seen_until = np.full((len(batch), T), T)
-            at, targets, owners = [], [], []  # where ending tokens are predicted, which they are, and of which ending
-            for b, (context, endings, owner) in enumerate(batch):
-                n = len(context)
-                idx[b, :n], positions[b, :n] = context, range(n)
-                begin = n
-                for ending in endings:
-                    end = begin + len(ending) - 1
-                    idx[b, begin:end], positions[b, begin:end] = ending[:-1], range(n, n + end - begin)
-                    seen_until[b, begin:end] = end
-                    at += [b * T + n - 1, *range(b * T + begin, b * T + end)]
-                    targets += ending
-                    owners += [owner] * len(ending)
-                    begin, owner = end, owner + 1
-            idx, positions, seen_until, at, targets, owners = (
-                torch.from_numpy(np.asarray(a)).to(device) for a in (idx, positions, seen_until, at, targets, owners)
-            )
+            arrays = (torch.from_numpy(array) for array in pack(batch, T, width))
+            idx, positions, seen_until, at, targets, which, columns, owners = (t.to(device) for t in arrays)
             i = torch.arange(T, device=device)
             mask = (i[:, None] >= i) & (i[:, None] < seen_until[:, None, None])  # (B, 1, T, T)
             x = model.hidden(idx, positions, mask).flatten(0, 1)[at]
-            sums.index_add_(0, owners, token_losses(x, model.lm_head.weight, targets).double())
+            sums.index_add_(0, owners, token_losses(x, model.lm_head.weight, targets)[which, columns].double())
             bar.update(len(batch))
     if world_size > 1:
         dist.all_reduce(sums)

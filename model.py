@@ -174,7 +174,10 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 @torch.no_grad()
 def token_losses(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross entropy (N,) in nats of each row of the logits x @ weight.T, for evaluation; else as LinearCrossEntropy."""
+    """Cross entropy (N, K) in nats of each row of the logits x @ weight.T with each of its targets (N, K), for evaluation.
+
+    Dtypes, and parts that never exist together, as in LinearCrossEntropy.
+    """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     size = _part_size(len(x), len(weight), LOGITS_BYTES_EVAL[kind])
@@ -188,7 +191,7 @@ def token_losses(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -
             n = len(x_part)
             _product_into(logits[:n], x_part, w.T)
             torch.log_softmax(logits[:n], -1, out=log_p[:n])
-            losses.append(-log_p[:n].gather(1, targets_part[:, None]).squeeze(1))
+            losses.append(-log_p[:n].gather(1, targets_part))
     return torch.cat(losses)
 
 
@@ -275,7 +278,7 @@ class GPT(nn.Module):
             return self.head(x)
         x, targets = x.flatten(0, 1), targets.flatten()
         if not torch.is_grad_enabled():
-            return token_losses(x, self.lm_head.weight, targets).mean()
+            return token_losses(x, self.lm_head.weight, targets[:, None]).mean()
         return LinearCrossEntropy.apply(x, self._head_weight(), targets, self.softmax_loss)
 
     def hidden(self, idx: torch.Tensor, positions: torch.Tensor | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -118,7 +118,7 @@ def main() -> None:
         """Validation loss, and HellaSwag where there is one: every rank's share, summed."""
         result = {}
         model.eval()
-        # Eager: the varying shapes of HellaSwag would each compile the blocks anew, and the loss would for another mode.
+        # Eager: the varying shapes of HellaSwag would each compile the blocks anew.
         with torch.no_grad(), precision, torch.compiler.set_stance("force_eager"):
             total = torch.zeros((), dtype=torch.float64, device=device)
             for start in range(rank * config.batch_size, len(val_windows), world_size * config.batch_size):

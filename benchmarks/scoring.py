@@ -7,7 +7,6 @@ One at a time: an example's endings are one padded batch, each with its context,
 """
 
 import json
-import statistics
 import sys
 import time
 from dataclasses import dataclass, field
@@ -43,8 +42,8 @@ class Args:
     """A checkout of build-nanogpt; its model and loop are timed too (GPT-2's tokenizer, four endings, biases)."""
     limit: int = 600
     """Examples, drawn evenly from the whole file; 0 is all."""
-    rounds: int = 6
-    """Parts that the examples are cut into; each part is scored in every way."""
+    rounds: int = 12
+    """Parts that the examples are cut into, by length; each part is scored in every way."""
     batch_tokens: int | None = None
     """Positions in a forward pass of hellaswag.py."""
     device: str = "auto"
@@ -90,7 +89,7 @@ def build_nanogpt(folder: Path, model: GPT):
 class Tally:
     """How one way to score went, beside hellaswag.py."""
 
-    seconds: list[float] = field(default_factory=list)  # an example, one entry a round
+    seconds: list[float] = field(default_factory=list)  # one entry a round
     differ: dict[str, int] = field(default_factory=dict)  # predictions unlike those of hellaswag.py
     closest: list[float] = field(default_factory=list)  # by how much, in nats, hellaswag.py preferred its own choice, where they differ
 
@@ -105,7 +104,10 @@ def main(args: Args) -> None:
     examples = load_examples(args.data, get_tokenizer(checkpoint["tokenizer"] if checkpoint else "gpt2"), model.config.block_size)
     lines = [line for line in args.data.read_text("utf-8").split("\n") if line.strip()]
     every = max(1, len(examples) // args.limit) if args.limit else 1
-    chosen = range(0, len(examples), every)[: args.limit or None]
+    chosen = list(range(0, len(examples), every))[: args.limit or None]
+    # Examples of like length together, so that hellaswag.py's batches have as little padding as among all examples.
+    chosen.sort(key=lambda i: len(examples[i].context) + sum(map(len, examples[i].endings)))
+    parts = np.array_split(chosen, args.rounds)
 
     ours, plain, largest = Tally(), Tally(differ={"acc": 0, "acc_norm": 0}), 0.0
     ways = {"hellaswag.py": ours, "one by one": plain}
@@ -118,7 +120,7 @@ def main(args: Args) -> None:
         start = time.perf_counter()
         result = score()
         synchronize(device)
-        way.seconds.append((time.perf_counter() - start) / len(part))
+        way.seconds.append(time.perf_counter() - start)
         return result
 
     def compare(way, name, choice, losses):
@@ -129,7 +131,7 @@ def main(args: Args) -> None:
     with autocast(device, "auto"):
         for i in chosen[:4]:  # warm up
             one_by_one(model, examples[i]), ending_losses(model, [examples[i]])
-        for part in tqdm([chosen[r :: args.rounds] for r in range(args.rounds)], desc="rounds"):
+        for part in tqdm(parts, desc="rounds"):
             in_part = [examples[i] for i in part]
             losses_of = timed(plain, lambda: [[losses.double().cpu().numpy() for losses in one_by_one(model, e)] for e in in_part])
             sums, counts = timed(ours, lambda: ending_losses(model, in_part, batch_tokens=args.batch_tokens))
@@ -144,8 +146,10 @@ def main(args: Args) -> None:
 
     results = {"examples": len(chosen), "largest_relative_difference_of_a_loss": largest, "ways": {}}
     for name, way in ways.items():
-        seconds, ratio = statistics.median(way.seconds), statistics.median(a / b for a, b in zip(way.seconds, ours.seconds))
-        results["ways"][name] = {"seconds_an_example": seconds, "ratio": ratio, "predictions_that_differ": way.differ, "by_nats": way.closest}
+        seconds, ratio = sum(way.seconds) / len(chosen), sum(way.seconds) / sum(ours.seconds)
+        ratios = [a / b for a, b in zip(way.seconds, ours.seconds)]
+        times = {"seconds_an_example": seconds, "ratio": ratio, "ratios": ratios}
+        results["ways"][name] = times | {"predictions_that_differ": way.differ, "by_nats": way.closest}
         print(f"{name:14s} {seconds:.4f} s an example, {ratio:.2f} of hellaswag.py's; predictions that differ: {way.differ or '-'}")
     print(f"{len(chosen)} examples; losses one by one differ by {largest:.1e} at most, relatively")
     write_report(args.json, {"machine": machine(device)} | results)
