@@ -1,16 +1,20 @@
 """HellaSwag: hellaswag.py against one example at a time, by turns, on the same examples.
 
-    python benchmarks/scoring.py --data FILE [--peer DIR] [--checkpoint RUN] [--limit 600]
+    python benchmarks/scoring.py --data FILE [--peer DIR] [--checkpoint RUN] [--limit 240]
 
 One at a time: an example's endings are one padded batch, each with its context, and logits are made at every position. With
---peer, a checkout of build-nanogpt, its own code does the same with its own model, given the same weights.
+--peer, a checkout of build-nanogpt, its own code does the same, given the same weights: the loop of its hellaswag.py, which has
+transformers' model, and the one of its train_gpt2.py, which has its own.
 """
 
+import contextlib
+import io
 import json
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import tiktoken
@@ -21,13 +25,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from bench import definitions, machine, synchronize, write_report
+from bench import definitions, hugging_face, machine, synchronize, write_report
 from checkpoint import load_checkpoint, model_from
 from data import get_tokenizer
 from device import autocast, pick_device
 from errors import UserError, report_user_errors
 from hellaswag import Example, ending_losses, load_examples
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, to_hf
 
 
 @dataclass
@@ -40,7 +44,7 @@ class Args:
     """A run folder; default: GPT-2 124M with random weights."""
     peer: Path | None = None
     """A checkout of build-nanogpt; its model and loop are timed too (GPT-2's tokenizer, four endings, biases)."""
-    limit: int = 600
+    limit: int = 240
     """Examples, drawn evenly from the whole file; 0 is all."""
     rounds: int = 12
     """Parts that the examples are cut into, by length; each part is scored in every way."""
@@ -67,22 +71,33 @@ def one_by_one(model, example: Example) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def build_nanogpt(folder: Path, model: GPT):
-    """Its way to choose an ending: a function of an example as its file has it."""
+    """Its two ways to score, each a function of examples as the file has them: the first prints, the second returns choices."""
     scorer, trainer = definitions(folder / "hellaswag.py"), definitions(folder / "train_gpt2.py")
     scorer.enc = tiktoken.get_encoding("gpt2")
     shape, device = model.config, model.lm_head.weight.device
     sizes = dict(n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd)
     peer = trainer.GPT(trainer.GPTConfig(block_size=shape.block_size, vocab_size=shape.vocab_size, **sizes)).to(device).eval()
     peer.load_state_dict(model.state_dict())
+    transformers = hugging_face(shape).to(device).eval()
+    transformers.load_state_dict(to_hf(model.state_dict()))
+    scorer.GPT2LMHeadModel = SimpleNamespace(from_pretrained=lambda name: transformers)
+
+    def run_script(examples: list[dict]) -> None:
+        scorer.iterate_examples = lambda split: examples
+        with contextlib.redirect_stdout(io.StringIO()):
+            scorer.evaluate("gpt2", device)
 
     @torch.no_grad()
-    def choose(example: dict) -> int:
-        _, tokens, mask, _ = scorer.render_example(example)
-        tokens, mask = tokens.to(device), mask.to(device)
-        logits, _ = peer(tokens)
-        return trainer.get_most_likely_row(tokens, mask, logits)
+    def choices(examples: list[dict]) -> list[int]:
+        result = []
+        for example in examples:
+            _, tokens, mask, _ = scorer.render_example(example)
+            tokens, mask = tokens.to(device), mask.to(device)
+            logits, _ = peer(tokens)
+            result.append(trainer.get_most_likely_row(tokens, mask, logits))
+        return result
 
-    return choose
+    return run_script, choices
 
 
 @dataclass
@@ -112,8 +127,9 @@ def main(args: Args) -> None:
     ours, plain, largest = Tally(), Tally(differ={"acc": 0, "acc_norm": 0}), 0.0
     ways = {"hellaswag.py": ours, "one by one": plain}
     if args.peer:
-        choose, peer = build_nanogpt(args.peer, model), Tally(differ={"acc_norm": 0})
-        ways["build-nanogpt"] = peer
+        run_script, choices_of = build_nanogpt(args.peer, model)
+        script, loop = Tally(), Tally(differ={"acc_norm": 0})
+        ways |= {"build-nanogpt's hellaswag.py": script, "build-nanogpt's train_gpt2.py": loop}
 
     def timed(way, score):
         synchronize(device)
@@ -135,14 +151,17 @@ def main(args: Args) -> None:
             in_part = [examples[i] for i in part]
             losses_of = timed(plain, lambda: [[losses.double().cpu().numpy() for losses in one_by_one(model, e)] for e in in_part])
             sums, counts = timed(ours, lambda: ending_losses(model, in_part, batch_tokens=args.batch_tokens))
-            choices = timed(peer, lambda: [choose(json.loads(lines[i])) for i in part]) if args.peer else None
+            if args.peer:
+                raw = [json.loads(lines[i]) for i in part]
+                timed(script, lambda: run_script(raw))
+                choices = timed(loop, lambda: choices_of(raw))
             for k, (example, (summed, mean)) in enumerate(zip(in_part, losses_of)):
                 n = len(example.endings)
                 compare(plain, "acc", summed.argmin(), sums[k])
                 compare(plain, "acc_norm", mean.argmin(), sums[k] / counts[k])
                 largest = max(largest, float(np.abs(sums[k, :n] / summed - 1).max()))
                 if args.peer:
-                    compare(peer, "acc_norm", choices[k], sums[k] / counts[k])
+                    compare(loop, "acc_norm", choices[k], sums[k] / counts[k])
 
     results = {"examples": len(chosen), "largest_relative_difference_of_a_loss": largest, "ways": {}}
     for name, way in ways.items():
@@ -150,7 +169,7 @@ def main(args: Args) -> None:
         ratios = [a / b for a, b in zip(way.seconds, ours.seconds)]
         times = {"seconds_an_example": seconds, "ratio": ratio, "ratios": ratios}
         results["ways"][name] = times | {"predictions_that_differ": way.differ, "by_nats": way.closest}
-        print(f"{name:14s} {seconds:.4f} s an example, {ratio:.2f} of hellaswag.py's; predictions that differ: {way.differ or '-'}")
+        print(f"{name:30s} {seconds:.4f} s an example, {ratio:.2f} of hellaswag.py's; predictions that differ: {way.differ or '-'}")
     print(f"{len(chosen)} examples; losses one by one differ by {largest:.1e} at most, relatively")
     write_report(args.json, {"machine": machine(device)} | results)
 
