@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUNS := out/demo/baseline out/demo/s4
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test fuzz soak clean
 
 setup: .venv/installed
 
@@ -27,6 +27,15 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# 12,000 mutated inputs: some minutes.
+fuzz: setup
+	$(BIN)/python tests/fuzz.py
+
+# Two hours of training that is killed every few minutes.
+soak: setup
+	test -f data/stdlib/meta.json || $(BIN)/python fineweb.py --source stdlib --out data/stdlib
+	$(BIN)/python tests/soak.py
 
 clean:
 	rm -rf .venv out/demo data/stdlib

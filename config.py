@@ -35,9 +35,10 @@ class Config:
 
     # output
     out_dir: str = "out/gpt2_124m"
-    """Folder of the run: config.json, plan.json, metrics.jsonl, ckpt.pt."""
-    init_from: Literal["scratch", "resume"] = "scratch"
-    """"scratch" begins a run in a new folder, "resume" goes on from the checkpoint in out_dir."""
+    """Folder of the run: config.json, plan.json, metrics.jsonl, checkpoints/."""
+    init_from: Literal["scratch", "resume", "auto"] = "scratch"
+    """"scratch" begins a run in a new folder, "resume" goes on from the newest checkpoint in out_dir, "auto" resumes where there
+    is one and else begins."""
     dry_run: bool = False
     """Print the plan and what it costs, write plan.json, and stop: needs no data and no GPU."""
     log_interval: int = 10
@@ -47,11 +48,15 @@ class Config:
     eval_tokens: int = 10_485_760
     """Validation tokens of an evaluation, always the same ones; as many as there are if fewer."""
     checkpoint_interval: int = 1000
-    """Steps between checkpoints; one more is written at the end."""
+    """Steps between checkpoints; more are written at the end of each stage and of the run, and when a signal stops it."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept; those at the end of a stage are kept for good."""
 
     # data
     data_dir: str = "data/fineweb_edu"
     """Folder of token shards and meta.json, as fineweb.py writes it."""
+    verify_data: bool = False
+    """Compare the sha256 of every shard with meta.json before the run starts."""
     hellaswag_data: str = "auto"
     """HellaSwag file; "auto" is data_dir/hellaswag.jsonl, or else the official set, downloaded once; "none" skips it."""
     hellaswag_limit: int = 0
@@ -112,6 +117,8 @@ class Config:
     """AdamW's decay of the second moment."""
     grad_clip: float = 0.0
     """Largest norm of the gradient; 0 does not clip."""
+    max_bad_steps: int = 10
+    """Updates in a row that may be skipped because loss or gradient are not finite; then the run stops."""
     phase_optimizer: Literal["carry", "reset"] = "carry"
     """Optimizer state at a phase of a stage: carried over for all parameters that exist, or reset to zero."""
     continual_optimizer: Literal["carry", "reset"] = "carry"
@@ -126,6 +133,8 @@ class Config:
     """torch.compile every block, which growth and freezing reuse; or the whole "model", anew in every phase, for narrow ones."""
     seed: int = 1337
     """Seed of the weights, the order of the data and dropout."""
+    timeout: int = 600
+    """Seconds that a process waits for the others before the run ends."""
 
     def model(self, vocab_size: int) -> GPTConfig:
         """Shape of the finished model."""
@@ -191,7 +200,7 @@ def _file_options(path) -> list[str]:
 
 
 def _check(c: Config) -> None:
-    positive = ("log_interval eval_interval eval_tokens checkpoint_interval n_layer n_head n_embd block_size steps "
+    positive = ("log_interval eval_interval eval_tokens checkpoint_interval keep_checkpoints max_bad_steps timeout n_layer n_head n_embd block_size steps "
                 "tokens_per_step batch_size").split()  # fmt: skip
     not_negative = "hellaswag_limit warmup_iters rewarm_iters min_lr learning_rate weight_decay grad_clip seed".split()
     below_one = "dropout beta1 beta2".split()

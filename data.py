@@ -1,7 +1,7 @@
 """Token shards and tokenizers: what the corpus is, and which tokens step t reads.
 
 A corpus is a folder of shards in llm.c's .bin format (256 int32 header: magic 20240520, version 1, token count; then uint16
-tokens), with a meta.json beside them that names them. fineweb.py writes it; train.py reads it through memory maps.
+tokens), with a meta.json beside them that names them. fineweb.py writes it; train.py reads it window by window.
 """
 
 import json
@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
+from tqdm import tqdm
 
 from errors import UserError, first_line
+from files import sha256
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
@@ -89,6 +91,23 @@ def load_meta(data_dir: str | Path) -> dict:
     return meta
 
 
+def verify_shards(data_dir: str | Path, meta: dict) -> None:
+    """Compare every shard's sha256 with the one in meta.json. Raises UserError naming the first that differs."""
+    total = sum(2 * s["tokens"] for s in meta["shards"])
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verifying shards") as bar:
+        for shard in meta["shards"]:
+            path = Path(data_dir) / shard["file"]
+            if "sha256" not in shard:
+                raise UserError(f"{data_dir}/meta.json: has no sha256 of {shard['file']}: go without verify_data, or write the corpus again")
+            try:
+                digest = sha256(path)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+            if digest != shard["sha256"]:
+                raise UserError(f"{path}: its sha256 is not the one in meta.json: the shard is damaged, copy or write it again")
+            bar.update(2 * shard["tokens"])
+
+
 class Shards:
     """One split of a corpus, cut into windows of `block_size` inputs and their next-token targets.
 
@@ -104,12 +123,14 @@ class Shards:
         if not shards:
             raise UserError(f"{data_dir}/meta.json: names no {split} shards: write the corpus again with fineweb.py")
         self.paths = [Path(data_dir) / s["file"] for s in shards]
-        self.tokens = [open_shard(p) for p in self.paths]
-        for path, tokens, shard in zip(self.paths, self.tokens, shards):
+        counts = []
+        for path, shard in zip(self.paths, shards):
+            tokens = open_shard(path)
             if len(tokens) != shard["tokens"]:
                 raise UserError(f"{path}: has {len(tokens):,} tokens, meta.json says {shard['tokens']:,}: copy both again")
             self._check_vocabulary(path, tokens[:TOKENS_CHECKED_AT_START])
-        self.first = np.cumsum([0] + [max(0, len(t) - 1) // block_size for t in self.tokens])  # first window of a shard
+            counts.append(len(tokens))
+        self.first = np.cumsum([0] + [max(0, n - 1) // block_size for n in counts])  # first window of a shard
         if len(self) == 0:
             raise UserError(f"{data_dir}: no {split} shard holds the {block_size + 1} tokens of a window: lower block_size")
 
@@ -119,15 +140,28 @@ class Shards:
     def read(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of the numbered windows, each (len(windows), block_size), int64.
 
-        Raises UserError on a token id outside the vocabulary.
+        Raises UserError on a token id outside the vocabulary, or where a shard is gone or was cut since the start.
         """
         rows = np.empty((len(windows), self.block_size + 1), dtype=np.int64)
-        shards = np.searchsorted(self.first, windows, side="right") - 1
-        for row, window, shard in zip(rows, windows, shards):
-            start = (window - self.first[shard]) * self.block_size
-            row[:] = self.tokens[shard][start : start + self.block_size + 1]
-            self._check_vocabulary(self.paths[shard], row)
+        for row, window, shard in zip(rows, windows, self._shard_of(windows)):
+            start = int(window - self.first[shard]) * self.block_size
+            # A read, not a memory map: a file that was cut would end the process without a word (SIGBUS).
+            try:
+                tokens = np.fromfile(self.paths[shard], "<u2", self.block_size + 1, offset=HEADER_BYTES + 2 * start)
+            except OSError as error:
+                raise UserError(f"{self.paths[shard]}: cannot be read any more ({error.strerror}): bring it back, then resume") from None
+            if len(tokens) != len(row):
+                raise UserError(f"{self.paths[shard]}: was cut since the start: copy or write it again, then resume")
+            self._check_vocabulary(self.paths[shard], tokens)
+            row[:] = tokens
         return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
+
+    def files(self, windows: np.ndarray) -> list[str]:
+        """Names of the shards that hold these windows."""
+        return [self.paths[shard].name for shard in np.unique(self._shard_of(windows))]
+
+    def _shard_of(self, windows):
+        return np.searchsorted(self.first, windows, side="right") - 1
 
     def _check_vocabulary(self, path, tokens):
         if len(tokens) and tokens.max() >= self.vocab_size:

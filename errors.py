@@ -5,6 +5,9 @@ import os
 import sys
 
 
+LOST = ("Timed out", "timed out", "timeout", "Connection closed", "Connection reset", "Broken pipe", "NCCL", "gloo")  # of torch.distributed
+
+
 class UserError(ValueError):
     """Bad input: the message names the file or option, what is wrong with it, and what to do."""
 
@@ -18,15 +21,21 @@ def first_line(error: BaseException) -> str:
 def report_user_errors():
     """Turn a `UserError` into one line on stderr and exit status 1; every other exception keeps its traceback.
 
-    Under torchrun the line names the rank. Ctrl-C leaves quietly with the shell's status for it, 130.
+    Under torchrun the line names the rank; there, a process that hung or ended is reported so too. Ctrl-C leaves quietly
+    with the shell's status for it, 130.
     """
+    rank = os.environ.get("RANK")
+    prefix = f"[rank {rank}] " if rank is not None else ""
     try:
         yield
     except UserError as error:
-        rank = os.environ.get("RANK")
-        prefix = f"[rank {rank}] " if rank is not None else ""
         print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except RuntimeError as error:
+        if rank is None or not any(words in str(error) for words in LOST):
+            raise
+        print(f"{prefix}error: another process hung or ended ({first_line(error)})", file=sys.stderr, flush=True)
+        os._exit(1)  # the usual way out would wait for the other process once more
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)

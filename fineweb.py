@@ -8,7 +8,6 @@ Every document begins with <|endoftext|>. The first shard is for validation. DIR
 meta.json; the embedded corpus also hellaswag.jsonl, a task of HellaSwag's form made of its held-out part.
 """
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -31,6 +30,7 @@ from tqdm import tqdm
 
 from data import get_tokenizer, write_shard
 from errors import UserError, first_line, report_user_errors
+from files import sha256
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
 DOCUMENTS_AT_A_TIME = 64
@@ -169,9 +169,7 @@ class ShardWriter:
         split = "train" if self.shards else "val"
         path = self.folder / f"{self.name}_{split}_{len(self.shards):06d}.bin"
         write_shard(path, tokens)
-        with open(path, "rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
-        self.shards.append({"file": path.name, "split": split, "tokens": len(tokens), "sha256": digest})
+        self.shards.append({"file": path.name, "split": split, "tokens": len(tokens), "sha256": sha256(path)})
 
 
 def continuation_task(held_out: list[tuple[str, str]], others: str, n_examples: int, seed: int = 0) -> list[dict]:

@@ -12,11 +12,12 @@ Any file of HellaSwag's form works: JSON lines with `ctx`, `endings` (two or mor
 is downloaded once where no file is named.
 """
 
-import hashlib
 import json
 import math
 import os
+import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,11 +33,13 @@ from tqdm import tqdm
 from checkpoint import load_checkpoint, model_from
 from data import get_tokenizer
 from device import autocast, pick_device
-from errors import UserError, report_user_errors
+from errors import UserError, first_line, report_user_errors
+from files import sha256
 from model import token_losses
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # 10,042 examples
+PAUSES = (1, 2, 4, 8)  # seconds before each further attempt
 INSTEAD = "try again, or name a file of its form with --hellaswag_data (train.py; none goes without) or --data (hellaswag.py)"
 DEFAULT_PATH = Path(__file__).parent / "data" / "hellaswag_val.jsonl"
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # positions in a forward pass
@@ -51,31 +54,56 @@ def task_file(option: str, data_dir: str) -> Path | None:
 
 
 def download(path: Path = DEFAULT_PATH) -> Path:
-    """Download the official validation set to `path` unless it is there. Raises UserError where that fails."""
+    """Download the official validation set to `path` unless it is there.
+
+    A connection that breaks is taken up again where it broke, after PAUSES. Nothing stands
+    under `path` before its sha256 is right. Raises UserError where all fails.
+    """
     if path.exists():
         return path
-    digest = hashlib.sha256()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A name of its own: several machines may share the folder.
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name) as f:
-            with requests.get(URL, stream=True, timeout=30) as response:
-                response.raise_for_status()
-                total = int(response.headers.get("content-length", 0)) or None
-                with tqdm(total=total, unit="B", unit_scale=True, desc=path.name) as bar:
-                    for chunk in response.iter_content(1 << 16):
-                        digest.update(chunk)
-                        bar.update(f.write(chunk))
-            if digest.hexdigest() != SHA256:
-                raise UserError(f"HellaSwag from {URL} arrived damaged (sha256 {digest.hexdigest()[:12]}): {INSTEAD}")
-            f.flush()
+            wrong = _fetch(f)
+            for pause in PAUSES:
+                if wrong is None:
+                    break
+                print(f"HellaSwag: {wrong}; trying again", file=sys.stderr)
+                time.sleep(pause)
+                wrong = _fetch(f)
+            if wrong:
+                raise UserError(f"HellaSwag could not be downloaded from {URL} ({wrong}): {INSTEAD}")
+            os.fsync(f.fileno())
             os.chmod(f.name, 0o644)
             os.link(f.name, path)
     except FileExistsError:  # another process was faster
         pass
-    except OSError as error:  # every failure of requests is one
-        raise UserError(f"HellaSwag could not be downloaded from {URL} ({type(error).__name__}): {INSTEAD}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}): {INSTEAD}") from None
     return path
+
+
+def _fetch(f) -> str | None:
+    """Append the rest of the file to `f`; returns what went wrong, None where nothing did."""
+    have = f.seek(0, os.SEEK_END)
+    try:
+        with requests.get(URL, stream=True, timeout=30, headers={"Range": f"bytes={have}-"} if have else {}) as response:
+            if response.status_code != 206:  # not the rest alone
+                f.truncate(0)
+                have = f.seek(0)
+            response.raise_for_status()
+            total = have + int(response.headers.get("content-length", 0)) or None
+            with tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=DEFAULT_PATH.name) as bar:
+                for chunk in response.iter_content(1 << 16):
+                    bar.update(f.write(chunk))
+    except requests.RequestException as error:
+        return f"{type(error).__name__}: {first_line(error)}"
+    f.flush()
+    digest = sha256(f.name)
+    if digest != SHA256:
+        f.truncate(0)
+        return f"it arrived damaged, sha256 {digest[:12]}"
 
 
 @dataclass(frozen=True)

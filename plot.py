@@ -17,6 +17,7 @@ import numpy as np
 import tyro
 
 from errors import UserError, report_user_errors
+from files import read_metrics
 from schedule import CURRENCIES, NAMES, text_table
 
 matplotlib.use("Agg")
@@ -114,12 +115,11 @@ def load_run(path: Path) -> Run:
     """Read a run folder. Raises UserError where it is none."""
     try:
         plan, config = (json.loads((path / name).read_text()) for name in ("plan.json", "config.json"))
-        lines = (path / "metrics.jsonl").read_text().split("\n")[:-1]  # a live run may be writing its last line
-        rows = [json.loads(line) for line in lines]
+        rows = read_metrics(path / "metrics.jsonl")
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}: {path} is no run folder of train.py") from None
-    except ValueError as error:
-        raise UserError(f"{path}: plan.json, config.json or metrics.jsonl is damaged: {error}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: plan.json or config.json is damaged: {error}") from None
     for name, parsed, needed in (
         ("plan.json", [plan], {"steps", "phases", "baseline"}),
         ("config.json", [config], {"data_dir", "hellaswag_file"}),

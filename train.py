@@ -8,7 +8,9 @@ Configuration (config.py) -> plan (schedule.py) -> phases -> steps -> metrics.js
 follows the plan; the baseline is the plan with one phase.
 """
 
+import copy
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -26,11 +28,13 @@ from tqdm import tqdm
 import config as cfg
 import hellaswag
 import schedule
-from checkpoint import NAME as CHECKPOINT
-from checkpoint import load_checkpoint, model_from, save_checkpoint
-from data import Prefetch, Shards, TrainOrder, get_tokenizer
+from checkpoint import FOLDER as CHECKPOINTS
+from checkpoint import CheckpointWriter, checkpoints, load_checkpoint, load_moments, model_from, newest_checkpoint
+from data import Prefetch, Shards, TrainOrder, get_tokenizer, verify_shards
 from device import autocast, device_name, peak_flops, peak_memory, pick_device, reset_peak_memory
 from errors import UserError, report_user_errors
+from files import Metrics, write_whole
+from guard import EXIT_STOPPED, Health, StopSignals, check_replicas
 from model import GPT, derived_seed
 
 
@@ -46,7 +50,7 @@ def main() -> None:
     summary = schedule.plan_summary(plan, baseline, shape, config.tokens_per_step)
     add_parameter_counts(summary, plan, shape)
     out_dir = Path(config.out_dir)
-    used = next((out_dir / name for name in ("metrics.jsonl", CHECKPOINT) if (out_dir / name).exists()), None)
+    used = next((out_dir / name for name in ("metrics.jsonl", CHECKPOINTS) if (out_dir / name).exists()), None)
     micro_steps = cfg.micro_steps(config, world_size)
     if config.dry_run:
         if master:
@@ -57,11 +61,14 @@ def main() -> None:
             write_plan(out_dir, summary)
         return
     if config.init_from == "scratch" and used:
-        resumable = (out_dir / CHECKPOINT).exists()
-        hint = "go on with --init_from=resume" if resumable else "that run has no checkpoint yet: remove the folder"
+        hint = "go on with --init_from=resume" if checkpoints(out_dir) else "that run has no checkpoint yet: remove the folder"
         raise UserError(f"{used} exists: {hint}, or name another --out_dir")
+    if config.init_from == "resume" and not checkpoints(out_dir):
+        raise UserError(f"{out_dir}: no checkpoint there: --init_from=auto begins the run, or name another --out_dir")
 
     # --- data
+    if config.verify_data and local_rank == 0:
+        verify_shards(config.data_dir, meta)
     train_data = Shards(config.data_dir, "train", config.block_size, meta)
     val_data = Shards(config.data_dir, "val", config.block_size, meta)
     order = TrainOrder(len(train_data), config.seed, config.tokens_per_step // config.block_size)
@@ -78,32 +85,40 @@ def main() -> None:
         hellaswag.download()
     if launched:
         # All ranks meet here: the download is there, and none looks into out_dir (above) after rank 0 wrote to it (below).
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+        timeout = datetime.timedelta(seconds=config.timeout)
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, timeout=timeout)
+    # Where the processes meet without their GPUs.
+    hosts = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
     examples = []
     if task:
         encoding = get_tokenizer(meta["tokenizer"])
         examples = hellaswag.load_examples(task, encoding, config.block_size, config.hellaswag_limit)
 
     # --- model, optimizer and position: new, or as the checkpoint left them
-    if config.init_from == "resume":
-        checkpoint = load_checkpoint(out_dir)
+    newest = [newest_checkpoint(out_dir) if master and config.init_from != "scratch" else None]
+    if world_size > 1:
+        dist.broadcast_object_list(newest, group=hosts)
+    if newest[0]:
+        checkpoint = load_checkpoint(newest[0], optimizer=True)
         check_resumable(checkpoint, config, shape, plan, len(train_data))
         model = model_from(checkpoint, device)
         optimizer = make_optimizer(model, config)
-        load_moments(optimizer, checkpoint["optimizer"]["state"])
-        step, seconds = checkpoint["step"], checkpoint["seconds"]
+        load_moments(optimizer, model, checkpoint["optimizer"])
+        step, seconds, health = checkpoint["step"], checkpoint["seconds"], Health(checkpoint["health"])
         del checkpoint
     else:
         model = GPT(shape, n_blocks=plan.phases[0].n_blocks, seed=config.seed, device=device)
-        optimizer, step, seconds = None, 0, 0.0
+        optimizer, step, seconds, health = None, 0, 0.0, Health()
     if config.compile != "none":
         model.compile_regions(whole=config.compile == "model")
 
     # --- outputs
+    milestones = {p.stop for p in plan.phases if p.phase != 1}  # the ends of stages, and of the run
     if master:
         write_plan(out_dir, summary)
         write_config(out_dir, config, shape, task, world_size, device)
-        metrics = open_metrics(out_dir / "metrics.jsonl", step)
+        metrics = Metrics(out_dir / "metrics.jsonl", step if newest[0] else -1)
+        writer = CheckpointWriter(out_dir, config.keep_checkpoints, milestones)
         print(schedule.plan_table(summary))
         n_epochs = plan.n_steps * config.tokens_per_step / (len(train_data) * config.block_size)
         print(
@@ -138,8 +153,7 @@ def main() -> None:
         """Append a row to metrics.jsonl: where the run stands, what it has spent, and what was measured."""
         costs = {c: schedule.spent(plan, step, c, shape, config.tokens_per_step) for c in schedule.CURRENCIES}
         where = {"step": step, "stage": phase.stage, "phase": phase.phase, "blocks": phase.n_blocks}
-        metrics.write(json.dumps(where | costs | {"seconds": round(seconds, 3)} | row) + "\n")
-        metrics.flush()
+        metrics.write(where | costs | {"seconds": round(seconds, 3)} | row)
         if "val_loss" in row:
             scores = "".join(f", {k} {row[k]:.4f}" for k in ("hellaswag_acc", "hellaswag_acc_norm") if k in row)
             tqdm.write(f"step {step:>6}  {phase.name:<16} val loss {row['val_loss']:.4f}{scores}")
@@ -148,16 +162,16 @@ def main() -> None:
         state = {
             "model_args": dataclasses.asdict(shape),
             "n_blocks": len(model.transformer.h),
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
             "step": step,
             "seconds": seconds,
+            "health": copy.deepcopy(health.state),
             "config": dataclasses.asdict(config),
             "phases": [dataclasses.asdict(p) for p in plan.phases],
             "n_windows": len(train_data),
             "tokenizer": meta["tokenizer"],
         }
-        save_checkpoint(out_dir / CHECKPOINT, state)
+        metrics.sync()
+        writer.save(model, optimizer, state)
 
     def read_batch(data: Shards, windows: np.ndarray) -> list[torch.Tensor]:
         """Inputs and targets, each (B, T), in pinned memory, from where they travel to a GPU beside what it is doing."""
@@ -173,6 +187,7 @@ def main() -> None:
 
     # --- the run
     batches = Prefetch(train_batches())
+    signals = StopSignals()
     peak, total_flops = peak_flops(device), summary["total"]["flops"]
     refresh = 0.5 if sys.stderr.isatty() else 30  # seconds: a log file need not hold every step
     bar = tqdm(total=plan.n_steps, initial=step, disable=not master, bar_format=BAR, mininterval=refresh, desc="evaluation")
@@ -181,14 +196,16 @@ def main() -> None:
         if master:
             record(plan.phases[0], row)
 
+    stops = False
     for phase in plan.phases:
-        if phase.stop <= step:
+        if phase.stop <= step or stops:
             continue
 
         # A phase: the blocks that it has, the parts of them that train, the optimizer, gradients in step over the ranks.
         model.grow(phase.n_blocks, config.seed)
         model.set_phase(phase)
         optimizer = make_optimizer(model, config, None if phase.reset_optimizer and step == phase.start else optimizer)
+        check_replicas(model, step, hosts)  # now: DistributedDataParallel would silently make them equal
         # DistributedDataParallel fixes the set of trained parameters when it is made, so it is made anew; the former
         # one must be gone by then, with the hooks that it left on the parameters.
         parallel = None
@@ -198,54 +215,78 @@ def main() -> None:
         bar.set_description(phase.name)
         reset_peak_memory(device)
 
-        interval_start, interval_steps, batches.waited = time.perf_counter(), 0, 0.0
-        while step < phase.stop:
+        unread = []  # loss and gradient norm of the steps since the host last waited for the device
+        interval_start, batches.waited = time.perf_counter(), 0.0
+        while step < phase.stop and not stops:
             lr = schedule.learning_rate(step, plan, config)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             if config.dropout:
                 torch.manual_seed(derived_seed(config.seed, step, rank))  # so that a resumed run drops the same
 
-            logs = (step + 1) % config.log_interval == 0
-            evaluates = (step + 1) % config.eval_interval == 0 or step + 1 == plan.n_steps
-            saves = (step + 1) % config.checkpoint_interval == 0 or step + 1 == plan.n_steps
-            loss, grad_norm = update(parallel or model, optimizer, batches, micro_steps, precision, config.grad_clip)
+            unread.append(update(parallel or model, optimizer, batches, micro_steps, precision, config.grad_clip))
             step += 1
-            interval_steps += 1
             bar.update()
 
-            if logs or evaluates or saves or step == phase.stop:  # the only places where the host waits for the device
-                if world_size > 1:
-                    dist.all_reduce(loss)
-                row = {"loss": loss.item() / world_size, "lr": lr}
-                if not math.isfinite(row["loss"]):
-                    raise UserError(f"step {step}: the loss is {row['loss']}; {CHECKPOINT} stays as it was: lower learning_rate?")
-                elapsed = time.perf_counter() - interval_start
-                seconds += elapsed
-                if logs or evaluates:
-                    row["grad_norm"] = grad_norm.item()
-                    row["tokens_per_second"] = round(interval_steps * config.tokens_per_step / elapsed, 1)
-                    flops_per_second = interval_steps * flops_per_step / elapsed
-                    row["mfu"] = flops_per_second / (peak * world_size) if peak else None
-                    row["data_wait"] = round(batches.waited / elapsed, 5)
-                    row["peak_memory"] = peak_memory(device)
-                    done = schedule.spent(plan, step, "flops", shape, config.tokens_per_step)
-                    eta = tqdm.format_interval((total_flops - done) / flops_per_second)
-                    bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tok/s, ETA {eta}")
-                    if evaluates:
-                        row |= evaluate()
-                    if master:
-                        record(phase, row)
-                if master and saves:
-                    save()
-                interval_start, interval_steps, batches.waited = time.perf_counter(), 0, 0.0
+            logs = step % config.log_interval == 0
+            evaluates = step % config.eval_interval == 0 or step == plan.n_steps
+            saves = step % config.checkpoint_interval == 0 or step in milestones
+            stops = signals.agreed(hosts)
+            if not (logs or evaluates or saves or stops or step == phase.stop):
+                continue
+
+            # The only place where the host waits for the device.
+            read = torch.stack(unread).tolist()
+            unread.clear()
+            elapsed = time.perf_counter() - interval_start
+            seconds += elapsed
+            for s, (loss, grad_norm) in enumerate(read, start=step - len(read) + 1):
+                z = health.see(s, loss, grad_norm)
+                if health.state["bad_in_a_row"] == config.max_bad_steps:
+                    files = ", ".join(train_data.files(order.windows(s - 1, 0, order.windows_per_step)))
+                    raise UserError(
+                        f"step {s}, which read {files}: loss {loss}, gradient norm {grad_norm}; the last {config.max_bad_steps} "
+                        "updates were skipped. The last checkpoint is good: lower learning_rate, or look at the data"
+                    )
+            if logs or evaluates:
+                row = {"loss": loss if math.isfinite(loss) else None, "loss_z": z, "lr": lr}
+                row["grad_norm"] = grad_norm if math.isfinite(grad_norm) else None
+                row |= {name: health.state[name] for name in ("bad_steps", "spikes")}
+                row["tokens_per_second"] = round(len(read) * config.tokens_per_step / elapsed, 1)
+                flops_per_second = len(read) * flops_per_step / elapsed
+                row["mfu"] = flops_per_second / (peak * world_size) if peak else None
+                row["data_wait"] = round(batches.waited / elapsed, 5)
+                row["peak_memory"] = peak_memory(device)
+                done = schedule.spent(plan, step, "flops", shape, config.tokens_per_step)
+                eta = tqdm.format_interval((total_flops - done) / flops_per_second)
+                bar.set_postfix_str(f"loss {loss:.4f}, {row['tokens_per_second']:,.0f} tok/s, ETA {eta}")
+                if evaluates:
+                    check_replicas(model, step, hosts)
+                    row |= evaluate()
+                if master:
+                    record(phase, row)
+            if master and (saves or stops):
+                save()
+            interval_start, batches.waited = time.perf_counter(), 0.0
         del parallel
 
     bar.close()
+    signals.restore()
+    if master:
+        writer.close()
+        metrics.close()
+        if writer.failure:
+            raise UserError(f"{writer.failure}: what was trained since the one before is lost; make room, then --init_from=resume")
+    if launched:
+        if world_size > 1:
+            dist.barrier(hosts)  # a process that ends makes torchrun end the others, the one that writes too
+        dist.destroy_process_group()
+    if stops:
+        if master:
+            print(f"{out_dir}: stopped at step {step:,} of {plan.n_steps:,}, all saved; the same command with --init_from=auto goes on")
+        sys.exit(EXIT_STOPPED)
     if master:
         print(f"{out_dir}: finished at step {step:,} of {plan.n_steps:,}; python plot.py {out_dir} draws it")
-    if launched:
-        dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,8 +301,8 @@ def update(model, optimizer, batches, micro_steps: int, precision: torch.autocas
     """One optimizer update: the gradient of the mean loss over `micro_steps` batches, clipped, then AdamW.
 
     model: a GPT, or one in DistributedDataParallel, which exchanges gradients on the last micro-step only. batches gives
-    (inputs, targets), each (B, T). Returns this rank's mean loss and the norm of the gradient over all ranks, as tensors on
-    the model's device: nothing here waits for it.
+    (inputs, targets), each (B, T). An update whose loss or gradient is not finite changes nothing. Returns loss and
+    norm of the gradient, over all ranks, in a tensor (2,) on the model's device: nothing here waits for it.
     """
     device = next(model.parameters()).device
     loss = torch.zeros((), device=device)
@@ -273,14 +314,20 @@ def update(model, optimizer, batches, micro_steps: int, precision: torch.autocas
             micro_loss = model(x, y) / micro_steps
         micro_loss.backward()
         loss += micro_loss.detach()
+    if isinstance(model, DDP):
+        dist.all_reduce(loss)
+        loss /= dist.get_world_size()
     trained = [p for p in model.parameters() if p.grad is not None]
     if grad_clip:
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip)
     else:
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+    read = torch.stack((loss, grad_norm))
+    # AdamW's fused kernel leaves moments and parameters alone where this is 1, as it does for a GradScaler.
+    optimizer.found_inf = read.isfinite().all().logical_not().float()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss, grad_norm
+    return read
 
 
 def make_optimizer(model: GPT, config: cfg.Config, former: torch.optim.Optimizer | None = None) -> torch.optim.AdamW:
@@ -294,18 +341,6 @@ def make_optimizer(model: GPT, config: cfg.Config, former: torch.optim.Optimizer
     if former is not None:
         optimizer.state.update(former.state)
     return optimizer
-
-
-def load_moments(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, torch.Tensor]]) -> None:
-    """Take over a checkpoint's moments, and nothing else: options such as weight_decay are this run's own.
-
-    Raises UserError where they belong to other parameters: AdamW's kernel would read beyond their end.
-    """
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, moments in state.items():
-        if i >= len(params) or any(moments[name].shape != params[i].shape for name in ("exp_avg", "exp_avg_sq")):
-            raise UserError(f"{CHECKPOINT}: its optimizer state does not fit its model: the file is damaged, use an earlier one")
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def check_resumable(checkpoint: dict, config: cfg.Config, shape, plan: schedule.Plan, n_windows: int) -> None:
@@ -352,7 +387,7 @@ def add_parameter_counts(summary: dict, plan: schedule.Plan, shape) -> None:
 def write_plan(out_dir: Path, summary: dict) -> None:
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / "plan.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_whole(out_dir / "plan.json", json.dumps(summary, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"out_dir={out_dir} cannot be written ({error.strerror}): name another --out_dir") from None
 
@@ -361,20 +396,7 @@ def write_config(out_dir: Path, config: cfg.Config, shape, task: Path | None, wo
     """config.json: all options, what they came to, and what the run ran on."""
     derived = {"vocab_size": shape.vocab_size, "hellaswag_file": str(task) if task else None}
     machine = {"world_size": world_size, "device_name": device_name(device), "torch_version": torch.__version__}
-    (out_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config) | derived | machine, indent=2) + "\n")
-
-
-def open_metrics(path: Path, step: int):
-    """metrics.jsonl, open for appending, without the rows that lie beyond `step`: a resumed run writes those again.
-
-    A last row that a crash left half written lies beyond the checkpoint too.
-    """
-    if path.exists():
-        rows = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(row for row in rows if json.loads(row)["step"] <= step))
-        temporary.replace(path)
-    return open(path, "a")
+    write_whole(out_dir / "config.json", json.dumps(dataclasses.asdict(config) | derived | machine, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -78,7 +79,12 @@ def run_train(monkeypatch, corpus, tmp_path):
     def run(name, *files, **options):
         options = {"data_dir": corpus} | options
         monkeypatch.setattr(sys, "argv", ["train.py", *files, *arguments(tmp_path / name, **options)])
-        train.main()
+        handlers = {number: signal.getsignal(number) for number in train.StopSignals.NUMBERS}
+        try:
+            train.main()
+        finally:
+            for number, handler in handlers.items():  # where the run ends in an error, its own stay
+                signal.signal(number, handler)
         return tmp_path / name
 
     return run

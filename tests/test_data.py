@@ -1,10 +1,12 @@
 """Shards, tokenizers, and which tokens step t reads."""
 
+import shutil
+
 import numpy as np
 import pytest
 
 import data
-from data import Prefetch, Shards, TrainOrder, get_tokenizer, load_meta, open_shard, write_shard
+from data import Prefetch, Shards, TrainOrder, get_tokenizer, load_meta, open_shard, verify_shards, write_shard
 from errors import UserError
 
 from conftest import SHARED_DATA
@@ -165,3 +167,35 @@ def test_damaged_meta_is_refused(tmp_path, content):
     (tmp_path / "meta.json").write_text(content, encoding="latin-1")
     with pytest.raises(UserError, match="meta.json: .* write the corpus again"):
         load_meta(tmp_path)
+
+
+# --- while a run reads
+
+
+@pytest.mark.parametrize("how, named", [("gone", "cannot be read any more"), ("cut", "was cut since the start")])
+def test_a_shard_that_is_lost_is_named(tmp_path, how, named):
+    tokens = np.arange(1000, dtype=np.uint16)
+    write_shard(tmp_path / "x.bin", tokens)
+    data = Shards(tmp_path, "train", 64, {"vocab_size": 1000, "shards": [{"file": "x.bin", "split": "train", "tokens": 1000}]})
+    assert data.files(np.arange(3)) == ["x.bin"] and data.read(np.array([14]))[0][0, -1] == 14 * 64 + 63
+    (tmp_path / "x.bin").unlink() if how == "gone" else (tmp_path / "x.bin").write_bytes((tmp_path / "x.bin").read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"x.bin: {named}"):
+        data.read(np.array([14]))
+
+
+def test_shards_are_compared_with_their_checksums(corpus, tmp_path, run_train):
+    data = tmp_path / "data"
+    shutil.copytree(corpus, data)
+    run_train("good", data_dir=data, steps=1, verify_data=True)
+    path = data / "stdlib_train_000001.bin"
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    run_train("unseen", data_dir=data, steps=1)
+    with pytest.raises(UserError, match="stdlib_train_000001.bin: its sha256 is not the one in meta.json"):
+        run_train("seen", data_dir=data, steps=1, verify_data=True)
+    assert not (tmp_path / "seen").exists()
+    meta = load_meta(data)
+    del meta["shards"][0]["sha256"]
+    with pytest.raises(UserError, match="has no sha256 of stdlib_val_000000.bin"):
+        verify_shards(data, meta)

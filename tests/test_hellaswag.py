@@ -153,6 +153,7 @@ def test_missing_binary_and_empty_files_are_refused(tmp_path):
 
 
 def test_a_download_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(hellaswag, "PAUSES", (0, 0))
     monkeypatch.setattr(hellaswag, "URL", "http://127.0.0.1:9/hellaswag_val.jsonl")  # nothing listens there
     with pytest.raises(UserError, match="could not be downloaded .* name a file of its form with --hellaswag_data"):
         hellaswag.download(tmp_path / "d" / "x.jsonl")
@@ -161,6 +162,8 @@ def test_a_download_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_download_is_checked_and_kept(tmp_path, monkeypatch):
     """Against a real server of this machine."""
+    monkeypatch.setattr(hellaswag, "PAUSES", (0, 0))
+
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)
@@ -182,6 +185,46 @@ def test_a_download_is_checked_and_kept(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]
     server.shutdown()
     assert hellaswag.download(tmp_path / "x.jsonl").read_bytes() == b"content"  # without the server
+    server.server_close()
+
+
+def test_a_download_goes_on_where_it_broke(tmp_path, monkeypatch, capsys):
+    """A server that answers 503, closes the connection half-way, sends wrong bytes, knows no ranges, and at last does its work."""
+    content = bytes(range(256)) * 4000
+    half = len(content) // 2
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            begin = int(self.headers.get("Range", "bytes=0-")[6:-1])
+            asked.append(begin)
+            turn = len(asked)
+            if turn == 1:
+                return self.send_error(503)
+            ranged = begin and turn != 5
+            part = content[begin:] if ranged else content
+            self.send_response(206 if ranged else 200)
+            self.send_header("Content-Length", str(len(part)))
+            self.end_headers()
+            if turn in (2, 4):
+                part = part[: half if turn == 2 else half // 2]  # and closes
+            elif turn == 3:
+                part = part[:-1] + b"x"
+            self.wfile.write(part)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{server.server_port}/x")
+    monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(hellaswag, "PAUSES", (0, 0, 0, 0))
+    assert hellaswag.download(tmp_path / "x.jsonl").read_bytes() == content
+    assert asked[:2] == [0, 0] and 0 < asked[2] <= half
+    assert asked[3] == 0 and 0 < asked[4] <= half // 2  # the third ended in wrong bytes, so the fourth began anew
+    assert capsys.readouterr().err.count("trying again") == 4 and [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]
+    server.shutdown()
     server.server_close()
 
 
