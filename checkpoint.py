@@ -20,6 +20,7 @@ from tqdm import tqdm
 from errors import UserError, first_line
 from files import fsync, sha256
 from model import GPT, GPTConfig
+from pretrained import SIZES, load_pretrained
 
 FOLDER = "checkpoints"
 MODEL, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"
@@ -70,9 +71,12 @@ def newest_checkpoint(run_dir: Path, files=(MODEL, OPTIMIZER, STATE)) -> Path | 
 def load_checkpoint(path: Path, optimizer: bool = False) -> dict:
     """FIELDS of a checkpoint, and its tensors by name: "model", and "optimizer" where asked for, in CPU memory.
 
-    path: a checkpoint's folder, or a run's, for its newest undamaged one. Raises UserError where there is none.
+    path: a checkpoint's folder, or a run's, for its newest undamaged one; or gpt2, gpt2-medium, gpt2-large, gpt2-xl, from the
+    Hugging Face hub. Raises UserError where there is none.
     """
     path = Path(path)
+    if str(path) in SIZES and not path.exists():
+        return load_pretrained(str(path))
     files = (MODEL, STATE, OPTIMIZER) if optimizer else (MODEL, STATE)
     if checkpoints(path):
         path = newest_checkpoint(path, files)

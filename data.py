@@ -50,7 +50,7 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
     header[:3] = MAGIC, VERSION, len(tokens)
     with open(path, "wb") as f:
         f.write(header.tobytes())
-        f.write(tokens.astype("<u2", copy=False).tobytes())
+        f.write(np.ascontiguousarray(tokens, dtype="<u2"))
 
 
 def open_shard(path: Path) -> np.ndarray:

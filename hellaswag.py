@@ -251,7 +251,7 @@ class Args:
     """Score a checkpoint on HellaSwag."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A run folder, or a checkpoint file."""
+    """A run folder, one of its checkpoints, or gpt2, gpt2-medium, gpt2-large, gpt2-xl from the Hugging Face hub."""
     data: Path | None = None
     """File of HellaSwag's JSON lines; default: the one that the run used, or the official validation set, downloaded once."""
     limit: int = 0

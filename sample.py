@@ -21,7 +21,7 @@ class Args:
     """Sample text from a checkpoint."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A run folder, or a checkpoint file."""
+    """A run folder, one of its checkpoints, or gpt2, gpt2-medium, gpt2-large, gpt2-xl from the Hugging Face hub."""
     prompt: str = ""
     """Text to go on from; empty begins a document."""
     num_samples: int = 3

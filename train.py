@@ -83,12 +83,8 @@ def main() -> None:
     task = hellaswag.task_file(config.hellaswag_data, config.data_dir)
     if task == hellaswag.DEFAULT_PATH and local_rank == 0:
         hellaswag.download()
-    if launched:
-        # All ranks meet here: the download is there, and none looks into out_dir (above) after rank 0 wrote to it (below).
-        timeout = datetime.timedelta(seconds=config.timeout)
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, timeout=timeout)
-    # Where the processes meet without their GPUs.
-    hosts = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
+    # All ranks meet here: the download is there, and none looks into out_dir (above) after rank 0 wrote to it (below).
+    hosts = join_processes(device, rank, world_size, config.timeout) if launched else None
     examples = []
     if task:
         encoding = get_tokenizer(meta["tokenizer"])
@@ -328,6 +324,20 @@ def update(model, optimizer, batches, micro_steps: int, precision: torch.autocas
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return read
+
+
+def join_processes(device: torch.device, rank: int, world_size: int, seconds: int) -> dist.ProcessGroup | None:
+    """Start torch.distributed. Returns a group in which the processes meet on their hosts, not on their GPUs; None for one alone."""
+    timeout, where = datetime.timedelta(seconds=seconds), {}
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["GROUP_WORLD_SIZE"] == "1":
+        # torchrun keeps one store for all restarts (torch 2.13): without a part of its own, a restarted rank finds the addresses
+        # of those before it there, and waits for them.
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, is_master=False, timeout=timeout)
+        own_part = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        where = dict(store=own_part, rank=rank, world_size=world_size)
+    on_gpu = device.type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, timeout=timeout, **where)
+    return dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
 
 
 def make_optimizer(model: GPT, config: cfg.Config, former: torch.optim.Optimizer | None = None) -> torch.optim.AdamW:
