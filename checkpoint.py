@@ -6,6 +6,7 @@
                                       SHA256SUMS              of the three, as sha256sum -c reads it
 """
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -24,7 +25,17 @@ from pretrained import SIZES, load_pretrained
 
 FOLDER = "checkpoints"
 MODEL, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"
-FIELDS = ("model_args", "n_blocks", "step", "seconds", "health", "config", "phases", "n_windows", "tokenizer")
+FIELDS = {  # of state.json
+    "model_args": dict,
+    "n_blocks": int,
+    "step": int,
+    "seconds": (int, float),
+    "health": dict,
+    "config": dict,
+    "phases": list,
+    "n_windows": int,
+    "tokenizer": str,
+}
 TIED = {"lm_head.weight": "transformer.wte.weight"}  # safetensors stores no tensor twice
 
 
@@ -92,7 +103,9 @@ def load_checkpoint(path: Path, optimizer: bool = False) -> dict:
             checkpoint["model"][name] = checkpoint["model"][same]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{path}: is no readable checkpoint ({first_line(error)})") from None
-    missing = [f for f in FIELDS if f not in checkpoint]
+    missing = [field for field, kind in FIELDS.items() if not isinstance(checkpoint.get(field), kind)]
+    missing += [name for name in ("seed", "tokens_per_step", "hellaswag_data", "data_dir") if name not in checkpoint.get("config", ())]
+    missing += [f.name for f in dataclasses.fields(GPTConfig) if f.name not in checkpoint.get("model_args", ())]
     if missing:
         raise UserError(f"{path}: is no checkpoint of this train.py: it lacks {', '.join(missing)}")
     return checkpoint

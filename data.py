@@ -86,8 +86,9 @@ def load_meta(data_dir: str | Path) -> dict:
         if not isinstance(meta, dict) or not isinstance(meta.get(key), kind):
             raise UserError(f"{path}: {key!r} must be there as {kind.__name__}: write the corpus again with fineweb.py")
     for shard in meta["shards"]:
-        if not isinstance(shard, dict) or not {"file", "split", "tokens"} <= shard.keys():
-            raise UserError(f"{path}: every shard needs file, split and tokens: write the corpus again with fineweb.py")
+        kinds = {"file": str, "split": str, "tokens": int}
+        if not isinstance(shard, dict) or not all(isinstance(shard.get(key), kind) for key, kind in kinds.items()) or "\0" in shard["file"]:
+            raise UserError(f"{path}: every shard needs file, split and tokens (a number): write the corpus again with fineweb.py")
     return meta
 
 

@@ -53,10 +53,19 @@ class StopSignals:
 
 
 class Health:
-    """Follows loss and gradient norm of every step. Its `state` belongs in checkpoints: a resumed run goes on counting."""
+    """Follows loss and gradient norm of every step. Its `state` belongs in checkpoints: a resumed run goes on counting.
+
+    Raises UserError where `state`, from a checkpoint, is none of its own.
+    """
 
     def __init__(self, state: dict | None = None):
-        self.state = state or {"bad_steps": 0, "bad_in_a_row": 0, "spikes": 0, "losses": []}
+        self.state = {"bad_steps": 0, "bad_in_a_row": 0, "spikes": 0, "losses": []}
+        if state is not None:
+            losses = state.get("losses")
+            good = state.keys() == self.state.keys() and isinstance(losses, list) and all(isinstance(x, float) for x in losses)
+            if not good or not all(isinstance(state[name], int) for name in state.keys() - {"losses"}):
+                raise UserError("the checkpoint's count of bad steps is damaged: use an earlier one")
+            self.state = state
 
     def see(self, step: int, loss: float, grad_norm: float) -> float | None:
         """Take in a step; returns by how many standard deviations its loss is above the mean of the WINDOW before.

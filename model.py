@@ -102,7 +102,7 @@ class Block(nn.Module):
 
 # Logits that exist at once, in bytes of fp32. In training every part adds to the whole weight gradient, so that small parts
 # cost; in evaluation a part does best to stay near the caches.
-LOGITS_BYTES = {"cpu": 512 * 2**20, "cuda": 2 * 2**30}
+LOGITS_BYTES = {"cpu": 192 * 2**20, "cuda": 2 * 2**30}
 LOGITS_BYTES_EVAL = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}
 
 

@@ -118,7 +118,9 @@ def load_run(path: Path) -> Run:
         rows = read_metrics(path / "metrics.jsonl")
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}: {path} is no run folder of train.py") from None
-    except json.JSONDecodeError as error:
+    except UserError:
+        raise
+    except ValueError as error:
         raise UserError(f"{path}: plan.json or config.json is damaged: {error}") from None
     for name, parsed, needed in (
         ("plan.json", [plan], {"steps", "phases", "baseline"}),
@@ -131,7 +133,7 @@ def load_run(path: Path) -> Run:
             raise UserError(f"{path}/{name} is damaged: it lacks one of {', '.join(sorted(needed))}")
     names = {name for row in rows for name in row}
     values = {n: np.array([np.nan if row.get(n) is None else row[n] for row in rows], dtype=float) for n in names}
-    own_task = config["hellaswag_file"] == str(Path(config["data_dir"]) / "hellaswag.jsonl")
+    own_task = config["hellaswag_file"] == str(Path(str(config["data_dir"])) / "hellaswag.jsonl")
     return Run(path.name, plan, "HellaSwag-style" if own_task else "HellaSwag", values)
 
 

@@ -27,7 +27,7 @@ def load_pretrained(name: str) -> dict:
     shape = GPTConfig(**SIZES[name], vocab_size=50257)
     weights = {f"transformer.{key}": tensor for key, tensor in load_file(path).items()}
     weights["lm_head.weight"] = weights["transformer.wte.weight"]
-    about = dict(step=0, seconds=0.0, health=None, phases=[], n_windows=0, tokenizer="gpt2")
+    about = dict(step=0, seconds=0.0, health={}, phases=[], n_windows=0, tokenizer="gpt2")
     config = {"hellaswag_data": "auto", "data_dir": "data/fineweb_edu"}
     return about | {"model_args": asdict(shape), "n_blocks": shape.n_layer, "config": config, "model": from_hf(weights)}
 

@@ -374,7 +374,11 @@ def check_resumable(checkpoint: dict, config: cfg.Config, shape, plan: schedule.
     def begun(phases):
         return [dataclasses.replace(p, stop=min(p.stop, step)) for p in phases if p.start < step]
 
-    if begun(schedule.Phase(**p) for p in checkpoint["phases"]) != begun(plan.phases):
+    try:
+        former = begun(schedule.Phase(**p) for p in checkpoint["phases"])
+    except TypeError:
+        raise UserError(f"{config.out_dir}: the newest checkpoint's plan is damaged: use an earlier one") from None
+    if former != begun(plan.phases):
         raise UserError(
             f"{config.out_dir}: the schedule up to step {step} is not the one asked for: keep the run's own steps, stages and "
             "phases (continual_steps may grow)"

@@ -23,7 +23,9 @@ from train import make_optimizer
 
 from conftest import ROOT, TINY, metrics, script
 
-STATE = {field: 0 for field in checkpoint.FIELDS} | {"model_args": TINY, "n_blocks": 4, "tokenizer": "bytes"}
+OPTIONS = {"seed": 1, "tokens_per_step": 64, "hellaswag_data": "none", "data_dir": "data"}
+STATE = {"model_args": TINY | {"dropout": 0.0, "bias": True}, "n_blocks": 4, "step": 0, "seconds": 0.0, "health": {}}
+STATE |= {"config": OPTIONS, "phases": [], "n_windows": 9, "tokenizer": "bytes"}
 
 
 @pytest.fixture
@@ -150,8 +152,10 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path, trained):
     state = json.loads((folder / "state.json").read_text())
     for change, named in [
         ({"model_args": None}, "lacks model_args"),
-        ({"model_args": TINY | {"n_embd": 16}}, "do not fit its own model_args"),
-        ({"model_args": TINY | {"n_head": 0}}, "do not fit its own model_args"),
+        ({"model_args": TINY}, "lacks dropout, bias"),
+        ({"step": "3"}, "lacks step"),
+        ({"model_args": STATE["model_args"] | {"n_embd": 16}}, "do not fit its own model_args"),
+        ({"model_args": STATE["model_args"] | {"n_head": 0}}, "do not fit its own model_args"),
         ({"n_blocks": 9}, "do not fit its own model_args"),
     ]:
         wrong = {k: v for k, v in (state | change).items() if v is not None}

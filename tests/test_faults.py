@@ -228,7 +228,7 @@ def hosts():
 
 def on_host(name: str, i: int, *command, nnodes=2) -> subprocess.Popen:
     launch = ["-m", "torch.distributed.run", f"--nnodes={nnodes}", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=run"]
-    launch += ["--rdzv_endpoint=10.77.0.1:29500", f"--local_addr=10.77.0.{i}"]
+    launch += ["--rdzv_endpoint=10.77.0.1:29500", f"--rdzv_conf=is_host={int(i == 1)}", f"--local_addr=10.77.0.{i}"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"}
     inside = ["ip", "netns", "exec", name, sys.executable, *launch, *map(str, command)]
     return subprocess.Popen(inside, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -59,6 +59,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setitem(pretrained.SIZES, "gpt2", dict(n_layer=2, n_head=2, n_embd=32))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 2**16)  # it goes on after whole chunks
     monkeypatch.chdir(tmp_path)
     yield theirs, faults, asked
     server.shutdown()
