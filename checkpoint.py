@@ -8,6 +8,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +46,7 @@ TIED = {"lm_head.weight": "transformer.wte.weight"}  # safetensors stores no ten
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted(Path(run_dir, FOLDER).glob("step_*"))
+    return sorted(p for p in Path(run_dir, FOLDER).glob("step_*") if re.fullmatch(r"step_\d{8}", p.name))
 
 
 def damage(checkpoint: Path, files=(MODEL, OPTIMIZER, STATE)) -> str | None:
@@ -216,8 +217,10 @@ class CheckpointWriter:
             partial.rename(place)
             fsync(self.folder)
             shutil.rmtree(former, ignore_errors=True)
-            old = [p for p in checkpoints(self.folder.parent) if p != place and int(p.name[5:]) not in self.milestones]
-            for path in old[: max(0, len(old) - self.keep + 1)]:
+            others = {p: int(p.name[5:]) for p in checkpoints(self.folder.parent) if p != place}
+            beyond = [p for p, step in others.items() if step > state["step"]]  # damaged: the run went on from before them
+            old = [p for p, step in others.items() if step < state["step"] and step not in self.milestones]
+            for path in beyond + old[: max(0, len(old) - self.keep + 1)]:
                 shutil.rmtree(path, ignore_errors=True)
         except (OSError, SafetensorError, ValueError) as error:
             self.failure = f"step {state['step']}: no checkpoint could be written ({first_line(error)})"

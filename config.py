@@ -200,8 +200,8 @@ def _file_options(path) -> list[str]:
 
 
 def _check(c: Config) -> None:
-    positive = ("log_interval eval_interval eval_tokens checkpoint_interval keep_checkpoints max_bad_steps timeout n_layer n_head n_embd block_size steps "
-                "tokens_per_step batch_size").split()  # fmt: skip
+    positive = ("log_interval eval_interval eval_tokens checkpoint_interval keep_checkpoints max_bad_steps timeout "
+                "n_layer n_head n_embd block_size steps tokens_per_step batch_size").split()  # fmt: skip
     not_negative = "hellaswag_limit warmup_iters rewarm_iters min_lr learning_rate weight_decay grad_clip seed".split()
     below_one = "dropout beta1 beta2".split()
     for field in dataclasses.fields(c):

@@ -87,7 +87,8 @@ def load_meta(data_dir: str | Path) -> dict:
             raise UserError(f"{path}: {key!r} must be there as {kind.__name__}: write the corpus again with fineweb.py")
     for shard in meta["shards"]:
         kinds = {"file": str, "split": str, "tokens": int}
-        if not isinstance(shard, dict) or not all(isinstance(shard.get(key), kind) for key, kind in kinds.items()) or "\0" in shard["file"]:
+        good = isinstance(shard, dict) and all(isinstance(shard.get(key), kind) for key, kind in kinds.items())
+        if not good or "\0" in shard["file"]:
             raise UserError(f"{path}: every shard needs file, split and tokens (a number): write the corpus again with fineweb.py")
     return meta
 
@@ -99,7 +100,7 @@ def verify_shards(data_dir: str | Path, meta: dict) -> None:
         for shard in meta["shards"]:
             path = Path(data_dir) / shard["file"]
             if "sha256" not in shard:
-                raise UserError(f"{data_dir}/meta.json: has no sha256 of {shard['file']}: go without verify_data, or write the corpus again")
+                raise UserError(f"{data_dir}/meta.json: has no sha256 of {shard['file']}: write the corpus again, or go without")
             try:
                 digest = sha256(path)
             except OSError as error:

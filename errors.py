@@ -5,7 +5,7 @@ import os
 import sys
 
 
-LOST = ("Timed out", "timed out", "timeout", "Connection closed", "Connection reset", "Broken pipe", "NCCL", "gloo")  # of torch.distributed
+LOST = ("Timed out", "timed out", "Connection closed", "Connection reset", "Broken pipe")  # what torch.distributed says of it
 
 
 class UserError(ValueError):

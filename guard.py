@@ -36,7 +36,7 @@ class StopSignals:
     def _note(self, number, frame):
         now = time.monotonic()
         if number == signal.SIGINT:
-            # Ctrl-C below torchrun arrives twice, from the terminal and from torchrun.
+            # A launcher may pass on the Ctrl-C that the terminal has sent to all: two at once are one.
             if self._interrupted is not None and now - self._interrupted > 0.5:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
                 os.kill(os.getpid(), signal.SIGINT)
@@ -58,7 +58,8 @@ class Health:
     Raises UserError where `state`, from a checkpoint, is none of its own.
     """
 
-    def __init__(self, state: dict | None = None):
+    def __init__(self, state: dict | None = None, quiet: bool = False):
+        self.say = (lambda line: None) if quiet else tqdm.write
         self.state = {"bad_steps": 0, "bad_in_a_row": 0, "spikes": 0, "losses": []}
         if state is not None:
             losses = state.get("losses")
@@ -76,7 +77,7 @@ class Health:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             s["bad_steps"] += 1
             s["bad_in_a_row"] += 1
-            tqdm.write(f"warning: step {step}: loss {loss}, gradient norm {grad_norm}: the update was skipped")
+            self.say(f"warning: step {step}: loss {loss}, gradient norm {grad_norm}: the update was skipped")
             return None
         s["bad_in_a_row"] = 0
         z = None
@@ -84,7 +85,7 @@ class Health:
             z = (loss - float(np.mean(s["losses"]))) / max(float(np.std(s["losses"])), 1e-12)
             if z > SPIKE:
                 s["spikes"] += 1
-                tqdm.write(f"step {step}: the loss, {loss:.4f}, is {z:.1f} standard deviations above the last {WINDOW}")
+                self.say(f"step {step}: the loss, {loss:.4f}, is {z:.1f} standard deviations above the last {WINDOW}")
         s["losses"] = [*s["losses"], loss][-WINDOW:]
         return z
 
@@ -93,7 +94,7 @@ class Health:
 def check_replicas(model: GPT, step: int, group: dist.ProcessGroup | None) -> None:
     """Compare a checksum of every parameter over the processes of `group`.
 
-    Raises UserError naming the first parameter that is not bit for bit the same on all ranks.
+    Raises UserError naming the first parameter whose checksum is not the same on all ranks.
     """
     if group is None:
         return

@@ -88,7 +88,10 @@ def _fetch(f) -> str | None:
     """Append the rest of the file to `f`; returns what went wrong, None where nothing did."""
     have = f.seek(0, os.SEEK_END)
     try:
-        with requests.get(URL, stream=True, timeout=30, headers={"Range": f"bytes={have}-"} if have else {}) as response:
+        headers = {"Accept-Encoding": "identity"}  # a range of a compressed answer would be of its compressed bytes
+        if have:
+            headers["Range"] = f"bytes={have}-"
+        with requests.get(URL, stream=True, timeout=30, headers=headers) as response:
             if response.status_code != 206:  # not the rest alone
                 f.truncate(0)
                 have = f.seek(0)

@@ -1,5 +1,6 @@
 """OpenAI's GPT-2 from the Hugging Face hub, in place of a checkpoint: python sample.py gpt2, python hellaswag.py gpt2-xl."""
 
+import re
 import sys
 import time
 from dataclasses import asdict
@@ -43,7 +44,7 @@ def download(repo: str, file: str) -> Path:
     for pause in (*PAUSES, None):
         try:
             path = Path(hf_hub_download(repo, file, endpoint=ENDPOINT)).resolve()
-            if sha256(path) == path.name:
+            if not re.fullmatch("[0-9a-f]{64}", path.name) or sha256(path) == path.name:
                 return path
             path.unlink()
             wrong = "it arrived damaged"

@@ -33,7 +33,7 @@ from checkpoint import CheckpointWriter, checkpoints, load_checkpoint, load_mome
 from data import Prefetch, Shards, TrainOrder, get_tokenizer, verify_shards
 from device import autocast, device_name, peak_flops, peak_memory, pick_device, reset_peak_memory
 from errors import UserError, report_user_errors
-from files import Metrics, write_whole
+from files import Metrics, lock_folder, write_whole
 from guard import EXIT_STOPPED, Health, StopSignals, check_replicas
 from model import GPT, derived_seed
 
@@ -100,11 +100,11 @@ def main() -> None:
         model = model_from(checkpoint, device)
         optimizer = make_optimizer(model, config)
         load_moments(optimizer, model, checkpoint["optimizer"])
-        step, seconds, health = checkpoint["step"], checkpoint["seconds"], Health(checkpoint["health"])
+        step, seconds, health = checkpoint["step"], checkpoint["seconds"], Health(checkpoint["health"], quiet=not master)
         del checkpoint
     else:
         model = GPT(shape, n_blocks=plan.phases[0].n_blocks, seed=config.seed, device=device)
-        optimizer, step, seconds, health = None, 0, 0.0, Health()
+        optimizer, step, seconds, health = None, 0, 0.0, Health(quiet=not master)
     if config.compile != "none":
         model.compile_regions(whole=config.compile == "model")
 
@@ -112,8 +112,9 @@ def main() -> None:
     milestones = {p.stop for p in plan.phases if p.phase != 1}  # the ends of stages, and of the run
     if master:
         write_plan(out_dir, summary)
+        lock = lock_folder(out_dir)  # noqa: F841  (held until the process ends)
         write_config(out_dir, config, shape, task, world_size, device)
-        metrics = Metrics(out_dir / "metrics.jsonl", step if newest[0] else -1)
+        metrics = Metrics(out_dir / "metrics.jsonl", step if newest[0] else None)
         writer = CheckpointWriter(out_dir, config.keep_checkpoints, milestones)
         print(schedule.plan_table(summary))
         n_epochs = plan.n_steps * config.tokens_per_step / (len(train_data) * config.block_size)
@@ -238,7 +239,7 @@ def main() -> None:
             seconds += elapsed
             for s, (loss, grad_norm) in enumerate(read, start=step - len(read) + 1):
                 z = health.see(s, loss, grad_norm)
-                if health.state["bad_in_a_row"] == config.max_bad_steps:
+                if health.state["bad_in_a_row"] >= config.max_bad_steps:
                     files = ", ".join(train_data.files(order.windows(s - 1, 0, order.windows_per_step)))
                     raise UserError(
                         f"step {s}, which read {files}: loss {loss}, gradient norm {grad_norm}; the last {config.max_bad_steps} "
@@ -267,16 +268,16 @@ def main() -> None:
         del parallel
 
     bar.close()
-    signals.restore()
     if master:
         writer.close()
         metrics.close()
         if writer.failure:
-            raise UserError(f"{writer.failure}: what was trained since the one before is lost; make room, then --init_from=resume")
+            raise UserError(f"{writer.failure}: what was trained since the one before is lost; mend that, then --init_from=resume")
     if launched:
         if world_size > 1:
             dist.barrier(hosts)  # a process that ends makes torchrun end the others, the one that writes too
         dist.destroy_process_group()
+    signals.restore()  # not before all is on the disk: a scheduler may signal more than once
     if stops:
         if master:
             print(f"{out_dir}: stopped at step {step:,} of {plan.n_steps:,}, all saved; the same command with --init_from=auto goes on")
@@ -335,8 +336,10 @@ def join_processes(device: torch.device, rank: int, world_size: int, seconds: in
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, is_master=False, timeout=timeout)
         own_part = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         where = dict(store=own_part, rank=rank, world_size=world_size)
-    on_gpu = device.type == "cuda"
-    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, timeout=timeout, **where)
+    if device.type == "cuda":  # NCCL waits longer: when it gives up it ends the process without a word of ours
+        dist.init_process_group("nccl", device_id=device, timeout=2 * timeout, **where)
+    else:
+        dist.init_process_group("gloo", timeout=timeout, **where)
     return dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
 
 
@@ -410,7 +413,10 @@ def write_config(out_dir: Path, config: cfg.Config, shape, task: Path | None, wo
     """config.json: all options, what they came to, and what the run ran on."""
     derived = {"vocab_size": shape.vocab_size, "hellaswag_file": str(task) if task else None}
     machine = {"world_size": world_size, "device_name": device_name(device), "torch_version": torch.__version__}
-    write_whole(out_dir / "config.json", json.dumps(dataclasses.asdict(config) | derived | machine, indent=2) + "\n")
+    try:
+        write_whole(out_dir / "config.json", json.dumps(dataclasses.asdict(config) | derived | machine, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"out_dir={out_dir} cannot be written ({error.strerror}): make room, or name another --out_dir") from None
 
 
 if __name__ == "__main__":

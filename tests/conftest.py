@@ -57,6 +57,12 @@ def metrics(out_dir) -> list[dict]:
     return [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
 
 
+def without_clock(rows: list[dict]) -> list[dict]:
+    """Rows of metrics without what another run of the same would measure differently."""
+    clock = ("seconds", "tokens_per_second", "data_wait", "peak_memory")
+    return [{k: v for k, v in row.items() if k not in clock} for row in rows]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Small products gain nothing from threads, and results must not depend on their number."""

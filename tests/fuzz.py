@@ -44,7 +44,8 @@ from plot import load_run
 SHAPE = dict(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=320)
 SECONDS = 20  # an input that takes longer hangs
 BYTES = get_tokenizer("bytes")
-WORDS = ["", "0", "-1", "1e309", "nan", "NaN", "null", "true", "[]", "{}", '"', "\\u0000", "\x00", "é", "9" * 30, "../..", "None", "=", "--", "\n"]
+WORDS = ["", "0", "-1", "1e309", "nan", "NaN", "null", "true", "[]", "{}", '"', "\\u0000", "\x00", "é", "9" * 30]
+WORDS += ["../..", "None", "=", "--", "\n"]
 
 
 # --- mutations
@@ -168,7 +169,8 @@ def flags(work: Path, rng) -> None:
     for _ in range(rng.choice((1, 2, 4))):
         name = rng.choice(names)
         default = str(cfg.Config.__dataclass_fields__[name].default)
-        value = rng.choice([default, *WORDS, "4", "12", "0.5", "paper", "carry", str(rng.randrange(-5, 4000)), mutate_bytes(default.encode(), rng).decode("utf-8", "replace")])
+        near = mutate_bytes(default.encode(), rng).decode("utf-8", "replace")
+        value = rng.choice([default, near, *WORDS, "4", "12", "0.5", "paper", "carry", str(rng.randrange(-5, 4000))])
         flag = f"--{name}" if rng.random() < 0.9 else "--" + mutate_bytes(name.encode(), rng).decode("utf-8", "replace")
         argv.append(f"{flag}={value}" if rng.random() < 0.9 else rng.choice((flag, value)))
     dry_run(argv, work)
@@ -279,8 +281,9 @@ def main(inputs: int = 12_000, seed: int = 0, only: tuple[str, ...] = ()) -> Non
         written = set()
 
         def watch(event, arguments):
-            if event == "open" and isinstance(arguments[0], str) and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-                written.add(os.path.abspath(arguments[0]))
+            if event == "open" and isinstance(arguments[0], str):
+                if isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                    written.add(os.path.abspath(arguments[0]))
             elif event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree") and arguments[-1] in (-1, None):
                 written.update(os.path.abspath(a) for a in arguments[:2] if isinstance(a, str))  # not below an open folder
 
@@ -299,7 +302,8 @@ def main(inputs: int = 12_000, seed: int = 0, only: tuple[str, ...] = ()) -> Non
         outside = sorted(p for p in written if not allowed.match(p))
     for (name, outcome), n in sorted(outcomes.items()):
         print(f"{name:18s} {outcome:8s} {n:6d}")
-    print(f"{sum(outcomes.values()):,} inputs in {time.monotonic() - began:.0f} s; written outside the working folder: {outside or 'nothing'}")
+    seconds = time.monotonic() - began
+    print(f"{sum(outcomes.values()):,} inputs in {seconds:.0f} s; written outside the working folder: {outside or 'nothing'}")
     kinds = {re.sub(r"seed \S+", "", f)[:150]: f for f in findings}
     for finding in kinds.values():
         print("FINDING", finding)

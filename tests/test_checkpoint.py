@@ -81,8 +81,10 @@ def test_other_tools_can_read_it(tmp_path, trained):
 def test_the_newest_and_the_milestones_are_kept(tmp_path, trained):
     write(tmp_path, trained, 1, 2, 3, 4, 5, 6, keep=2, milestones={2, 4})
     assert [p.name[-1] for p in checkpoints(tmp_path)] == ["2", "4", "5", "6"]
-    write(tmp_path, trained, 5, keep=1)  # a run taken up again from before
-    assert load_checkpoint(checkpoints(tmp_path)[-1])["step"] == 5
+    (tmp_path / "checkpoints" / "step_00000006_mine").mkdir()  # left alone
+    writer = write(tmp_path, trained, 5, keep=1, milestones={2})  # a run taken up again from before
+    assert writer.failure is None and [p.name[-1] for p in checkpoints(tmp_path)] == ["2", "5"]
+    assert (tmp_path / "checkpoints" / "step_00000006_mine").exists()
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, trained, monkeypatch):
@@ -235,7 +237,7 @@ def test_a_run_on_a_full_disk_goes_on(run_train, capsys, monkeypatch):
 
 
 def test_a_run_whose_last_checkpoint_fails_says_so(run_train):
-    with pytest.raises(UserError, match="step 2: no checkpoint could be written .* is lost; make room"):
+    with pytest.raises(UserError, match="step 2: no checkpoint could be written .* is lost; mend that"):
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
         try:

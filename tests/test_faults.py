@@ -15,7 +15,7 @@ import torch
 
 from checkpoint import checkpoints, load_checkpoint
 
-from conftest import ROOT, arguments, metrics, script, torchrun
+from conftest import ROOT, arguments, metrics, script, torchrun, without_clock
 
 RUN = dict(stages=4, steps=64, continual_steps=16, eval_interval=20, checkpoint_interval=7, keep_checkpoints=3, init_from="auto")
 LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -24,7 +24,8 @@ LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 def start(*command, **environment) -> subprocess.Popen:
     """A script of the project in the background; its output goes to the end of the test's."""
     env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, *map(str, command)]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def step_of(out: Path) -> int:
@@ -32,6 +33,12 @@ def step_of(out: Path) -> int:
     path = out / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return json.loads(lines[-1])["step"] if lines else -1
+
+
+def inode(out: Path) -> int | None:
+    """Of the metrics, which a run that begins or is taken up again replaces."""
+    path = out / "metrics.jsonl"
+    return path.stat().st_ino if path.exists() else None
 
 
 def wait_for(condition, process: subprocess.Popen, seconds=120):
@@ -45,11 +52,6 @@ def wait_for(condition, process: subprocess.Popen, seconds=120):
 def end(process: subprocess.Popen, seconds=120) -> tuple[int, str]:
     out, _ = process.communicate(timeout=seconds)
     return process.returncode, out
-
-
-def without_clock(rows):
-    clock = ("seconds", "tokens_per_second", "data_wait", "peak_memory")
-    return [{k: v for k, v in row.items() if k not in clock} for row in rows]
 
 
 def assert_same(a: Path, b: Path):
@@ -80,15 +82,17 @@ def test_a_run_killed_at_ten_moments_is_the_uninterrupted_run(corpus, tmp_path, 
         "in an evaluation": lambda: step_of(out) == 19,
         "in phase 2": lambda: step_of(out) >= 28,
         "while a checkpoint is written": partial.exists,
-        "at a boundary": lambda: step_of(out) == 32,
+        "at a boundary": lambda: step_of(out) >= 32,
         "while another is written": lambda: step_of(out) >= 34 and partial.exists(),
         "in another evaluation": lambda: step_of(out) == 39,
         "anywhere": lambda: step_of(out) >= 45 and moments.random() < 0.01,
         "in the continual phase": lambda: step_of(out) >= 70,
     }
     for name, moment in kills.items():
+        shutil.rmtree(partial, ignore_errors=True)
+        before = inode(out)
         process = start("train.py", *arguments(out, data_dir=corpus, **RUN, hellaswag_limit=100))
-        wait_for(moment, process)
+        wait_for(lambda: inode(out) != before and moment(), process)  # noqa: B023
         if "evaluation" in name:
             time.sleep(0.1)
         process.kill()
@@ -162,7 +166,7 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_it_had_not_been(c
 def test_a_hung_rank_ends_the_job_with_a_message(corpus, tmp_path):
     out = tmp_path / "run"
     options = RUN | dict(data_dir=corpus, batch_size=4, hellaswag_data="none", timeout=5, steps=4000)
-    process = start(*LAUNCH, "train.py", *arguments(out, **options), TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2")
+    process = start(*LAUNCH, "train.py", *arguments(out, **options))
     wait_for(lambda: step_of(out) >= 10, process)
     os.kill(workers(process)[1], signal.SIGSTOP)
     begin = time.monotonic()
@@ -229,7 +233,7 @@ def hosts():
 def on_host(name: str, i: int, *command, nnodes=2) -> subprocess.Popen:
     launch = ["-m", "torch.distributed.run", f"--nnodes={nnodes}", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=run"]
     launch += ["--rdzv_endpoint=10.77.0.1:29500", f"--rdzv_conf=is_host={int(i == 1)}", f"--local_addr=10.77.0.{i}"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     inside = ["ip", "netns", "exec", name, sys.executable, *launch, *map(str, command)]
     return subprocess.Popen(inside, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -91,7 +91,7 @@ def test_folders_that_are_no_runs_are_refused(tmp_path, runs):
     (runs[0] / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="metrics.jsonl is empty"):
         plot.load_run(runs[0])
-    for damaged in ("{\n", "[1]\n", '{"step": 1}\n'):
+    for damaged in ('{\n{"step": 1}\n', '[1]\n{"step": 1}\n', '{"step": 1}\n'):
         (runs[0] / "metrics.jsonl").write_text(damaged)
         with pytest.raises(UserError, match="damaged"):
             plot.load_run(runs[0])

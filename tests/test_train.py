@@ -19,7 +19,7 @@ from device import autocast
 from errors import UserError
 from model import GPT, GPTConfig
 
-from conftest import ROOT, TINY, arguments, metrics, script, torchrun
+from conftest import ROOT, TINY, arguments, metrics, script, torchrun, without_clock
 
 S4 = dict(stages=4, steps=16, continual_steps=4)
 EVERY_STEP = dict(checkpoint_interval=1, keep_checkpoints=100)
@@ -32,10 +32,6 @@ def at(out, step):
 
 def same_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def without_clock(rows):
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "data_wait", "peak_memory")} for row in rows]
 
 
 # --- the loop is right
@@ -220,7 +216,7 @@ def test_a_run_folder_tells_the_whole_run(run_train, corpus):
     assert plan_json["total"] == {c: rows[-1][c] for c in schedule.CURRENCIES}
     assert [p["trained_parameters"] for p in plan_json["phases"]][3:5] == [37760, 12768]
     assert config["stages"] == 4 and config["vocab_size"] == 320 and config["torch_version"] == torch.__version__
-    assert sorted(p.name for p in out.iterdir()) == ["checkpoints", "config.json", "metrics.jsonl", "plan.json"]
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "checkpoints", "config.json", "metrics.jsonl", "plan.json"]
 
 
 def test_validation_loss_is_the_mean_over_the_fixed_tokens(run_train, corpus):
