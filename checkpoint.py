@@ -105,8 +105,9 @@ def load_checkpoint(path: Path, optimizer: bool = False) -> dict:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{path}: is no readable checkpoint ({first_line(error)})") from None
     missing = [field for field, kind in FIELDS.items() if not isinstance(checkpoint.get(field), kind)]
-    missing += [name for name in ("seed", "tokens_per_step", "hellaswag_data", "data_dir") if name not in checkpoint.get("config", ())]
-    missing += [f.name for f in dataclasses.fields(GPTConfig) if f.name not in checkpoint.get("model_args", ())]
+    if not missing:
+        missing = [name for name in ("seed", "tokens_per_step", "hellaswag_data", "data_dir") if name not in checkpoint["config"]]
+        missing += [f.name for f in dataclasses.fields(GPTConfig) if f.name not in checkpoint["model_args"]]
     if missing:
         raise UserError(f"{path}: is no checkpoint of this train.py: it lacks {', '.join(missing)}")
     return checkpoint

@@ -208,6 +208,9 @@ def _check(c: Config) -> None:
         value = getattr(c, field.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{field.name}={value} must be finite")
+        limit = 2**22 if field.name in ("n_layer", "n_head", "n_embd", "block_size") else 2**62  # beyond, torch cannot count
+        if type(value) is int and value > limit:
+            raise UserError(f"{field.name}={value} must be at most {limit}")
         if field.name in positive and value < 1:
             raise UserError(f"{field.name}={value} must be at least 1")
         if field.name in not_negative and value < 0:

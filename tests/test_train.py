@@ -394,6 +394,7 @@ def test_continual_steps_up_to_equal_cost(monkeypatch, capsys, tmp_path, goal, t
         (dict(data_dir="/nowhere"), "/nowhere/meta.json: not found: .* fineweb.py"),
         (dict(hellaswag_data="/nowhere.jsonl"), "/nowhere.jsonl: cannot be read"),
         (dict(block_size=2_000_000, tokens_per_step=2_000_000, batch_size=1), "lower block_size"),
+        (dict(n_embd=2**70), "n_embd=1180591620717411303424 must be at most 4194304"),
         (dict(init_from="resume"), "no checkpoint there"),
         (dict(device="tpu"), "device='tpu'"),
         (dict(learning_rate="nan"), "learning_rate=nan"),
