@@ -38,12 +38,13 @@ def write_whole(path: Path, text: str) -> None:
 def lock_folder(folder: Path):
     """Keep other runs out of a folder while the result is held, or this process lives. Raises UserError where one is there."""
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{folder}: another run writes there: end it, or name another --out_dir") from None
     except OSError as error:
-        raise UserError(f"{folder}: cannot be locked ({error.strerror}): name another --out_dir") from None
+        raise UserError(f"{folder}: cannot be written, or not locked ({error.strerror}): name another --out_dir") from None
     return lock
 
 

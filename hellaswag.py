@@ -42,7 +42,7 @@ SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # 1
 PAUSES = (1, 2, 4, 8)  # seconds before each further attempt
 INSTEAD = "try again, or name a file of its form with --hellaswag_data (train.py; none goes without) or --data (hellaswag.py)"
 DEFAULT_PATH = Path(__file__).parent / "data" / "hellaswag_val.jsonl"
-BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # positions in a forward pass
+BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # positions in a forward pass; measured on a CPU, a choice for GPUs
 
 
 def task_file(option: str, data_dir: str) -> Path | None:

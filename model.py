@@ -101,7 +101,7 @@ class Block(nn.Module):
 # the head and its loss, the one place where tensors as wide as the vocabulary exist
 
 # Logits that exist at once, in bytes of fp32. In training every part adds to the whole weight gradient, so that small parts
-# cost; in evaluation a part does best to stay near the caches.
+# cost. Measured on a CPU; the sizes for a GPU are a choice, not a measurement.
 LOGITS_BYTES = {"cpu": 192 * 2**20, "cuda": 2 * 2**30}
 LOGITS_BYTES_EVAL = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}
 

@@ -91,6 +91,8 @@ def main() -> None:
         examples = hellaswag.load_examples(task, encoding, config.block_size, config.hellaswag_limit)
 
     # --- model, optimizer and position: new, or as the checkpoint left them
+    if master:
+        lock = lock_folder(out_dir)  # noqa: F841  (held until the process ends)
     newest = [newest_checkpoint(out_dir) if master and config.init_from != "scratch" else None]
     if world_size > 1:
         dist.broadcast_object_list(newest, group=hosts)
@@ -112,7 +114,6 @@ def main() -> None:
     milestones = {p.stop for p in plan.phases if p.phase != 1}  # the ends of stages, and of the run
     if master:
         write_plan(out_dir, summary)
-        lock = lock_folder(out_dir)  # noqa: F841  (held until the process ends)
         write_config(out_dir, config, shape, task, world_size, device)
         metrics = Metrics(out_dir / "metrics.jsonl", step if newest[0] else None)
         writer = CheckpointWriter(out_dir, config.keep_checkpoints, milestones)

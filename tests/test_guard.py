@@ -3,6 +3,9 @@
 import math
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -142,6 +145,19 @@ def test_ctrl_c_that_arrives_twice_at_once_counts_once(signals):
     for _ in range(2):
         os.kill(os.getpid(), signal.SIGINT)
     assert signals.agreed(None)
+
+
+def test_a_second_interrupt_ends_the_process_at_once():
+    """One that comes half a second after the first, from a process that would else go on for a minute."""
+    program = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import guard; guard.StopSignals(); print('up', flush=True)\n"
+    program += "end = time.monotonic() + 60\nwhile time.monotonic() < end: time.sleep(0.05)"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.7)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == -signal.SIGINT
 
 
 def test_a_signal_stops_a_run_after_the_step_with_all_saved(run_train, monkeypatch, tmp_path, capsys):
