@@ -133,6 +133,8 @@ class Config:
     """torch.compile every block, which growth and freezing reuse; or the whole "model", anew in every phase, for narrow ones."""
     seed: int = 1337
     """Seed of the weights, the order of the data and dropout."""
+    deterministic: bool = False
+    """On a GPU, only kernels that give the same bits every time, at some cost in speed: a resumed run is then the uninterrupted one."""
     timeout: int = 600
     """Seconds that a process waits for the others before the run ends."""
 

@@ -1,6 +1,7 @@
 """The machine a script runs on: which device, which precision, how fast it could be."""
 
 import contextlib
+import os
 import re
 from pathlib import Path
 
@@ -67,6 +68,13 @@ def pick_device(device: str, local_rank: int = 0, world_size: int = 1) -> torch.
         torch.cuda.set_device(picked)
         torch.set_float32_matmul_precision("high")  # TF32 where a product stays in fp32
     return picked
+
+
+def use_deterministic_kernels() -> None:
+    """Same input, same bits, on a GPU too. To be called before the first matrix product; a kernel that cannot is refused by torch."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's condition, torch's note on reproducibility
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:

@@ -31,7 +31,7 @@ import schedule
 from checkpoint import FOLDER as CHECKPOINTS
 from checkpoint import CheckpointWriter, checkpoints, load_checkpoint, load_moments, model_from, newest_checkpoint
 from data import Prefetch, Shards, TrainOrder, get_tokenizer, verify_shards
-from device import autocast, device_name, peak_flops, peak_memory, pick_device, reset_peak_memory
+from device import autocast, device_name, peak_flops, peak_memory, pick_device, reset_peak_memory, use_deterministic_kernels
 from errors import UserError, report_user_errors
 from files import Metrics, lock_folder, write_whole
 from guard import EXIT_STOPPED, Health, StopSignals, check_replicas
@@ -77,6 +77,8 @@ def main() -> None:
     # --- devices and processes
     device = pick_device(config.device, local_rank, world_size)
     on_gpu = device.type == "cuda"
+    if config.deterministic:
+        use_deterministic_kernels()
     precision = autocast(device, config.dtype)
     if config.compile != "none" and not on_gpu and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
         raise UserError(f"compile={config.compile} needs a C++ compiler on the CPU (g++ or clang++): install one, or use --compile=none")
