@@ -40,7 +40,7 @@ import config as cfg
 import schedule
 import train
 from data import Prefetch, Shards, TrainOrder, write_shard
-from device import autocast, device_name, peak_flops, peak_memory, pick_device, reset_peak_memory
+from device import autocast, cpu_name, device_name, peak_flops, peak_memory, pick_device, reset_peak_memory
 from errors import UserError, report_user_errors
 from model import GPT, GPTConfig
 
@@ -381,12 +381,11 @@ def summarize(config, shape, phases, contenders, first, product_flops, device) -
 def machine(device: torch.device) -> dict:
     """Where and when a benchmark ran, and of which commit."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    cpu = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
         "command": " ".join(["python", os.path.relpath(sys.argv[0], Path(__file__).parent), *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "device": device_name(device),
-        "cpu": f"{os.cpu_count()} x {cpu[0] if cpu else platform.machine()}",
+        "cpu": cpu_name(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit.stdout.strip(),

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import re
 from pathlib import Path
 
@@ -90,6 +91,12 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def cpu_name() -> str:
+    """Cores and model of the processor, as Linux tells them."""
+    models = re.findall(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return f"{os.cpu_count()} x {models[0] if models else platform.machine()}"
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -231,6 +231,13 @@ def table(runs: list[Run], args: Args) -> str:
     return text_table(rows)
 
 
+def save(fig, path: Path) -> None:
+    """Write a figure as path.png and path.svg, the same bytes for the same runs."""
+    for suffix, metadata in ((".png", None), (".svg", {"Date": None})):
+        fig.savefig(f"{path}{suffix}", metadata=metadata)
+    print(f"{path}.png and .svg")
+
+
 def main(args: Args) -> None:
     paths = args.runs or sorted(p.parent for p in Path("out").rglob("metrics.jsonl"))
     if not paths:
@@ -250,9 +257,7 @@ def main(args: Args) -> None:
     if len({json.dumps(run.plan["baseline"]) for run in runs}) > 1:
         print("note: these runs have different baselines; shares of cost and FLOPs are relative to each one's own")
     for name, fig in figures.items():
-        for suffix, metadata in ((".png", None), (".svg", {"Date": None})):
-            fig.savefig(args.out / f"{name}{suffix}", metadata=metadata)
-        print(f"{args.out / name}.png and .svg")
+        save(fig, args.out / name)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import datetime
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -31,7 +32,7 @@ import schedule
 from checkpoint import FOLDER as CHECKPOINTS
 from checkpoint import CheckpointWriter, checkpoints, load_checkpoint, load_moments, model_from, newest_checkpoint
 from data import Prefetch, Shards, TrainOrder, get_tokenizer, verify_shards
-from device import autocast, device_name, peak_flops, peak_memory, pick_device, reset_peak_memory, use_deterministic_kernels
+from device import autocast, cpu_name, device_name, peak_flops, peak_memory, pick_device, reset_peak_memory, use_deterministic_kernels
 from errors import UserError, report_user_errors
 from files import Metrics, lock_folder, write_whole
 from guard import EXIT_STOPPED, Health, StopSignals, check_replicas
@@ -116,7 +117,7 @@ def main() -> None:
     milestones = {p.stop for p in plan.phases if p.phase != 1}  # the ends of stages, and of the run
     if master:
         write_plan(out_dir, summary)
-        write_config(out_dir, config, shape, task, world_size, device)
+        write_config(out_dir, config, shape, task, len(train_data) * config.block_size, world_size, device)
         metrics = Metrics(out_dir / "metrics.jsonl", step if newest[0] else None)
         writer = CheckpointWriter(out_dir, config.keep_checkpoints, milestones)
         print(schedule.plan_table(summary))
@@ -412,12 +413,14 @@ def write_plan(out_dir: Path, summary: dict) -> None:
         raise UserError(f"out_dir={out_dir} cannot be written ({error.strerror}): name another --out_dir") from None
 
 
-def write_config(out_dir: Path, config: cfg.Config, shape, task: Path | None, world_size: int, device: torch.device) -> None:
-    """config.json: all options, what they came to, and what the run ran on."""
-    derived = {"vocab_size": shape.vocab_size, "hellaswag_file": str(task) if task else None}
+def write_config(out_dir: Path, config: cfg.Config, shape, task: Path | None, train_tokens: int, world_size: int, device) -> None:
+    """config.json: all options, what they came to, and what the run ran on, by what command, at its last start."""
+    derived = {"vocab_size": shape.vocab_size, "hellaswag_file": str(task) if task else None, "train_tokens": train_tokens}
     machine = {"world_size": world_size, "device_name": device_name(device), "torch_version": torch.__version__}
+    machine |= {"cpu": cpu_name(), "threads": torch.get_num_threads()}
+    start = {"command": shlex.join(["train.py", *sys.argv[1:]]), "date": datetime.date.today().isoformat()}
     try:
-        write_whole(out_dir / "config.json", json.dumps(dataclasses.asdict(config) | derived | machine, indent=2) + "\n")
+        write_whole(out_dir / "config.json", json.dumps(dataclasses.asdict(config) | derived | machine | start, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"out_dir={out_dir} cannot be written ({error.strerror}): make room, or name another --out_dir") from None
 
