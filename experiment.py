@@ -7,6 +7,7 @@ finished runs are passed over, an interrupted one is resumed. Runs train in out/
 metrics.jsonl are copied to results/NAME/RUN when they end, for report.py.
 """
 
+import re
 import shutil
 import signal
 import subprocess
@@ -78,24 +79,33 @@ def load_experiment(folder: Path) -> tuple[dict, list[Run]]:
         raise UserError(f"{path}: {error.strerror}: name a folder that has an experiment.toml, results/ has some") from None
     except ValueError as error:
         raise UserError(f"{path}: is no TOML: {error}") from None
-    known = {"title": str, "about": str, "options": list, "runs": dict}
-    _check_keys(path, experiment, known, required=("title", "runs"))
+    _check(path, experiment, {"title": str, "about": str, "options": list, "runs": dict})
+    if missing := {"title", "runs"} - experiment.keys():
+        raise UserError(f"{path}: lacks {', '.join(sorted(missing))}")
+    if not experiment["runs"]:
+        raise UserError(f"{path}: has no runs: describe one as [runs.baseline]")
     described = []
     for label, run in experiment["runs"].items():
-        _check_keys(f"{path}, runs.{label}", run, {"options": list, "seeds": list, "against": str, "about": str})
-        against = run.get("against", "baseline")
+        where = f"{path}, runs.{label}"
+        if not re.fullmatch(r"\w[\w.-]*", label):
+            raise UserError(f"{path}: {label!r} is no name for a run: use letters, digits, _, - and .")
+        _check(where, run, {"options": list, "seeds": list, "against": str})
+        seeds, against = run.get("seeds", [1]), run.get("against", "baseline")
+        if not seeds or any(type(seed) is not int for seed in seeds):
+            raise UserError(f"{where}: seeds must be whole numbers, one at least")
         if against not in experiment["runs"]:
-            raise UserError(f"{path}, runs.{label}: against = {against!r} is none of the runs: {', '.join(experiment['runs'])}")
+            raise UserError(f"{where}: against = {against!r} is none of the runs: {', '.join(experiment['runs'])}")
         options = (*experiment.get("options", []), *run.get("options", []))
-        described.append([Run(label, seed, (*options, f"--seed={seed}"), against) for seed in run.get("seeds", [1])])
+        if any(type(option) is not str for option in options):
+            raise UserError(f"{where}: options must be strings, as on train.py's command line")
+        described.append([Run(label, seed, (*options, f"--seed={seed}"), against) for seed in seeds])
     most = max(map(len, described))
     return experiment, [seeds[i] for i in range(most) for seeds in described if i < len(seeds)]
 
 
-def _check_keys(where, table, known, required=()):
-    for key in required:
-        if key not in table:
-            raise UserError(f"{where}: lacks {key}")
+def _check(where, table, known):
+    if not isinstance(table, dict):
+        raise UserError(f"{where}: must be a table")
     for key, value in table.items():
         if key not in known:
             raise UserError(f"{where}: {key} is none of {', '.join(known)}")
