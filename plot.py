@@ -96,7 +96,7 @@ class Run:
         step, _ = self.curve(column, "steps")
         spent = np.interp(step, self.columns["step"], self.columns[currency])
         budget = self.plan["baseline"][currency]
-        if not len(y) or spent[-1] < budget * (1 - 0.5 / self.plan["steps"]):  # the plan rounds to whole steps
+        if not len(y) or spent[-1] < budget * (1 - 0.5 / self.plan["baseline"]["steps"]):  # plans round to whole steps
             return None
         return float(np.interp(budget, spent, x)), float(np.interp(budget, spent, y))
 

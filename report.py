@@ -3,14 +3,15 @@
     python report.py results/NAME [--readme README.md]
 
 Reads results/NAME/experiment.toml and the run folders beside it, as experiment.py leaves them; writes README.md and the
-figures there. With --readme also the part of that file between <!-- results --> and <!-- end of results -->. No number
-is typed by hand.
+figures there. With --readme also the part of that file between <!-- results --> and <!-- end of results -->. Every number is
+computed here, but for those in the experiment's own `about`.
 
 Every run is measured against the baseline of its own recipe and seed, in three currencies: the paper's unit, FLOPs, and
 seconds. Seconds are the steps of each phase times the median step time of that phase: what a run takes once it is compiled.
 """
 
 import json
+import os
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,15 +23,24 @@ import tyro
 
 import experiment
 import plot
-from errors import UserError, report_user_errors
+from errors import UserError, first_line, report_user_errors
 from files import write_whole
 from schedule import NAMES
 
 CURRENCIES = ("cost", "flops", "seconds")
 LABELS = NAMES | {"seconds": "seconds"}
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
-SAME = ("data_dir train_tokens n_head n_embd n_layer block_size tokens_per_step steps dtype compile device_name cpu threads world_size "
-        "torch_version").split()  # fmt: skip
+# What may differ in config.json between a run and its baseline, and then between a run and those of another recipe.
+SCHEDULE = set("stages stage_blocks phase_shares phase1 freezing continual_steps phase_optimizer continual_optimizer rewarm_iters out_dir "
+               "init_from command date log_interval eval_interval checkpoint_interval keep_checkpoints max_bad_steps verify_data timeout "
+               "device".split())  # fmt: skip
+RECIPE = set("learning_rate lr_schedule warmup_iters min_lr decay_share weight_decay beta1 beta2 grad_clip dropout seed".split())
+NEEDED = {
+    "config.json": set("lr_schedule train_tokens date threads cpu device_name world_size torch_version command".split()),
+    "plan.json": {"tokens_per_step"},
+    "metrics.jsonl": {"val_loss", "tokens_per_second", "peak_memory"},
+}
+CLOSE = 0.02  # a run whose rate decays has spent the baseline's total, if it ends within this of it
 PAPER_TOKENS = 10_000 * 524_288  # of the paper's baseline, section 4
 
 
@@ -54,13 +64,16 @@ class Measured:
     step_seconds: dict[str, float]  # of every phase by name, median
     baseline: "Measured | None" = None  # itself, where it is one
 
+    @property
+    def decays(self) -> bool:
+        """Whether its learning rate falls: then no loss is a result but the last."""
+        return self.config["lr_schedule"] != "constant"
+
     def at_equal(self, currency: str) -> float | None:
-        """Validation loss where this run has spent what its whole baseline spends; None where it never did, or where its
-        rate had not come down all the way yet: before that, its loss is no result.
-        """
-        spent = self.plot.columns[currency][-1] / self.plot.plan["baseline"][currency]
-        if self.config["lr_schedule"] != "constant" and spent > 1.02:
-            return None
+        """Validation loss where this run has spent what its whole baseline spends; None where it never did."""
+        if self.decays:
+            spent = self.plot.columns[currency][-1] / self.plot.plan["baseline"][currency]
+            return self.last_loss if abs(spent - 1) <= CLOSE else None
         point = self.plot.at_budget("val_loss", "steps", currency)
         return point and point[1]
 
@@ -78,7 +91,7 @@ class Measured:
         steps, losses = self.plot.curve("val_loss", "steps")
         spent = np.interp(steps, self.plot.columns["step"], self.plot.columns[currency])
         reached = np.flatnonzero(losses <= self.baseline.last_loss)
-        if not len(reached):
+        if self.decays or not len(reached):
             return None
         i = reached[0]
         if i:
@@ -100,41 +113,47 @@ class Measured:
 def load(folder: Path) -> tuple[dict, list[Measured], list[experiment.Run]]:
     """The experiment, its finished runs, and those that are to come."""
     described, runs = experiment.load_experiment(folder)
-    there = [r for r in runs if (folder / r.name / "metrics.jsonl").exists()]
-    measured = {}
-    for run in there:
-        loaded = plot.load_run(folder / run.name)
-        loaded.name = run.label
-        config = json.loads((folder / run.name / "config.json").read_text())
-        measured[run.label, run.seed] = Measured(run, config, loaded, step_seconds(loaded))
+    measured = {(r.label, r.seed): load_one(r, folder / r.name) for r in runs if experiment.is_finished(folder / r.name)}
     for one in measured.values():
         one.baseline = measured.get((one.run.against, one.run.seed))
-        if one.baseline:
-            compare_conditions(one, one.baseline, folder)
-    complete = {key: one for key, one in measured.items() if one.baseline}
-    for one in complete.values():
+    complete = [one for one in measured.values() if one.baseline]
+    for one in complete:
+        compare(one, one.baseline, SCHEDULE, folder)
+        compare(one, complete[0], SCHEDULE | RECIPE, folder)
         account_seconds(one)
-    return described, list(complete.values()), [r for r in runs if (r.label, r.seed) not in complete]
+    return described, complete, [r for r in runs if r not in [one.run for one in complete]]
 
 
-def compare_conditions(one: Measured, baseline: Measured, folder: Path) -> None:
-    """Raises UserError where a run and its baseline differ in more than their schedule."""
-    for key in SAME:
-        if one.config.get(key) != baseline.config.get(key):
+def load_one(run: experiment.Run, folder: Path) -> Measured:
+    """A finished run. Raises UserError where its files lack something."""
+    loaded = plot.load_run(folder)
+    loaded.name = run.label
+    config = json.loads((folder / "config.json").read_text())
+    for name, there in (("config.json", config), ("plan.json", loaded.plan), ("metrics.jsonl", loaded.columns)):
+        if missing := NEEDED[name] - there.keys():
+            raise UserError(f"{folder}/{name}: lacks {', '.join(sorted(missing))}: train the run again")
+    return Measured(run, config, loaded, step_seconds(loaded, folder))
+
+
+def compare(one: Measured, other: Measured, may_differ: set[str], folder: Path) -> None:
+    """Raises UserError where two runs were not trained under the same conditions."""
+    for key in one.config.keys() | other.config.keys():
+        a, b = one.config.get(key), other.config.get(key)
+        if a != b and key not in may_differ:
             raise UserError(
-                f"{folder / one.run.name}: {key} is {one.config.get(key)}, but {baseline.config.get(key)} in {baseline.run.name}, its "
-                "baseline: train one of them again under the same conditions"
+                f"{folder / one.run.name}: {key} is {a}, but {b} in {other.run.name}, which it stands beside: remove one of the two and "
+                "train it again under the same conditions"
             )
 
 
-def step_seconds(run: plot.Run) -> dict[str, float]:
-    """Median seconds of a step in every phase, over the rows of metrics.jsonl. The first row has the compilation in it."""
+def step_seconds(run: plot.Run, folder: Path) -> dict[str, float]:
+    """Median seconds of a step in every phase. The first row of a phase is left out: it may have compilation in it."""
     steps, speeds = run.curve("tokens_per_second", "steps")
     result = {}
     for p in run.plan["phases"]:
-        inside = speeds[(steps > p["start"]) & (steps <= p["stop"])]
+        inside = speeds[(steps > p["start"]) & (steps <= p["stop"])][1:]
         if not len(inside):
-            raise UserError(f"run {run.name}: {p['name']} has no row in metrics.jsonl: use a smaller log_interval")
+            raise UserError(f"{folder}: {p['name']} has less than two rows in metrics.jsonl: train with a smaller log_interval")
         result[p["name"]] = run.plan["tokens_per_step"] / float(np.median(inside))
     return result
 
@@ -145,9 +164,9 @@ def account_seconds(one: Measured) -> None:
     for p in one.plot.plan["phases"]:
         total += np.clip(steps - p["start"], 0, p["stop"] - p["start"]) * one.step_seconds[p["name"]]
     one.plot.columns["seconds"] = total
-    (whole,) = one.baseline.step_seconds.values() if len(one.baseline.step_seconds) == 1 else (None,)
-    if whole is None:
+    if len(one.baseline.step_seconds) > 1:
         raise UserError(f"{one.run.label} is compared with {one.baseline.run.label}, which is no baseline: it has several phases")
+    (whole,) = one.baseline.step_seconds.values()
     one.plot.plan["baseline"]["seconds"] = whole * one.plot.plan["baseline"]["steps"]
 
 
@@ -162,13 +181,13 @@ def by_label(measured: list[Measured]) -> dict[str, list[Measured]]:
     return labels
 
 
-def over_seeds(runs: list[Measured], value: Callable, form: str) -> str:
+def over_seeds(runs: list[Measured], value: Callable, form: str, each: bool = True) -> str:
     """The mean of a value over the seeds of a run, and, of several, the values; - where a run has none."""
     values = [value(one) for one in runs]
     if any(v is None for v in values):
         return "-"
     mean = format(statistics.mean(values), form)
-    return mean if len(values) == 1 else f"{mean} ({', '.join(format(v, form) for v in values)})"
+    return mean if len(values) == 1 or not each else f"{mean} ({', '.join(format(v, form) for v in values)})"
 
 
 def markdown(rows: list[tuple[str, ...]]) -> str:
@@ -179,24 +198,26 @@ def markdown(rows: list[tuple[str, ...]]) -> str:
 
 def loss_table(measured: list[Measured]) -> str:
     equal = (f"at equal {LABELS[c]}" for c in CURRENCIES)
-    rows = [("run", "seeds", "val loss at the end", *equal, "even with the baseline at", "acc_norm")]
+    rows = [("run", "seeds", "val loss at the end", *equal, "even with the baseline at", "acc_norm at the end")]
     for label, runs in by_label(measured).items():
-        own = runs[0].baseline is runs[0]
-        accuracy = lambda one: 100 * float(one.plot.curve("hellaswag_acc_norm", "steps")[1][-1])  # noqa: E731
-        even = ", ".join(share(statistics.mean(v) if None not in (v := [o.catches_up(c) for o in runs]) else None) for c in CURRENCIES)
         rows.append((
             label,
             ", ".join(str(one.run.seed) for one in runs),
             over_seeds(runs, lambda one: one.last_loss, ".4f"),
-            *("0" if own else over_seeds(runs, lambda one: one.difference(c), "+.4f") for c in CURRENCIES),  # noqa: B023
-            "1" if own else even,
-            over_seeds(runs, accuracy, ".1f") + " %" if "hellaswag_acc_norm" in runs[0].plot.columns else "-",
+            *(over_seeds(runs, lambda one: one.difference(c), "+.4f") for c in CURRENCIES),  # noqa: B023
+            ", ".join(over_seeds(runs, lambda one: one.catches_up(c), ".2f", each=False) for c in CURRENCIES),  # noqa: B023
+            accuracy(runs),
         ))  # fmt: skip
     return markdown(rows)
 
 
-def share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def accuracy(runs: list[Measured]) -> str:
+    """HellaSwag's acc_norm at the end, and the standard error of one run's."""
+    name = "hellaswag_acc_norm"
+    if any(name not in one.plot.columns for one in runs):
+        return "-"
+    value, error = (lambda one, n=n: 100 * float(one.plot.curve(n, "steps")[1][-1]) for n in (name, f"{name}_stderr"))
+    return f"{over_seeds(runs, value, '.1f', each=False)} ± {error(runs[0]):.1f} %"
 
 
 def savings_table(measured: list[Measured]) -> str:
@@ -257,10 +278,13 @@ def conditions(described: dict, measured: list[Measured]) -> str:
     )
 
 
-HOW_TO_READ = """Losses at equal cost are differences from the last validation loss of the baseline of the same recipe and seed, in nats per
-token: above zero the baseline is better. *Even with the baseline at*: what a run had spent when it first reached that loss, in parts
-of the whole baseline, in the paper's unit, FLOPs and seconds. - where that never was; a run whose rate decays is compared at its end
-alone. Seconds leave out compilation and evaluation. Of several seeds the mean, and each."""
+HOW_TO_READ = f"""Losses at equal cost are differences from the last validation loss of the baseline of the same recipe and seed, in nats per
+token, interpolated between evaluations: above zero the baseline is better. *Even with the baseline at*: what a run had spent when it
+first reached that loss, in parts of the whole baseline, in the paper's unit, FLOPs and seconds. A run whose rate decays is compared
+at its end alone, where it has spent what its baseline has within {100 * CLOSE:.0f} %. - where there is nothing to compare. Seconds
+are the steps of each phase times the phase's median step, without compilation and evaluation. Of several seeds the mean, and each."""
+CAPTION = "*The first seed of the runs that are compared with the first baseline.*"
+SAVINGS = "All stages together, before continual training, in parts of the baseline: the paper's unit is what the method claims to cost."
 
 
 def figures(folder: Path, described: dict, measured: list[Measured]) -> list[str]:
@@ -284,23 +308,22 @@ def main(args: Args) -> None:
     if not measured:
         raise UserError(f"{args.experiment}: no run is finished beside its baseline: python experiment.py {args.experiment}")
     names = figures(args.experiment, described, measured)
-    pictures = lambda folder: "\n\n".join(f"![{n}]({folder}{n}.png)" for n in names)  # noqa: E731
+    pictures = lambda folder: "\n\n".join([*(f"![{n}]({folder}{n}.png)" for n in names), CAPTION])  # noqa: E731
     head = [conditions(described, measured), described.get("about", "").strip()]
     if missing:
         head.append(f"**Not run yet:** {', '.join(run.name for run in missing)}.")
-    name = args.experiment.resolve().name
+    folder = args.experiment.as_posix()
     page = [
         f"# {described['title']}",
-        f"*Written by `python report.py results/{name}` from the run folders beside it. They come from `python experiment.py results/{name}`; "
-        "the command of each stands in its config.json.*",
+        f"*Written by `python report.py {folder}` from the run folders beside it. They come from `python experiment.py {folder}`; the "
+        "command of each stands in its config.json.*",
         *head,
         pictures(""),
         "## Losses at equal cost",
         loss_table(measured),
         HOW_TO_READ,
         "## What the stages cost",
-        "All stages together, before continual training, in parts of the baseline. The paper's unit is what the method claims, seconds "
-        "are what it took.",
+        SAVINGS,
         savings_table(measured),
         "## Every phase",
         "Of the first seed. Time and FLOPs of a step are relative to the baseline's.",
@@ -309,21 +332,18 @@ def main(args: Args) -> None:
     write_whole(args.experiment / "README.md", "\n\n".join(part for part in page if part) + "\n")
     print(f"{args.experiment / 'README.md'}: {len(measured)} runs, {len(missing)} to come")
     if args.readme:
-        where = f"results/{name}"
-        link = f"The whole page, every phase and every command: [{where}]({where}/README.md)."
-        insert(args.readme, [*head, pictures(f"{where}/"), loss_table(measured), HOW_TO_READ, savings_table(measured), SAVINGS, link])
+        there = os.path.relpath(args.experiment, args.readme.parent)
+        link = f"Every phase, and what each run measured: [{there}]({there}/README.md)."
+        insert(args.readme, [*head, pictures(f"{there}/"), loss_table(measured), HOW_TO_READ, SAVINGS, savings_table(measured), link])
         print(f"{args.readme}: results written")
-
-
-SAVINGS = "The second table: what all stages together cost, before continual training, in parts of the baseline."
 
 
 def insert(readme: Path, parts: list[str]) -> None:
     """Replace what stands between the markers of a file. Raises UserError where it has none."""
     try:
         text = readme.read_text()
-    except OSError as error:
-        raise UserError(f"--readme={readme}: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--readme={readme}: {first_line(error)}") from None
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):

@@ -23,7 +23,7 @@ import config as cfg
 from bench import machine, synchronize, write_report
 from checkpoint import CheckpointWriter
 from device import autocast, pick_device
-from errors import report_user_errors
+from errors import UserError, report_user_errors
 from model import GPT, GPTConfig
 from train import make_optimizer, update
 
@@ -71,6 +71,8 @@ def main(args: Args) -> None:
             writer.wait()
             writes.append(time.perf_counter() - start)
         writer.close()
+        if writer.failure:
+            raise UserError(f"{writer.failure}: make room")
     result = {"parameters": model.num_params(), "tokens_of_a_step": args.sequences * args.block_size}
     result |= {"step": quiet, "stall": stalls, "step_while_writing": writing, "until_written": writes}
     for name in ("step", "stall", "step_while_writing", "until_written"):
