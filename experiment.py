@@ -27,7 +27,7 @@ from files import read_metrics, write_whole
 from guard import EXIT_STOPPED
 
 KEPT = ("config.json", "plan.json", "metrics.jsonl")  # of a run folder
-FREE = "out_dir init_from dry_run device timeout verify_data checkpoint_interval keep_checkpoints max_bad_steps".split()  # may change on the way
+FREE = set("out_dir init_from dry_run device timeout verify_data checkpoint_interval keep_checkpoints max_bad_steps".split())  # to change
 ROOT = Path(__file__).resolve().parent
 
 
@@ -170,36 +170,34 @@ def main(args: Args) -> None:
     configs = check_runs(runs, args.options)
     chosen = [r for r in runs if not args.only or {r.label, r.name} & set(args.only)]
     out = args.out or Path("out") / args.experiment.resolve().name
-    launcher = [sys.executable]
-    if args.processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}"]
-    to_come = []
     for run in chosen:
         check_same(args.experiment / run.name, configs[run.name])
         check_same(out / run.name, configs[run.name])
-        if not is_finished(args.experiment / run.name):
-            to_come.append(run)
+    launcher = [sys.executable]
+    if args.processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}"]
 
     stop = Stop(args.minutes)
-    while to_come and not stop.asked:
-        run = to_come[0]
-        print(f"{run.name}, {len(chosen) - len(to_come) + 1} of {len(chosen)}", flush=True)
-        options = [*run.options, *(f"--{option}" for option in args.options), f"--out_dir={out / run.name}", "--init_from=auto"]
-        status = stop.run([*launcher, str(ROOT / "train.py"), *options])
-        # torchrun's own status is 1 whenever it was told to stop; a run that is told so while it starts just ends.
-        if stop.asked and status in (EXIT_STOPPED, -signal.SIGTERM, -signal.SIGINT, 130, 1 if args.processes > 1 else EXIT_STOPPED):
-            break
-        if status or not is_finished(out / run.name):
-            raise UserError(f"{run.name} ended with status {status}: mend what it says above, the same command goes on")
-        keep(out / run.name, args.experiment / run.name)
-        to_come.pop(0)
-    if args.discard_checkpoints:
-        for run in set(chosen) - set(to_come):
+    for i, run in enumerate(chosen, start=1):
+        if not is_finished(args.experiment / run.name):
+            if stop.asked:
+                break
+            print(f"{run.name}, {i} of {len(chosen)}", flush=True)
+            options = [*run.options, *(f"--{option}" for option in args.options), f"--out_dir={out / run.name}", "--init_from=auto"]
+            status = stop.run([*launcher, str(ROOT / "train.py"), *options])
+            # torchrun's own status is 1 whenever it was told to stop; a run that is told so while it starts just ends.
+            if stop.asked and status in (EXIT_STOPPED, -signal.SIGTERM, -signal.SIGINT, 130, 1 if args.processes > 1 else EXIT_STOPPED):
+                break
+            if status or not is_finished(out / run.name):
+                raise UserError(f"{run.name} ended with status {status}: mend what it says above, the same command goes on")
+            keep(out / run.name, args.experiment / run.name)
+        if args.discard_checkpoints:
             shutil.rmtree(out / run.name / "checkpoints", ignore_errors=True)
-    if to_come:
-        print(f"stopped; {len(to_come)} of {len(chosen)} runs are to come, the same command goes on")
-        sys.exit(EXIT_STOPPED)
-    print(f"all {len(chosen)} runs are there: python report.py {args.experiment}")
+    else:
+        print(f"all {len(chosen)} runs are there: python report.py {args.experiment}")
+        return
+    print(f"stopped; {len(chosen) - i + 1} of {len(chosen)} runs are to come, the same command goes on")
+    sys.exit(EXIT_STOPPED)
 
 
 class Stop:
