@@ -283,6 +283,7 @@ token, interpolated between evaluations: above zero the baseline is better. *Eve
 first reached that loss, in parts of the whole baseline, in the paper's unit, FLOPs and seconds. A run whose rate decays is compared
 at its end alone, where it has spent what its baseline has within {100 * CLOSE:.0f} %. - where there is nothing to compare. Seconds
 are the steps of each phase times the phase's median step, without compilation and evaluation. Of several seeds the mean, and each."""
+ALT = {"figure1_loss": "training and validation loss", "figure2_hellaswag": "HellaSwag accuracy"}
 CAPTION = "*The first seed of the runs that are compared with the first baseline.*"
 SAVINGS = "All stages together, before continual training, in parts of the baseline: the paper's unit is what the method claims to cost."
 
@@ -308,7 +309,7 @@ def main(args: Args) -> None:
     if not measured:
         raise UserError(f"{args.experiment}: no run is finished beside its baseline: python experiment.py {args.experiment}")
     names = figures(args.experiment, described, measured)
-    pictures = lambda folder: "\n\n".join([*(f"![{n}]({folder}{n}.png)" for n in names), CAPTION])  # noqa: E731
+    pictures = lambda folder: "\n\n".join([*(f"![{ALT[n]}]({folder}{n}.png)" for n in names), CAPTION])  # noqa: E731
     head = [conditions(described, measured), described.get("about", "").strip()]
     if missing:
         head.append(f"**Not run yet:** {', '.join(run.name for run in missing)}.")

@@ -212,7 +212,7 @@ def test_readme_is_written_between_its_markers_only(tiny, tmp_path):
     script("report.py", tiny, "--readme", readme)
     text = readme.read_text()
     assert text.startswith("before\n<!-- results -->\n\n") and text.endswith("\n\n<!-- end of results -->\nafter\n")
-    assert "former text" not in text and f"![figure1_loss]({os.path.relpath(tiny, tmp_path)}/figure1_loss.png)" in text and "| s4 | 1, 2 |" in text
+    assert "former text" not in text and f"![training and validation loss]({os.path.relpath(tiny, tmp_path)}/figure1_loss.png)" in text and "| s4 | 1, 2 |" in text
     script("report.py", tiny, "--readme", readme)
     assert readme.read_text() == text
     readme.write_text("nothing\n")
