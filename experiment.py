@@ -27,7 +27,8 @@ from files import read_metrics, write_whole
 from guard import EXIT_STOPPED
 
 KEPT = ("config.json", "plan.json", "metrics.jsonl")  # of a run folder
-FREE = set("out_dir init_from dry_run device timeout verify_data checkpoint_interval keep_checkpoints max_bad_steps".split())  # to change
+# Options that a run may be taken up again with, changed: what it learns does not depend on them.
+FREE = set("out_dir init_from dry_run device timeout verify_data checkpoint_interval keep_checkpoints max_bad_steps".split())
 ROOT = Path(__file__).resolve().parent
 
 
@@ -177,6 +178,8 @@ def main(args: Args) -> None:
     if args.processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}"]
 
+    # A run that is told to stop while it starts just ends; torchrun's own status is 1 whenever it was told to.
+    stopped = {EXIT_STOPPED, -signal.SIGTERM, -signal.SIGINT, 130} | ({1} if args.processes > 1 else set())
     stop = Stop(args.minutes)
     for i, run in enumerate(chosen, start=1):
         if not is_finished(args.experiment / run.name):
@@ -185,8 +188,7 @@ def main(args: Args) -> None:
             print(f"{run.name}, {i} of {len(chosen)}", flush=True)
             options = [*run.options, *(f"--{option}" for option in args.options), f"--out_dir={out / run.name}", "--init_from=auto"]
             status = stop.run([*launcher, str(ROOT / "train.py"), *options])
-            # torchrun's own status is 1 whenever it was told to stop; a run that is told so while it starts just ends.
-            if stop.asked and status in (EXIT_STOPPED, -signal.SIGTERM, -signal.SIGINT, 130, 1 if args.processes > 1 else EXIT_STOPPED):
+            if stop.asked and status in stopped:
                 break
             if status or not is_finished(out / run.name):
                 raise UserError(f"{run.name} ended with status {status}: mend what it says above, the same command goes on")

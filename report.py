@@ -41,7 +41,7 @@ NEEDED = {
     "metrics.jsonl": {"val_loss", "tokens_per_second", "peak_memory"},
 }
 CLOSE = 0.02  # a run whose rate decays has spent the baseline's total, if it ends within this of it
-PAPER_TOKENS = 10_000 * 524_288  # of the paper's baseline, section 4
+PAPER_TOKENS = 10_000 * 524_288  # of the paper's baseline
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Measured:
     config: dict
     plot: plot.Run
     step_seconds: dict[str, float]  # of every phase by name, median
-    baseline: "Measured | None" = None  # itself, where it is one
+    baseline: "Measured | None" = None  # of the same recipe and seed; itself, where it is one
 
     @property
     def decays(self) -> bool:
@@ -146,12 +146,17 @@ def compare(one: Measured, other: Measured, may_differ: set[str], folder: Path) 
             )
 
 
+def rows_of_phase(run: plot.Run, phase: dict, column: str) -> np.ndarray:
+    """The values of a column in a phase, in the order of steps; none where it was not measured."""
+    steps, values = run.curve(column, "steps")
+    return values[(steps > phase["start"]) & (steps <= phase["stop"])]
+
+
 def step_seconds(run: plot.Run, folder: Path) -> dict[str, float]:
     """Median seconds of a step in every phase. The first row of a phase is left out: it may have compilation in it."""
-    steps, speeds = run.curve("tokens_per_second", "steps")
     result = {}
     for p in run.plan["phases"]:
-        inside = speeds[(steps > p["start"]) & (steps <= p["stop"])][1:]
+        inside = rows_of_phase(run, p, "tokens_per_second")[1:]
         if not len(inside):
             raise UserError(f"{folder}: {p['name']} has less than two rows in metrics.jsonl: train with a smaller log_interval")
         result[p["name"]] = run.plan["tokens_per_step"] / float(np.median(inside))
@@ -235,20 +240,18 @@ def phase_table(measured: list[Measured]) -> str:
     for label, (one, *_) in by_label(measured).items():
         (base,) = one.baseline.step_seconds.values()
         flops = one.plot.plan["baseline"]["flops"] / one.plot.plan["baseline"]["steps"]
-        steps, utilisation = one.plot.curve("mfu", "steps")
-        memory_steps, memory = one.plot.curve("peak_memory", "steps")  # the first row of a phase: no evaluation has come in between
         for p in one.plot.plan["phases"]:
             seconds, n = one.step_seconds[p["name"]], p["stop"] - p["start"]
-            inside = utilisation[(steps > p["start"]) & (steps <= p["stop"])]
-            peak = memory[(memory_steps > p["start"]) & (memory_steps <= p["stop"])]
+            mfu = rows_of_phase(one.plot, p, "mfu")[1:]
+            peak = rows_of_phase(one.plot, p, "peak_memory")[0]  # before an evaluation could come in between
             time, work = seconds / base, p["flops"] / n / flops
             rows.append((
                 label,
                 p["name"],
                 f"{p['n_blocks'] - p['n_frozen']} of {p['n_blocks']}",
                 f"{one.plot.plan['tokens_per_step'] / seconds:,.0f}",
-                f"{100 * np.median(inside):.1f} %" if len(inside) else "-",
-                f"{peak[0] / 2**30:.2f} GiB",
+                f"{100 * np.median(mfu):.1f} %" if len(mfu) else "-",
+                f"{peak / 2**30:.2f} GiB",
                 f"{time:.3f}",
                 f"{work:.3f}",
                 f"{time / work:.2f}",

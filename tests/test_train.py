@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 
@@ -183,6 +184,20 @@ def test_a_resumed_run_is_the_uninterrupted_run(run_train, tmp_path, options):
             assert same_weights(load_checkpoint(part, optimizer=True)[tensors], end[tensors]), step
         assert without_clock(metrics(part)) == without_clock(rows), step
     assert dataclasses.asdict(GPTConfig(**TINY | {"dropout": options.get("dropout", 0.0)})) == end["model_args"]
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_deterministic_kernels_are_used_where_asked_for(run_train, monkeypatch, deterministic):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    seen, update = [], train.update
+
+    def spy(*args):
+        seen.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+        return update(*args)
+
+    monkeypatch.setattr(train, "update", spy)
+    run_train("run", steps=2, deterministic=deterministic)
+    assert seen == [(True, ":4096:8") if deterministic else (False, None)] * 2
 
 
 def test_every_step_drops_out_other_units(run_train, monkeypatch):
