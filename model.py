@@ -10,6 +10,7 @@ Structure and parameter names are those of nanoGPT (https://github.com/karpathy/
 """
 
 import math
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -211,14 +212,17 @@ def random_init(model: "GPT", i: int, seed: int) -> None:
         _init(p, name, std, generator)
 
 
-def derived_seed(*parts: int) -> int:
-    """A 32-bit seed for one of many independent streams, such as (seed, part of the model)."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+def derived_seed(stream: str, *parts: int) -> int:
+    """A 32-bit seed for one of many independent streams of random numbers, such as ("weights", seed, block).
+
+    The name and the number of parts are hashed too: numpy's SeedSequence treats (a, b) and (a, b, 0) alike.
+    """
+    return int(np.random.SeedSequence([zlib.crc32(stream.encode()), len(parts), *parts]).generate_state(1)[0])
 
 
 def _generator(seed, part):
     """Random numbers for one part of the model: 0 the embeddings, 1 + i block i."""
-    return torch.Generator().manual_seed(derived_seed(seed, part))
+    return torch.Generator().manual_seed(derived_seed("weights", seed, part))
 
 
 @torch.no_grad()

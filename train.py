@@ -223,7 +223,7 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             if config.dropout:
-                torch.manual_seed(derived_seed(config.seed, step, rank))  # so that a resumed run drops the same
+                torch.manual_seed(derived_seed("dropout", config.seed, step, rank))  # so that a resumed run drops the same
 
             unread.append(update(parallel or model, optimizer, batches, micro_steps, precision, config.grad_clip))
             step += 1

@@ -172,6 +172,13 @@ def test_blocks_and_embeddings_differ_from_each_other():
     assert correlations.abs().max() < 0.2
 
 
+def test_seeds_of_different_streams_differ():
+    """numpy's SeedSequence drops trailing zeros: (7, 3) and (7, 3, 0) would be one stream."""
+    seeds = [gpt2.derived_seed("weights", 7, 3), gpt2.derived_seed("weights", 7, 3, 0), gpt2.derived_seed("dropout", 7, 3)]
+    seeds += [gpt2.derived_seed("dropout", 7, step, rank) for step in range(4) for rank in range(4)]
+    assert len(set(seeds)) == len(seeds)
+
+
 def test_growth_keeps_the_present_parameters_and_refuses_what_cannot_be():
     model = GPT(SHAPE, n_blocks=2)
     before, values = list(model.parameters()), weights(model)
