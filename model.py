@@ -1,38 +1,40 @@
 """GPT-2 in one file, with hooks to grow it block by block and to freeze any part of it.
 
-Structure and parameter names are those of nanoGPT (https://github.com/karpathy/nanoGPT), so weights move between the two;
-`from_hf` and `to_hf` translate Hugging Face's. The hooks of stagewise training, on GPT:
+Structure and parameter names are nanoGPT's (https://github.com/karpathy/nanoGPT), so weights move
+between the two. The hooks for stagewise training are methods of `GPT`:
 
-    grow(n_blocks, seed)            append blocks, initialised by a growth operator
-    freeze(...), unfreeze(...)      any range of blocks, the embeddings, the final norm, the head
-    trainable()                     what trains now
-    num_params(), flops_per_token() its size and its cost
+    grow(source_map, seed)              make the stack of blocks deeper
+    set_trainable(blocks, ...)          train exactly these parts; freeze and unfreeze change some
+    forward(..., residual_scales=...)   skip blocks, or scale what they add
 """
 
 import math
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-import schedule
+from growth import FRESH, Source
+from stagewise.errors import UserError
+from stagewise.fileio import convert
+from stagewise.loss import ChunkedCrossEntropy, SoftmaxLoss, token_losses
+from stagewise.seeding import derived_seed
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Shape of the finished model; `n_layer` is the final depth L, a growing model has fewer blocks until then."""
+    """Sizes of the finished model; a growing model has fewer blocks before its last stage."""
 
     block_size: int = 1024
-    vocab_size: int = 50304  # GPT-2's 50257, padded up to a multiple of 64 for faster matrix products
+    vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for faster matrix products
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = True  # in linear layers and layer norms, as GPT-2 has
+    bias: bool = True  # in linear layers and layer norms, as in GPT-2
 
 
 class LayerNorm(nn.Module):
@@ -59,9 +61,12 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, mask=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
+        # (B, nh, T, hs)
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None
+        )
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -92,161 +97,48 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask=None):
-        x = x + self.attn(self.ln_1(x), mask)
-        x = x + self.mlp(self.ln_2(x))
+    def forward(self, x, mask=None, residual_scale=None):
+        """residual_scale: a 0-dimensional tensor that multiplies both branches; None is 1."""
+        attn = self.attn(self.ln_1(x), mask)
+        x = x + (attn if residual_scale is None else residual_scale * attn)
+        mlp = self.mlp(self.ln_2(x))
+        x = x + (mlp if residual_scale is None else residual_scale * mlp)
         return x
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the head and its loss, the one place where tensors as wide as the vocabulary exist
-
-# Logits that exist at once, in bytes of fp32. In training every part adds to the whole weight gradient, so that small parts
-# cost. Measured on a CPU; the sizes for a GPU are a choice, not a measurement.
-LOGITS_BYTES = {"cpu": 192 * 2**20, "cuda": 2 * 2**30}
-LOGITS_BYTES_EVAL = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}
-
-
-def _part_size(n_rows, n_vocab, limit):
-    """Rows in each of the fewest equal parts of `n_rows` rows whose logits keep within `limit` bytes."""
-    n_parts = max(1, math.ceil(4 * n_rows * n_vocab / limit))
-    return math.ceil(n_rows / n_parts)
+    @torch.no_grad()
+    def init_weights(self, n_layer: int, seed: int) -> None:
+        """GPT-2's N(0, 0.02), residual projections scaled by 1/sqrt(2L) for the final depth L."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            std = 0.02 / math.sqrt(2 * n_layer) if name.endswith("c_proj.weight") else 0.02
+            _init(p, name, std, generator)
 
 
-class SoftmaxLoss(nn.Module):
-    """Cross entropy of logits (N, V), summed, in nats; and its gradient (N, V), of the logits' dtype.
-
-    A module, so that it can be compiled by itself, without a tensor of fp32 logits.
-    """
-
-    def forward(self, logits, targets):
-        log_p = F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        of_target = log_p.gather(1, targets[:, None])
-        gradient = log_p.exp_().to(logits.dtype)  # softmax - 1 at the target, softmax elsewhere
-        gradient.scatter_(1, targets[:, None], of_target.expm1().to(logits.dtype))
-        return -of_target.sum(), gradient
-
-
-def _product_into(out, a, b, add=False):
-    """out = a @ b, or out += a @ b, for an `out` of a and b's dtype or a wider one."""
-    if out.dtype == a.dtype:
-        torch.addmm(out, a, b, beta=int(add), out=out)
-    else:
-        out.add_(a @ b) if add else out.copy_(a @ b)
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross entropy (a scalar) of the logits x @ weight.T, in parts that never exist together.
-
-    x (N, C), weight (V, C), targets (N,). The gradients are computed in the forward pass, while a part's logits are there;
-    the backward pass scales them. Products are made in autocast's dtype where that is on, sums in fp32. Nothing is
-    computed that does not require a gradient: a frozen head costs two of the three products.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, softmax_loss):
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        loss = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-        with torch.autocast(kind, enabled=False):
-            w = weight.to(dtype)
-            size = _part_size(len(x), len(weight), LOGITS_BYTES[kind])
-            for start in range(0, len(x), size):
-                rows = slice(start, start + size)
-                x_part = x[rows].to(dtype)
-                part_loss, gradient = softmax_loss(x_part @ w.T, targets[rows])
-                loss += part_loss
-                if dx is not None:
-                    _product_into(dx[rows], gradient, w)
-                if dw is not None:
-                    _product_into(dw, gradient.T, x_part, add=True)
-        ctx.save_for_backward(dx, dw)
-        ctx.N = len(x)
-        return loss / len(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        scale = grad / ctx.N
-        dx, dw = (None if d is None else d.mul_(scale) for d in ctx.saved_tensors)
-        return dx, dw, None, None
-
-
-@torch.no_grad()
-def token_losses(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross entropy (N, K) in nats of each row of the logits x @ weight.T with each of its targets (N, K), for evaluation.
-
-    Dtypes, and parts that never exist together, as in LinearCrossEntropy.
-    """
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    size = _part_size(len(x), len(weight), LOGITS_BYTES_EVAL[kind])
-    # Reused by all parts: on the CPU, memory that is new each time costs a fifth of the head's time in page faults.
-    wide = torch.promote_types(x.dtype, torch.float32)
-    logits, log_p = (torch.empty(size, len(weight), dtype=wide, device=x.device) for _ in range(2))
-    losses = []
-    with torch.autocast(kind, enabled=False):
-        w = weight.to(dtype)
-        for x_part, targets_part in zip(x.to(dtype).split(size), targets.split(size)):
-            n = len(x_part)
-            _product_into(logits[:n], x_part, w.T)
-            torch.log_softmax(logits[:n], -1, out=log_p[:n])
-            losses.append(-log_p[:n].gather(1, targets_part))
-    return torch.cat(losses)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# growth operators: functions (model, i, seed) that fill block i of a model that has the blocks below it
-
-
-def random_init(model: "GPT", i: int, seed: int) -> None:
-    """The paper's new blocks: GPT-2's N(0, 0.02), the residual projections scaled by 1/sqrt(2L) for the FINAL depth L.
-
-    Block i gets the same weights in a model grown to it as in one built whole, on any device and any number of
-    processes: they depend on (seed, i) alone.
-    """
-    generator = _generator(seed, 1 + i)
-    for name, p in model.transformer.h[i].named_parameters():
-        std = 0.02 / math.sqrt(2 * model.config.n_layer) if name.endswith("c_proj.weight") else 0.02
-        _init(p, name, std, generator)
-
-
-def derived_seed(stream: str, *parts: int) -> int:
-    """A 32-bit seed for one of many independent streams of random numbers, such as ("weights", seed, block).
-
-    The name and the number of parts are hashed too: numpy's SeedSequence treats (a, b) and (a, b, 0) alike.
-    """
-    return int(np.random.SeedSequence([zlib.crc32(stream.encode()), len(parts), *parts]).generate_state(1)[0])
-
-
-def _generator(seed, part):
-    """Random numbers for one part of the model: 0 the embeddings, 1 + i block i."""
-    return torch.Generator().manual_seed(derived_seed("weights", seed, part))
-
-
-@torch.no_grad()
 def _init(p, name, std, generator):
     if p.is_meta:
         return
-    if p.dim() >= 2:
-        p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))  # drawn on the CPU, whatever p's device
+    if p.dim() >= 2:  # drawn on the CPU, so that the weights do not depend on the device
+        p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
     else:
         p.fill_(0.0 if name.endswith("bias") else 1.0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class GPT(nn.Module):
     """GPT-2 with `n_blocks` of its `config.n_layer` blocks (default: all), everything trainable.
 
-    Weights come from `seed` alone, see `random_init`. On device "meta" the model has shapes but no weights.
-    Raises ValueError where n_head does not divide n_embd.
+    The initial weights depend on `seed` alone, not on the device or on when a block is added. On
+    device "meta" the model has shapes but no weights.
+
+    Raises:
+        ValueError: if n_head does not divide n_embd.
     """
 
-    def __init__(self, config: GPTConfig, n_blocks: int | None = None, seed: int = 1337, device="cpu"):
+    def __init__(
+        self, config: GPTConfig, n_blocks: int | None = None, seed: int = 1337, device="cpu"
+    ):
         super().__init__()
+        self.transformer: Any  # what is in a ModuleDict has no types of its own
+        self.lm_head: nn.Linear
         if config.n_embd % config.n_head:
             raise ValueError(f"n_head={config.n_head} does not divide n_embd={config.n_embd}")
         self.config = config
@@ -266,97 +158,215 @@ class GPT(nn.Module):
         self.softmax_loss = SoftmaxLoss()
         self._embeddings_train = self._head_trains = True
         self._compile_new_blocks = False
-        generator = _generator(seed, 0)
-        for name in ("wte", "wpe", "ln_f"):
-            for kind, p in self.transformer[name].named_parameters():
-                _init(p, kind, 0.02, generator)
-        self.grow(config.n_layer if n_blocks is None else n_blocks, seed)
+        generator = torch.Generator().manual_seed(derived_seed("weights", seed, 0))
+        with torch.no_grad():
+            for name in ("wte", "wpe", "ln_f"):
+                for kind, p in self.transformer[name].named_parameters():
+                    _init(p, kind, 0.02, generator)
+        self.grow((FRESH,) * (config.n_layer if n_blocks is None else n_blocks), seed)
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (B, T, V) of token ids `idx` (B, T); with `targets` (B, T), their mean cross entropy in nats instead.
+    @classmethod
+    def from_weights(
+        cls,
+        config: GPTConfig | dict[str, Any],
+        weights: dict[str, torch.Tensor],
+        device: torch.device | str = "cpu",
+    ) -> "GPT":
+        """Build the model whose state dict is `weights`, with as many blocks as it has.
 
-        Raises ValueError where T > block_size.
+        Raises:
+            UserError: if the weights do not fit `config`.
         """
-        x = self.hidden(idx)
+        try:
+            numbers = [int(name.split(".")[2]) for name in weights if ".h." in name]
+            n_blocks = max(numbers, default=-1) + 1
+            model = cls(convert(config, GPTConfig), n_blocks=n_blocks, device="meta")
+            model.to_empty(device=device)
+            model.transformer.wte.weight = model.lm_head.weight  # to_empty unties them
+            model.load_state_dict(weights)
+        except (ValueError, RuntimeError, ArithmeticError) as error:
+            last_line = str(error).splitlines()[-1].strip()
+            raise UserError(f"the weights do not fit the model's sizes: {last_line}") from None
+        return model
+
+    # --- forward
+
+    def forward(
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        residual_scales: Sequence[float] | None = None,
+    ) -> torch.Tensor:
+        """Return the logits (B, T, V) of token ids `idx` (B, T); with `targets`, the loss.
+
+        The loss is the mean cross entropy in nats with `targets` (B, T). See `hidden` for
+        `residual_scales`.
+
+        Raises:
+            ValueError: if T > block_size.
+        """
+        x = self.hidden(idx, residual_scales=residual_scales)
         if targets is None:
             return self.head(x)
         x, targets = x.flatten(0, 1), targets.flatten()
         if not torch.is_grad_enabled():
             return token_losses(x, self.lm_head.weight, targets[:, None]).mean()
-        return LinearCrossEntropy.apply(x, self._head_weight(), targets, self.softmax_loss)
+        return ChunkedCrossEntropy.apply(x, self._head_weight(), targets, self.softmax_loss)
 
-    def hidden(self, idx: torch.Tensor, positions: torch.Tensor | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """States (B, T, C) after the final norm, the input of `head`.
+    def hidden(
+        self,
+        idx: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        residual_scales: Sequence[float] | None = None,
+    ) -> torch.Tensor:
+        """Return the states (B, T, C) after the final norm, the input of `head`.
 
-        positions (B, T), mask (B, 1, T, T): the place of every token in its text, and which tokens (True) a row's token sees,
-        itself among them, where a row holds several texts; by default 0..T-1 and all tokens up to its own.
+        Below the first trained part nothing requires gradients, so autograd records nothing there:
+        a frozen trunk under frozen embeddings keeps no activations.
 
-        Below the first part that trains nothing requires gradients, so autograd records nothing there: a frozen trunk
-        under frozen embeddings keeps no activations.
+        Args:
+            positions: (B, T), each token's position in its text; default 0..T-1.
+            mask: (B, 1, T, T), True where a token (row) sees another (column); default causal.
+            residual_scales: for every block, what multiplies its two branches. A block with 0 does
+                not run. None runs all of them unscaled.
         """
-        B, T = idx.shape
-        if positions is None and T > self.config.block_size:
-            raise ValueError(f"a sequence of {T} tokens is longer than block_size={self.config.block_size}")
+        T = idx.shape[1]
+        if positions is None and self.config.block_size < T:
+            raise ValueError(
+                f"a sequence of {T} tokens is longer than block_size={self.config.block_size}"
+            )
         wte, wpe = self.transformer.wte.weight, self.transformer.wpe.weight
         if not self._embeddings_train:  # the tensor is the head's too, which may train by itself
             wte = wte.detach()
-        x = self.transformer.drop(F.embedding(idx, wte) + (wpe[:T] if positions is None else F.embedding(positions, wpe)))
-        for block in self.transformer.h:
-            x = block(x, mask)
+        pos_emb = wpe[:T] if positions is None else F.embedding(positions, wpe)
+        x = self.transformer.drop(F.embedding(idx, wte) + pos_emb)
+        if residual_scales is None:
+            for block in self.transformer.h:
+                x = block(x, mask)
+        else:
+            for block, scale in zip(self.transformer.h, residual_scales, strict=True):
+                if scale == 1:
+                    x = block(x, mask)
+                elif scale != 0:  # as a tensor: a compiled block would specialize on a number
+                    x = block(x, mask, torch.full((), scale, dtype=x.dtype, device=x.device))
         return self.transformer.ln_f(x)
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (..., V) of states (..., C)."""
+        """Return the logits (..., V) of states (..., C)."""
         return F.linear(x, self._head_weight())
 
     def _head_weight(self):
         return self.lm_head.weight if self._head_trains else self.lm_head.weight.detach()
 
     def compile_regions(self, whole: bool = False) -> None:
-        """torch.compile every block, present and future, and the loss, each as a region of its own.
+        """Compile every block, present and future, and the loss, each as a region of its own.
 
-        All blocks share a graph, so that neither growth nor freezing compiles the model anew. whole=True compiles all that
-        comes before the head as one region instead: a faster step for narrow models, and a new graph in every phase.
+        All blocks share a graph, so growing, freezing and skipping blocks do not compile the model
+        again. whole=True instead compiles everything before the head as one region: a faster step
+        for narrow models, but a new graph in every phase.
         """
         self.softmax_loss.compile()
         if whole:
-            torch._dynamo.config.recompile_limit = 1000  # else a long schedule would silently run on uncompiled
-            self.hidden = torch.compile(self.hidden)
+            # By default dynamo gives up after 8 graphs and silently runs the rest uncompiled.
+            torch._dynamo.config.recompile_limit = 1000
+            self.hidden = torch.compile(self.hidden)  # type: ignore[method-assign]
             return
         self._compile_new_blocks = True
         for block in self.transformer.h:
             block.compile()
 
-    # --- growing and freezing
+    # --- growing
 
-    def grow(self, n_blocks: int, seed: int, init: Callable[["GPT", int, int], None] = random_init) -> None:
-        """Append blocks until there are `n_blocks`; `init(model, i, seed)` fills each. New blocks train.
+    @property
+    def n_blocks(self) -> int:
+        """The number of blocks that the model has now."""
+        return len(self.transformer.h)
 
-        Existing parameters stay the same objects, so optimizer state can be carried over. Raises ValueError where
-        `n_blocks` is below the present number or above config.n_layer.
+    @torch.no_grad()
+    def grow(
+        self,
+        source_map: Sequence[Source],
+        seed: int,
+        optimizer_state: dict[torch.Tensor, Any] | None = None,
+    ) -> None:
+        """Build the stack of blocks that `source_map` describes. New blocks train.
+
+        Kept blocks keep their parameter objects, so their optimizer state stays valid. New weights
+        are drawn from (seed, position): a block on top gets the same weights in a model grown to
+        it as in one built whole.
+
+        Args:
+            source_map: for every block of the grown model where it comes from, bottom first; see
+                `growth.Source`.
+            optimizer_state: an optimizer's ``state``. If given, each new parameter gets the same
+                mix of its sources' state, including Adam's step count. Without it new parameters
+                have no state, and an optimizer starts them from zero.
+
+        Raises:
+            ValueError: if there are more than config.n_layer sources.
         """
-        h = self.transformer.h
-        if not len(h) <= n_blocks <= self.config.n_layer:
-            raise ValueError(f"cannot grow from {len(h)} to {n_blocks} of {self.config.n_layer} blocks")
+        if len(source_map) > self.config.n_layer:
+            raise ValueError(f"cannot grow to {len(source_map)} of {self.config.n_layer} blocks")
+        old = list(self.transformer.h)
+        blocks = []
+        for i, source in enumerate(source_map):
+            if source.keep:
+                blocks.append(old[source.mix[0][0]])
+                continue
+            # A block in the middle must not repeat the weights of one drawn earlier at its
+            # position.
+            parts = (1 + i,) if i >= len(old) else (1 + i, len(source_map))
+            blocks.append(self._new_block())
+            if source.fresh:
+                blocks[i].init_weights(self.config.n_layer, derived_seed("weights", seed, *parts))
+            self._fill(blocks[i], old, source, optimizer_state)
+        self.transformer.h = nn.ModuleList(blocks).train(self.training)
+
+    def _new_block(self):
         weight = self.lm_head.weight
-        for i in range(len(h), n_blocks):
-            with torch.device("meta"):
-                block = Block(self.config).to(weight.dtype)
-            h.append(block.to_empty(device=weight.device).train(self.training))
-            init(self, i, seed)
-            if self._compile_new_blocks:
-                h[i].compile()
+        with torch.device("meta"):
+            block = Block(self.config).to(weight.dtype)
+        block.to_empty(device=weight.device)
+        if self._compile_new_blocks:
+            block.compile()
+        return block
 
-    def freeze(self, blocks: Iterable[int] = (), embeddings=False, ln_f=False, head=False) -> None:
-        """Stop training the named parts. Embeddings are wte and wpe as inputs, the head is wte as output projection:
-        the two share a tensor, which is fixed only when both are frozen."""
-        self._set_training_parts(False, blocks, embeddings, ln_f, head)
+    def _fill(self, block, old, source, optimizer_state):
+        """Fill a block, which holds its newly initialized weights, as `source` says."""
+        olds = [(dict(old[i].named_parameters()), weight) for i, weight in source.mix]
+        for name, p in block.named_parameters():
+            if source.zero_output and ".c_proj." in name:
+                p.zero_()
+                continue
+            p.mul_(source.fresh) if source.fresh else p.zero_()
+            for params, weight in olds:
+                p.add_(params[name], alpha=weight)
+            if optimizer_state is not None and olds:
+                states = [(optimizer_state.get(params[name]), weight) for params, weight in olds]
+                if all(state for state, _ in states):
+                    keys = states[0][0].keys()
+                    optimizer_state[p] = {k: sum(w * s[k] for s, w in states) for k in keys}
 
-    def unfreeze(self, blocks: Iterable[int] = (), embeddings=False, ln_f=False, head=False) -> None:
+    # --- freezing
+
+    def freeze(
+        self, blocks: Iterable[int] = (), embeddings: bool = False, ln_f=False, head: bool = False
+    ) -> None:
+        """Stop training the named parts.
+
+        The embeddings are wte and wpe as inputs, the head is wte as output projection: the two
+        share a tensor, which is fixed only if both are frozen.
+        """
+        self._set_requires_grad(False, blocks, embeddings, ln_f, head)
+
+    def unfreeze(
+        self, blocks: Iterable[int] = (), embeddings: bool = False, ln_f=False, head: bool = False
+    ) -> None:
         """Train the named parts again."""
-        self._set_training_parts(True, blocks, embeddings, ln_f, head)
+        self._set_requires_grad(True, blocks, embeddings, ln_f, head)
 
-    def _set_training_parts(self, flag, blocks, embeddings, ln_f, head):
+    def _set_requires_grad(self, flag, blocks, embeddings, ln_f, head):
         for i in blocks:
             self.transformer.h[i].requires_grad_(flag)
         if embeddings:
@@ -368,15 +378,15 @@ class GPT(nn.Module):
         self.transformer.wpe.weight.requires_grad_(self._embeddings_train)
         self.lm_head.weight.requires_grad_(self._embeddings_train or self._head_trains)
 
-    def set_phase(self, phase: schedule.Phase) -> None:
-        """Train exactly what `phase` says. The model must already have the phase's blocks."""
-        self.unfreeze(range(phase.n_blocks), embeddings=True, ln_f=True, head=True)
-        self.freeze(range(phase.n_frozen), embeddings=not phase.train_embeddings, head=not phase.train_head)
-
-    # --- what it is
+    def set_trainable(
+        self, blocks: Iterable[int], embeddings: bool = True, head: bool = True
+    ) -> None:
+        """Train exactly the named blocks and parts, and the final norm."""
+        self.freeze(range(self.n_blocks), embeddings=True, head=True)
+        self.unfreeze(blocks, embeddings=embeddings, ln_f=True, head=head)
 
     def trainable(self) -> dict:
-        """What trains now: {"blocks": [bool, ...], "embeddings": bool, "ln_f": bool, "head": bool}."""
+        """Return what trains now: {"blocks": [bool, ...], "embeddings", "ln_f", "head": bool}."""
         return {
             "blocks": [block.ln_1.weight.requires_grad for block in self.transformer.h],
             "embeddings": self._embeddings_train,
@@ -385,70 +395,40 @@ class GPT(nn.Module):
         }
 
     def num_params(self, trainable_only: bool = False) -> int:
-        """Parameters of the present blocks, embeddings and norm; the tied head counts once."""
+        """Return the number of parameters that the model has now; the tied head counts once."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
 
-    def flops_per_token(self) -> int:
-        """FLOPs of a forward and backward pass, per token, with what trains now; see schedule.flops_per_token.
-
-        The final norm is taken to train, as it does in every phase."""
-        now = self.trainable()
-        return schedule.flops_per_token(self.config, now["blocks"], now["embeddings"], now["head"])
-
     def param_groups(self, weight_decay: float) -> list[dict]:
-        """AdamW's groups over all parameters, frozen ones too: decay on tensors of 2 or more dimensions only."""
+        """Return AdamW's groups over all parameters: only tensors of 2 or more dimensions decay."""
         params = list(self.parameters())
         return [
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
         ]
 
-    # --- what it says
+    # --- sampling
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None, generator=None):
-        """Extend token ids `idx` (B, T) by `max_new_tokens` sampled ones; returns (B, T + max_new_tokens).
+    def generate(
+        self, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None, generator=None
+    ) -> torch.Tensor:
+        """Extend token ids `idx` (B, T) by `max_new_tokens` sampled ones: (B, T + max_new_tokens).
 
-        temperature 0 takes the likeliest token. n_vocab: size of the tokenizer's vocabulary, so that padding ids are
-        never drawn.
+        Args:
+            temperature: divides the logits; 0 takes the most likely token.
+            top_k: sample from the k most likely tokens only.
+            n_vocab: size of the tokenizer's vocabulary, so that padding ids are never drawn.
         """
         for _ in range(max_new_tokens):
-            logits = self.head(self.hidden(idx[:, -self.config.block_size :])[:, -1])[:, :n_vocab].float()
+            x = self.hidden(idx[:, -self.config.block_size :])[:, -1]
+            logits = self.head(x)[:, :n_vocab].float()
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)
             else:
                 if top_k is not None:
                     kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
                     logits = logits.masked_fill(logits < kth, -math.inf)
-                token = torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)
+                probs = F.softmax(logits / temperature, -1)
+                token = torch.multinomial(probs, 1, generator=generator)
             idx = torch.cat([idx, token], dim=1)
         return idx
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# weights from and to Hugging Face's GPT2LMHeadModel, whose Conv1D layers hold their weights transposed
-
-_CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-_MASKS = (".attn.bias", ".attn.masked_bias")  # buffers that old checkpoints carry
-
-
-def from_hf(state_dict: dict[str, torch.Tensor], vocab_size: int | None = None) -> dict[str, torch.Tensor]:
-    """A state dict for GPT from one of transformers' GPT2LMHeadModel; rows of wte padded with zeros to `vocab_size`."""
-    ours = {}
-    for name, w in state_dict.items():
-        if name.endswith(_MASKS):
-            continue
-        if name in ("transformer.wte.weight", "lm_head.weight") and vocab_size is not None:
-            w = F.pad(w, (0, 0, 0, vocab_size - w.size(0)))
-        ours[name] = w.t().contiguous() if name.endswith(_CONV1D) else w
-    return ours
-
-
-def to_hf(state_dict: dict[str, torch.Tensor], vocab_size: int | None = None) -> dict[str, torch.Tensor]:
-    """A state dict for transformers' GPT2LMHeadModel from one of GPT; wte cut to its first `vocab_size` rows."""
-    theirs = {}
-    for name, w in state_dict.items():
-        if name in ("transformer.wte.weight", "lm_head.weight"):
-            w = w[:vocab_size]
-        theirs[name] = w.t().contiguous() if name.endswith(_CONV1D) else w
-    return theirs

@@ -1,56 +1,94 @@
-"""The plan of a run, as data: which blocks exist and which of them train at every step, and what that costs.
+"""The schedule of a run as data: for every step, what the model is, what runs and what trains.
 
-Pure Python, no torch. A plan is a sequence of phases; the baseline is the plan with one phase. Everything that spends or
-reports compute (train.py, plot.py, the tests) asks the functions here, so that there is one account of cost:
+A schedule is a sequence of phases, computed before anything is spent. A phase holds everything that
+can differ between two stretches of training. The training loop, the cost account (cost.py), the
+order of the data, checkpoints and figures all read the same phases; the baseline is the schedule
+with one phase.
 
-    tokens  training tokens read
-    cost    the paper's unit c: one block, one token, one pass (arXiv:2411.18700, section 3). A backward pass costs as
-            much as a forward pass, the embeddings and the head are free
-    flops   matrix products of a real forward and backward pass, attention over the full T x T square (PaLM, appendix B,
-            and torch.utils.flop_counter), head included
+`make_schedule` builds the phases of arXiv:2411.18700 and of growth without freezing. `with_ramp`
+and `with_skip_policy` turn a schedule into another one, so methods compose. To add a policy of
+skipped blocks, write a function at the end of this file.
 """
 
+import dataclasses
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Literal
 
-from errors import UserError
+import growth
+from stagewise.errors import UserError, did_you_mean
+from stagewise.seeding import derived_uniform
 
-CURRENCIES = ("tokens", "cost", "flops")
-NAMES = {"tokens": "tokens", "cost": "paper cost", "flops": "FLOPs"}
+Kind = Literal["new_blocks", "all_blocks", "continual"]
+StateRule = Literal["carry", "copy", "reset"]
+
+
+@dataclass(frozen=True)
+class SkipPolicy:
+    """Which blocks are skipped in each step: a pure function of the seed and the step."""
+
+    name: str  # one of SKIP_POLICIES
+    rate: float
+    n_steps: int  # T, the steps over which the policy runs
+    seed: int
+
+    def residual_scales(self, n_blocks: int, step: int) -> tuple[float, ...]:
+        """Return every block's factor on its residual branches; a block with 0 is skipped."""
+        uniform = derived_uniform(n_blocks, "skip", self.seed, step)
+        progress = step / max(1, self.n_steps - 1)
+        return SKIP_POLICIES[self.name](uniform, progress, self.rate)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A run of steps during which the same parameters exist and the same ones train.
+    """A run of steps in which the same parameters exist and the same ones train.
 
     The final layer norm trains in every phase, so it has no field.
     """
 
     name: str
     stage: int  # 1..S
-    phase: int  # 1: the new blocks train, 2: all blocks train, 3: continual training after the last stage
+    kind: Kind  # the paper's phase 1, its phase 2, and continual training
     start: int  # first step (optimizer update, from 0)
     stop: int  # one past the last step
-    n_blocks: int  # blocks that run, the paper's L_s
-    n_frozen: int  # of these, the first n_frozen are fixed: L_s - n_s in phase 1, else 0
+    n_blocks: int  # blocks of the model, the paper's L_s
+    trained_blocks: tuple[int, ...]  # any subset of them; the others are frozen
     train_embeddings: bool  # token and position embeddings
     train_head: bool  # output projection, tied to the token embeddings
-    reset_optimizer: bool  # begin the phase with zero moments instead of carrying them over
+    context_length: int  # tokens per sequence; divides block_size
+    tokens_per_step: int  # over all processes and micro-batches
+    growth: str | None  # operator that makes the blocks added on entry; None if none are
+    # Optimizer state on entry. "carry": existing parameters keep theirs, new ones start from zero;
+    # "copy": new ones get that of the blocks they are copied from; "reset": all start from zero.
+    optimizer_state: StateRule
+    rewarmup_steps: int  # steps of linear learning-rate warm-up on entry
+    skip: SkipPolicy | None  # None: all blocks run in every step
+    milestone: bool  # the checkpoint at its end is kept for good
 
     @property
     def n_steps(self) -> int:
         return self.stop - self.start
 
+
+@dataclass(frozen=True)
+class Step:
+    """What runs and what trains in one optimizer step."""
+
+    phase: Phase
+    residual_scales: tuple[float, ...] | None  # of every block; None: all run unscaled
+
     @property
-    def trained_blocks(self) -> list[bool]:
-        """For every block that runs, whether it trains."""
-        return [i >= self.n_frozen for i in range(self.n_blocks)]
+    def running_blocks(self) -> tuple[int, ...]:
+        """The blocks that are not skipped."""
+        scales = self.residual_scales
+        return tuple(i for i in range(self.phase.n_blocks) if scales is None or scales[i])
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """Consecutive phases from step 0 to `n_steps`."""
 
     phases: tuple[Phase, ...]
@@ -59,264 +97,381 @@ class Plan:
     def n_steps(self) -> int:
         return self.phases[-1].stop
 
-    def phase_of(self, step: int) -> Phase:
-        """The phase that makes update number `step` (from 0); past the end, the last phase."""
+    def phase_at(self, step: int) -> Phase:
+        """Return the phase of optimizer step `step` (from 0); past the end, the last phase."""
         return next((p for p in self.phases if step < p.stop), self.phases[-1])
+
+    def at(self, step: int) -> Step:
+        """Return what runs and trains in optimizer step `step` (from 0)."""
+        phase = self.phase_at(step)
+        if phase.skip is None:
+            return Step(phase, None)
+        return Step(phase, phase.skip.residual_scales(phase.n_blocks, step))
+
+    def tokens(self, step: int) -> int:
+        """Return how many tokens the first `step` steps read."""
+        begun = [p for p in self.phases if p.start < step]
+        return sum((min(step, p.stop) - p.start) * p.tokens_per_step for p in begun)
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether everything exists, runs and trains alike in every step."""
+        first = self.phases[0]
+        same = ("n_blocks", "context_length", "tokens_per_step")
+        return all(
+            len(p.trained_blocks) == p.n_blocks
+            and p.train_embeddings
+            and p.train_head
+            and p.skip is None
+            and all(getattr(p, name) == getattr(first, name) for name in same)
+            for p in self.phases
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# making a schedule
 
 
 def blocks_per_stage(n_layer: int, stages: int) -> list[int]:
-    """Cumulative block counts L_1..L_S = floor(i * L / S): ends with all L blocks, whether or not S divides L.
+    """Return the cumulative block counts L_1..L_S = floor(s L / S); S need not divide L.
 
-    Raises UserError where S is not in 1..L.
+    Raises:
+        UserError: if S is not in 1..L.
     """
     if not 1 <= stages <= n_layer:
-        raise UserError(f"stages={stages} must lie between 1 and n_layer={n_layer}: a stage adds at least one block")
-    return [i * n_layer // stages for i in range(1, stages + 1)]
+        raise UserError(
+            f"stages={stages} must be between 1 and n_layer={n_layer}: every stage adds blocks"
+        )
+    return [s * n_layer // stages for s in range(1, stages + 1)]
 
 
-def make_plan(
+def make_schedule(
     n_layer: int,
     steps: int,
     stages: int = 1,
     continual_steps: int = 0,
+    *,
     stage_blocks: Sequence[int] | None = None,
-    phase_shares: Sequence[float] | None = None,
+    phase_fractions: Sequence[float] | None = None,
     freezing: bool = True,
     phase1: str = "paper",
-    reset_at_phases: bool = False,
-    reset_at_continual: bool = False,
-) -> Plan:
-    """The phases of `steps` incremental steps in `stages` stages, then `continual_steps` steps of all blocks.
+    growth_operator: str = "random",
+    optimizer_state: StateRule = "carry",
+    continual_optimizer_state: StateRule = "carry",
+    rewarmup_steps: int = 0,
+    context_length: int = 1024,
+    tokens_per_step: int = 524_288,
+) -> Schedule:
+    """Return `steps` steps in `stages` stages, then `continual_steps` steps that train all blocks.
 
-    stages          S; 1 is the baseline, one phase in which everything trains
-    stage_blocks    cumulative block counts instead of `blocks_per_stage`, for example (2, 4, 12); sets S
-    phase_shares    relative lengths of the phases: 2 numbers (phase 1 and 2 of every stage) or 2S; default equal
-    freezing        False grows without phase 1: every stage trains all its blocks all the time
-    phase1          what trains in phase 1 besides the new blocks and the final norm: "paper" nothing, embeddings and head
-                    are fixed with everything else that precedes; "script" embeddings and head, as in the released code
-    reset_at_*      whether phases (the continual phase) begin with fresh optimizer state
+    Phase i of n ends at step round(i * steps / n), so the phases have exactly `steps` steps in all.
+    Nothing precedes stage 1, so its phase 1 trains everything.
 
-    Phase i of 2S ends at round(i * steps / 2S), so the phases have exactly `steps` steps in all. In stage 1 nothing
-    precedes, so its phase 1 trains everything. Raises UserError on counts that make no plan.
+    Args:
+        stages: S; 1 is the baseline, one phase in which everything trains.
+        stage_blocks: cumulative block counts instead of `blocks_per_stage`, for example (2, 4, 12);
+            sets S.
+        phase_fractions: relative lengths of the phases. With freezing 2 numbers (phase 1 and 2 of
+            every stage) or 2S; without, S numbers. Default: equal.
+        freezing: False grows without phase 1; every stage trains all its blocks all the time.
+        phase1: what phase 1 trains besides the new blocks and the final norm. "paper": nothing, all
+            that precedes is fixed; "released_code": embeddings and head.
+        growth_operator: name of the operator in growth.py that makes new blocks.
+        optimizer_state, continual_optimizer_state, rewarmup_steps: see `Phase`; of every phase but
+            the first, and of the continual phase.
+        context_length, tokens_per_step: of every phase; `with_ramp` changes them.
+
+    Raises:
+        UserError: if the numbers make no schedule.
     """
     blocks = list(stage_blocks) if stage_blocks else blocks_per_stage(n_layer, stages)
     S = len(blocks)
     if stages not in (1, S):
-        raise UserError(f"stage_blocks={tuple(blocks)} gives {S} stages, but stages={stages}: set one of the two")
-    if blocks[0] < 1 or blocks[-1] != n_layer or any(a >= b for a, b in zip(blocks, blocks[1:])):
-        raise UserError(f"stage_blocks={tuple(blocks)} must rise strictly from 1 or more to n_layer={n_layer}")
-    if steps < 1 or continual_steps < 0:
-        raise UserError(f"steps={steps} must be at least 1, continual_steps={continual_steps} at least 0")
-
-    if phase_shares is None:
-        shares = [1.0] * (2 * S)
-    elif len(phase_shares) == 2:
-        shares = list(phase_shares) * S
-    else:
-        shares = list(phase_shares)
-    if len(shares) != 2 * S or any(not 0 <= s < math.inf for s in shares) or sum(shares) == 0:
-        raise UserError(f"phase_shares={tuple(phase_shares)} must be 2 or {2 * S} numbers (two a stage), not negative")
-    # Fractions: a boundary must not depend on the rounding of a running float sum.
-    total, cumulative, ends = sum(map(Fraction, shares)), Fraction(0), []
-    for share in shares:
-        cumulative += Fraction(share)
-        ends.append(_round(cumulative * steps / total))
-    starts = [0, *ends]
-
-    def phase(name, stage, number, start, stop, n_frozen, reset):
-        fixed = n_frozen > 0 and phase1 == "paper"
-        n_blocks = blocks[stage - 1]
-        return Phase(name, stage, number, start, stop, n_blocks, n_frozen, not fixed, not fixed, reset and start > 0)
-
-    phases = []
-    if S == 1:
-        phases.append(phase("baseline", 1, 2, 0, steps, 0, False))
-    preceding = 0  # blocks that have trained: a stage without steps leaves nothing behind to freeze
-    for s in range(1, S + 1) if S > 1 else ():
-        start, middle, stop = starts[2 * s - 2], ends[2 * s - 2], ends[2 * s - 1]
-        if freezing:
-            phases.append(phase(f"stage {s} phase 1", s, 1, start, middle, preceding, reset_at_phases))
-            start = middle
-        phases.append(phase(f"stage {s} phase 2", s, 2, start, stop, 0, reset_at_phases))
-        if stop > starts[2 * s - 2]:
-            preceding = blocks[s - 1]
-    if continual_steps:
-        phases.append(phase("continual", S, 3, steps, steps + continual_steps, 0, reset_at_continual))
-    phases = [p for p in phases if p.n_steps]
-    if phases[-1].n_blocks != n_layer:
-        raise UserError(f"steps={steps} leaves the last of {S} stages without a step: use more steps or fewer stages")
-    return Plan(tuple(phases))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# cost
-
-
-def flops_per_token(shape, trained_blocks: Sequence[bool], train_embeddings: bool = True, train_head: bool = True) -> int:
-    """FLOPs of one forward and backward pass, per token, at the full context length.
-
-    shape: anything with n_embd (d), block_size (T) and vocab_size (V, padded), such as model.GPTConfig.
-    trained_blocks: for every block that runs, bottom first, whether it trains. The final norm always trains.
-
-    A matrix product with a weight costs its forward again for each of the two gradients, weight and input. Attention
-    has no weights: its two products cost twice their forward in any backward pass, also that of a frozen block which
-    only hands the gradient down. A frozen block with nothing trained below it has no backward pass at all.
-    """
-    d, T, V = shape.n_embd, shape.block_size, shape.vocab_size
-    linear, attention, head = 24 * d * d, 4 * T * d, 2 * V * d  # forward, per token
-    flops = head + head + (head if train_head else 0)  # forward, input gradient for the final norm, weight gradient
-    gradient_passes = train_embeddings
-    for trained in trained_blocks:
-        flops += linear + attention
-        if trained:
-            flops += 2 * (linear + attention)
-        elif gradient_passes:
-            flops += linear + 2 * attention
-        gradient_passes |= trained
-    return flops
-
-
-def price(phase: Phase, currency: str, shape) -> int:
-    """What one training token costs in `phase`, in one of CURRENCIES."""
-    if currency == "tokens":
-        return 1
-    if currency == "cost":  # forward through L_s blocks, backward through those that train
-        return phase.n_blocks + (phase.n_blocks - phase.n_frozen)
-    if currency == "flops":
-        return flops_per_token(shape, phase.trained_blocks, phase.train_embeddings, phase.train_head)
-    raise ValueError(f"currency {currency!r} is none of {CURRENCIES}")
-
-
-def spent(plan: Plan, step: int, currency: str, shape, tokens_per_step: int) -> int:
-    """What the first `step` updates of `plan` cost in all."""
-    return sum(
-        (min(step, p.stop) - p.start) * tokens_per_step * price(p, currency, shape)
-        for p in plan.phases
-        if p.start < step
-    )
-
-
-def equal_step(plan: Plan, baseline: Plan, currency: str, shape) -> float:
-    """The (fractional) step at which `plan` has spent what the whole of `baseline` spends.
-
-    Past its end a plan goes on as continual training: all blocks train.
-    """
-    budget = Fraction(spent(baseline, baseline.n_steps, currency, shape, 1))
-    for p in plan.phases:
-        cost = price(p, currency, shape)
-        if budget <= p.n_steps * cost:
-            return float(p.start + budget / cost)
-        budget -= p.n_steps * cost
-    full = make_plan(plan.phases[-1].n_blocks, steps=1).phases[0]
-    return float(plan.n_steps + budget / price(full, currency, shape))
-
-
-def equal_steps(plan: Plan, baseline: Plan, shape) -> dict[str, int]:
-    """The equal-cost step in every currency, rounded to whole steps."""
-    return {currency: _round(equal_step(plan, baseline, currency, shape)) for currency in CURRENCIES}
-
-
-def paper_equal_cost_step(stages: int, steps: int) -> int:
-    """Total steps at equal cost by the paper's closed formula, T + T_cont with T_cont = 5/8 (1 - 1/S) T.
-
-    It assumes that S divides L. 10,000 steps give 14,688 (S=4), 15,469 (S=8) and 15,729 (S=12): the solid circles of
-    the paper's figures.
-    """
-    return _round(steps + Fraction(5, 8) * (1 - Fraction(1, stages)) * steps)
-
-
-def plan_summary(plan: Plan, baseline: Plan, shape, tokens_per_step: int) -> dict:
-    """Everything that plan.json and the table of --dry_run say: phases with their costs, totals, equal-cost steps.
-
-    `share` is relative to the baseline's total, `cumulative` up to the end of the phase, likewise.
-    """
-    totals = {c: spent(baseline, baseline.n_steps, c, shape, tokens_per_step) for c in CURRENCIES}
-    rows = []
-    for p in plan.phases:
-        before, after = ({c: spent(plan, s, c, shape, tokens_per_step) for c in CURRENCIES} for s in (p.start, p.stop))
-        rows.append(
-            vars(p)
-            | {c: after[c] - before[c] for c in CURRENCIES}
-            | {"share": {c: (after[c] - before[c]) / totals[c] for c in CURRENCIES}}
-            | {"cumulative": {c: after[c] / totals[c] for c in CURRENCIES}}
+        raise UserError(
+            f"stage_blocks={tuple(blocks)} gives {S} stages, but stages={stages}: set only one"
         )
-    return {
-        "steps": plan.n_steps,
-        "tokens_per_step": tokens_per_step,
-        "phases": rows,
-        "total": {c: spent(plan, plan.n_steps, c, shape, tokens_per_step) for c in CURRENCIES},
-        "baseline": {"steps": baseline.n_steps} | totals,
-        "equal_step": equal_steps(plan, baseline, shape),
-        "paper_formula_step": paper_equal_cost_step(plan.phases[-1].stage, baseline.n_steps),
-    }
+    if blocks[0] < 0 or blocks[-1] != n_layer or any(a >= b for a, b in zip(blocks, blocks[1:])):
+        raise UserError(
+            f"stage_blocks={tuple(blocks)} must rise strictly from 0 or more to n_layer={n_layer}"
+        )
+    if steps < 1 or continual_steps < 0:
+        raise UserError(
+            f"steps={steps} must be at least 1, continual_steps={continual_steps} at least 0"
+        )
+    kinds: list[Kind] = ["new_blocks", "all_blocks"] if freezing and S > 1 else ["all_blocks"]
+    boundaries = _boundaries(steps, S, len(kinds), phase_fractions)
+
+    phases: list[Phase] = []
+    for i, (start, stop) in enumerate(zip(boundaries, boundaries[1:])):
+        if start == stop:
+            continue
+        stage, kind = 1 + i // len(kinds), kinds[i % len(kinds)]
+        n_blocks = blocks[stage - 1]
+        trains = tuple(range(n_blocks))
+        if kind == "new_blocks" and phases:  # phases[-1] belongs to the stage before
+            sources = growth.source_map(growth_operator, phases[-1].n_blocks, n_blocks)
+            trains = growth.new_blocks(sources)
+        fixed = len(trains) < n_blocks and phase1 == "paper"
+        phases.append(
+            Phase(
+                name=_phase_name(S, stage, kind, len(kinds)),
+                stage=stage,
+                kind=kind,
+                start=start,
+                stop=stop,
+                n_blocks=n_blocks,
+                trained_blocks=trains,
+                train_embeddings=not fixed,
+                train_head=not fixed,
+                context_length=context_length,
+                tokens_per_step=tokens_per_step,
+                growth=growth_operator if not phases or n_blocks > phases[-1].n_blocks else None,
+                optimizer_state=optimizer_state if phases else "carry",
+                rewarmup_steps=rewarmup_steps if phases else 0,
+                skip=None,
+                milestone=kind == "all_blocks",
+            )
+        )
+    if phases[-1].n_blocks != n_layer:
+        raise UserError(
+            f"steps={steps} leaves the last of {S} stages without a step: use more steps or fewer "
+            "stages"
+        )
+    # An operator that does not exist, or cannot grow the model, is an error now.
+    for old, new in zip([phases[0], *phases], phases):
+        growth.source_map(growth_operator, old.n_blocks, new.n_blocks)
+    if continual_steps:
+        end = replace(
+            phases[-1],
+            name="continual",
+            kind="continual",
+            start=steps,
+            stop=steps + continual_steps,
+            trained_blocks=tuple(range(n_layer)),
+            train_embeddings=True,
+            train_head=True,
+            growth=None,
+            optimizer_state=continual_optimizer_state,
+            rewarmup_steps=rewarmup_steps,
+            milestone=True,
+        )
+        phases.append(end)
+    return Schedule(tuple(phases))
 
 
-def plan_table(summary: dict) -> str:
-    """`plan_summary`, with `trained_parameters` added to its phases, as a table to print."""
-    rows = [("phase", "blocks", "params", "steps", "tokens", "cost", "FLOPs", "sum cost", "FLOPs")]
-    for p in summary["phases"]:
-        rows.append((
-            p["name"],
-            f"{p['n_blocks'] - p['n_frozen']} of {p['n_blocks']}",
-            _short(p["trained_parameters"]),
-            f"{p['stop'] - p['start']:,}",
-            _short(p["tokens"]),
-            *(f"{100 * p[kind][currency]:.1f}%" for kind in ("share", "cumulative") for currency in ("cost", "flops")),
-        ))  # fmt: skip
-    lines = [text_table(rows)]
-    base, equal = summary["baseline"], summary["equal_step"]
-    lines += [
-        "blocks and params: those that train. cost: the paper's unit c, one block x token x pass.",
-        f"100% is the baseline of {base['steps']:,} steps: "
-        f"{_short(base['tokens'])} tokens, {base['cost']:.4g} c, {base['flops']:.4g} FLOPs.",
-        f"Equal to it at step {', '.join(f'{equal[c]:,} in {NAMES[c]}' for c in CURRENCIES)};",
-        f"{summary['paper_formula_step']:,} by the paper's formula, which assumes that stages divide blocks.",
-    ]
-    return "\n".join(lines)
+def _phase_name(stages, stage, kind, per_stage):
+    if stages == 1:
+        return "all blocks"
+    if per_stage == 1:
+        return f"stage {stage}"
+    return f"stage {stage} phase {1 if kind == 'new_blocks' else 2}"
 
 
-def _short(n: int) -> str:
-    """Three digits and a unit, 21.3M; plan.json has the exact number."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if n >= size:
-            return f"{n / size:.3g}{unit}"
-    return str(n)
+def _boundaries(steps, stages, per_stage, fractions):
+    """Steps at which the phases begin and end, from 0 to `steps`."""
+    n = stages * per_stage
+    if fractions is None:
+        fractions = [1.0] * n
+    elif len(fractions) == per_stage == 2:
+        fractions = list(fractions) * stages
+    if (
+        len(fractions) != n
+        or any(not 0 <= f < math.inf for f in fractions)
+        or sum(map(Fraction, fractions)) == 0
+    ):
+        needed = f"2 numbers (phase 1 and 2 of every stage) or {n}" if per_stage == 2 else f"{n}"
+        raise UserError(
+            f"phase_fractions={tuple(fractions)} must be {needed}, one for every phase, and not "
+            "negative"
+        )
+    # Fractions: a boundary must not depend on the rounding of a running float sum.
+    total, cumulative, boundaries = sum(map(Fraction, fractions)), Fraction(0), [0]
+    for fraction in fractions:
+        cumulative += Fraction(fraction)
+        boundaries.append(round_half_up(cumulative * steps / total))
+    return boundaries
 
 
-def text_table(rows: list[tuple[str, ...]]) -> str:
-    """Rows of text, the first one the header, as columns of a terminal: the first left, the others right-justified."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+def schedule_from_config(config, continual_steps: int) -> Schedule:
+    """Return the schedule that the options of a run describe (`stagewise.config.Config`).
+
+    Raises:
+        UserError: if the options make no schedule.
+    """
+    schedule = make_schedule(
+        config.n_layer,
+        config.steps,
+        config.stages,
+        continual_steps,
+        stage_blocks=config.stage_blocks,
+        phase_fractions=config.phase_fractions,
+        freezing=config.freezing,
+        phase1=config.phase1,
+        growth_operator=config.growth,
+        optimizer_state=config.optimizer_state,
+        continual_optimizer_state=config.continual_optimizer_state,
+        rewarmup_steps=config.rewarmup_steps,
+        context_length=config.block_size,
+        tokens_per_step=config.tokens_per_step,
+    )
+    schedule = with_ramp(schedule, "tokens_per_step", config.tokens_per_step_ramp)
+    schedule = with_ramp(schedule, "context_length", config.context_ramp)
+    for phase in schedule.phases:
+        if config.block_size % phase.context_length:
+            raise UserError(
+                f"context_ramp={config.context_ramp}: {phase.context_length} must divide "
+                f"block_size={config.block_size}"
+            )
+    if config.skip_policy == "none":
+        return schedule
+    return with_skip_policy(schedule, config.skip_policy, config.skip_rate, config.seed)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# from schedule to schedule
+
+
+def with_ramp(schedule: Schedule, field: str, ramp: str) -> Schedule:
+    """Return `schedule` with a field of its phases that changes during training.
+
+    Args:
+        field: "context_length" or "tokens_per_step".
+        ramp: START:VALUE pairs such as "0:512 50%:1024". A start is a number of tokens (with K, M
+            or B for thousands, millions, billions) or a percentage of all steps. Empty: no change.
+
+    Phases are cut where the value changes. A cut alone neither grows the model nor resets optimizer
+    state, warms the learning rate up again, or keeps a checkpoint.
+
+    Raises:
+        UserError: if `ramp` is not of this form.
+    """
+    former = -1
+    for pair in ramp.split():
+        match = re.fullmatch(r"([\d_]+(?:\.\d+)?)([KMB%]?):([1-9][\d_]*)", pair)
+        if not match:
+            raise UserError(
+                f"{field} ramp {ramp!r}: {pair!r} must be START:VALUE, for example 0:512, 100M:512 "
+                "or 50%:1024"
+            )
+        number, unit, value = Fraction(match[1]), match[2], int(match[3])
+        if unit == "%":
+            step = round_half_up(number / 100 * schedule.n_steps)
+        else:
+            step = _first_step(schedule, number * {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}[unit])
+        if (step > 0) if former < 0 else (step <= former):
+            raise UserError(
+                f"{field} ramp {ramp!r}: starts must rise from 0, each by a step or more"
+            )
+        former = step
+        phases = _cut(schedule.phases, step)
+        schedule = Schedule(
+            tuple(replace(p, **{field: value}) if p.start >= step else p for p in phases)
+        )
+    return schedule
+
+
+def _first_step(schedule, tokens):
+    """The first step that starts after at least `tokens` tokens, at most the number of steps."""
+    for p in schedule.phases:
+        before = schedule.tokens(p.start)
+        if before + p.n_steps * p.tokens_per_step >= tokens:
+            return p.start + max(0, math.ceil((tokens - before) / p.tokens_per_step))
+    return schedule.n_steps
+
+
+def _cut(phases, step):
+    """The same phases with a boundary at `step`."""
+    result = []
+    for p in phases:
+        if not p.start < step < p.stop:
+            result.append(p)
+            continue
+        name, _, part = p.name.partition(", part ")
+        after = dict(start=step, growth=None, optimizer_state="carry", rewarmup_steps=0)
+        result.append(replace(p, stop=step, milestone=False))
+        result.append(replace(p, name=f"{name}, part {int(part or 1) + 1}", **after))
+    return result
+
+
+def with_skip_policy(schedule: Schedule, name: str, rate: float, seed: int) -> Schedule:
+    """Return `schedule` with blocks skipped in every step by the policy `name`.
+
+    Raises:
+        UserError: if there is no such policy, or if `rate` is not in [0, 1).
+    """
+    if name not in SKIP_POLICIES:
+        raise UserError(
+            f"skip_policy={name!r} is unknown{did_you_mean(name, ['none', *SKIP_POLICIES])}"
+        )
+    if not 0 <= rate < 1:
+        raise UserError(f"skip_rate={rate} must be at least 0 and below 1")
+    skip = SkipPolicy(name, rate, schedule.n_steps, seed)
+    return Schedule(tuple(replace(p, skip=skip) for p in schedule.phases))
+
+
+def begun(phases: Sequence[Phase], step: int) -> list[Phase]:
+    """Return the phases up to `step`, which a schedule must share to continue another one."""
+    return [dataclasses.replace(p, stop=min(p.stop, step)) for p in phases if p.start < step]
+
+
+# --------------------------------------------------------------------------------------------------
 # learning rate
 
 
-def learning_rate(step: int, plan: Plan, config) -> float:
-    """The rate of update number `step` (from 0).
+def learning_rate(step: int, schedule: Schedule, config) -> float:
+    """Return the learning rate of optimizer step `step` (from 0).
 
-    config: learning_rate (peak), min_lr, lr_schedule, warmup_iters, decay_share, rewarm_iters as in train.Config.
-    "constant" is the released script's, "cosine" nanoGPT's, "wsd" warm-up, stable, linear decay over the last
-    `decay_share` of the plan (Hu et al. 2024). All warm up linearly; `rewarm_iters` repeats that at every phase start.
+    "constant" is the released script's, "cosine" nanoGPT's, "wsd" is warm-up, stable, then linear
+    decay over the last `decay_fraction` of all steps (Hu et al. 2024, arXiv:2404.06395). All warm
+    up linearly over `warmup_steps`, and again over `rewarmup_steps` where a phase has them.
+
+    Args:
+        config: has learning_rate (peak), min_lr, lr_schedule, warmup_steps and decay_fraction.
     """
-    peak, floor, warmup, end = config.learning_rate, config.min_lr, config.warmup_iters, plan.n_steps
+    peak, floor, end = config.learning_rate, config.min_lr, schedule.n_steps
+    warmup = config.warmup_steps
     if config.lr_schedule == "cosine":
         progress = max(0, step - warmup) / max(1, end - warmup)
         rate = floor + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - floor)
     elif config.lr_schedule == "wsd":
-        decay = max(1, config.decay_share * end)
+        decay = max(1, config.decay_fraction * end)
         rate = floor + min(1, (end - step) / decay) * (peak - floor)
     else:
         rate = peak
-    phase = plan.phase_of(step)
     ramp = (step + 1) / (warmup + 1)
-    if phase.start > 0:
-        ramp = min(ramp, (step - phase.start + 1) / (config.rewarm_iters + 1))
+    for p in schedule.phases:
+        if p.start <= step and p.rewarmup_steps:
+            ramp = min(ramp, (step - p.start + 1) / (p.rewarmup_steps + 1))
     return rate * min(1, ramp)
 
 
-def _round(x) -> int:
-    """Nearest whole number, halves up (the built-in rounds halves to even)."""
+def round_half_up(x) -> int:
+    """Return the nearest integer, halves up (the built-in `round` rounds halves to even)."""
     return math.floor(x + Fraction(1, 2))
+
+
+# --------------------------------------------------------------------------------------------------
+# policies of skipped blocks: functions (uniform, progress, rate) -> residual scales, where
+# `uniform` has a random number in [0, 1) for every block and `progress` rises from 0 to 1 over
+# training
+
+
+SKIP_POLICIES: dict[str, Callable[[list[float], float, float], tuple[float, ...]]] = {}
+
+
+def skip_policy(function):
+    """Make a policy selectable by its name."""
+    SKIP_POLICIES[function.__name__] = function
+    return function
+
+
+@skip_policy
+def layer_dropout(uniform, progress, rate):
+    """Deep blocks and early steps skip more (arXiv:2609.05275).
+
+    Block l of L is skipped with probability p = rate * l/(L-1) * (1 - t/(T-1)) in step t of T. The
+    branches of a block that runs are scaled by 1/(1-p).
+    """
+    last = max(1, len(uniform) - 1)
+    p = [rate * i / last * (1 - progress) for i in range(len(uniform))]
+    return tuple(0.0 if u < q else 1 / (1 - q) for u, q in zip(uniform, p))

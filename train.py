@@ -1,16 +1,16 @@
 """Train a GPT-2, whole or stage by stage (arXiv:2411.18700).
 
-    python train.py [configs/A.py configs/B.py ...] [--key=value ...]             one process
-    torchrun --standalone --nproc_per_node=8 train.py [...]                       eight GPUs of one machine
-    python train.py configs/gpt2_124m.py configs/s4.py --dry_run                  what would that cost?
+    python train.py [configs/A.py configs/B.py ...] [--key=value ...]          one process
+    torchrun --standalone --nproc_per_node=8 train.py [...]                    eight GPUs
+    python train.py configs/gpt2_124m.py configs/s4.py --dry_run               what would that cost?
 
-Configuration (config.py) -> plan (schedule.py) -> phases -> steps -> metrics.jsonl -> figures (plot.py). The loop below only
-follows the plan; the baseline is the plan with one phase.
+Options (stagewise/config.py) -> schedule (schedule.py) -> phases -> steps -> metrics.jsonl ->
+figures (plot.py). The loop only follows the schedule; the baseline is the schedule with one phase.
 """
 
-import copy
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import os
@@ -18,7 +18,9 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,293 +28,342 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-import config as cfg
+import growth
 import hellaswag
-import schedule
-from checkpoint import FOLDER as CHECKPOINTS
-from checkpoint import CheckpointWriter, checkpoints, load_checkpoint, load_moments, model_from, newest_checkpoint
-from data import Prefetch, Shards, TrainOrder, get_tokenizer, verify_shards
-from device import autocast, cpu_name, device_name, peak_flops, peak_memory, pick_device, reset_peak_memory, use_deterministic_kernels
-from errors import UserError, report_user_errors
-from files import Metrics, lock_folder, write_whole
-from guard import EXIT_STOPPED, Health, StopSignals, check_replicas
-from model import GPT, derived_seed
+from cost import COST_METRICS, cumulative_cost, make_schedules, summarize, summary_table
+from model import GPT, GPTConfig
+from schedule import Phase, Schedule, begun, learning_rate
+from stagewise.checkpoint import (
+    FOLDER,
+    CheckpointWriter,
+    checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    optimizer_state_from,
+)
+from stagewise.config import Config, grad_accum_steps, load_config, padded_vocab_size
+from stagewise.data import Prefetch, Shards, TrainOrder, get_tokenizer, load_meta, verify_shards
+from stagewise.device import (
+    autocast,
+    cpu_name,
+    device_name,
+    peak_flops,
+    peak_memory,
+    pick_device,
+    reset_peak_memory,
+    use_deterministic_kernels,
+)
+from stagewise.distributed import (
+    Ranks,
+    any_rank_stopping,
+    check_replicas,
+    init_process_group,
+    ranks_from_environment,
+)
+from stagewise.errors import UserError, report_user_errors
+from stagewise.fileio import atomic_write, convert, lock_folder
+from stagewise.metrics import MetricsWriter
+from stagewise.monitor import EXIT_STOPPED, LossMonitor, StopSignals
+from stagewise.seeding import derived_seed
+
+BAR = "{desc:<16} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
 def main() -> None:
-    # --- what to do, checked before anything starts
-    launched = all(name in os.environ for name in (*TORCHRUN, "MASTER_ADDR"))  # by torchrun, or by hand as it does
-    rank, local_rank, world_size = (int(os.environ[k]) if launched else v for k, v in TORCHRUN.items())
-    master = rank == 0
-    config = cfg.load_config(sys.argv[1:], quiet=local_rank != 0)
-    meta = cfg.read_meta(config)
-    shape = config.model(cfg.vocab_size(config, meta))
-    plan, baseline = cfg.make_plans(config, shape)
-    summary = schedule.plan_summary(plan, baseline, shape, config.tokens_per_step)
-    add_parameter_counts(summary, plan, shape)
+    # --- options and schedule: everything that can be wrong is checked before anything starts
+    ranks = ranks_from_environment()
+    config = load_config(sys.argv[1:], Config(), quiet=ranks.local_rank != 0)
     out_dir = Path(config.out_dir)
-    used = next((out_dir / name for name in ("metrics.jsonl", CHECKPOINTS) if (out_dir / name).exists()), None)
-    micro_steps = cfg.micro_steps(config, world_size)
-    if config.dry_run:
-        if master:
-            print(schedule.plan_table(summary))
-        if master and not meta:
-            print(f"(no corpus in {config.data_dir} yet: a vocabulary of {shape.vocab_size:,} is assumed)")
-        if master and not used:  # a run's own plan is not replaced
-            write_plan(out_dir, summary)
+    no_corpus = config.dry_run and not Path(config.data_dir, "meta.json").exists()
+    meta = None if no_corpus else load_meta(config.data_dir)
+    model_config = make_model_config(config, padded_vocab_size(meta))
+    schedule, baseline = make_schedules(config, model_config)
+    for phase in schedule.phases:
+        grad_accum_steps(config, phase.tokens_per_step, ranks.world_size)
+    summary = summarize(schedule, baseline, model_config)
+    add_parameter_counts(summary, schedule, model_config)
+    if config.dry_run or meta is None:
+        if ranks.master:
+            print_dry_run(out_dir, summary, model_config, config.data_dir, no_corpus)
         return
-    if config.init_from == "scratch" and used:
-        hint = "go on with --init_from=resume" if checkpoints(out_dir) else "that run has no checkpoint yet: remove the folder"
-        raise UserError(f"{used} exists: {hint}, or name another --out_dir")
-    if config.init_from == "resume" and not checkpoints(out_dir):
-        raise UserError(f"{out_dir}: no checkpoint there: --init_from=auto begins the run, or name another --out_dir")
+    check_out_dir(out_dir, config.init_from)
 
     # --- data
-    if config.verify_data and local_rank == 0:
+    if config.verify_data and ranks.local_rank == 0:
         verify_shards(config.data_dir, meta)
     train_data = Shards(config.data_dir, "train", config.block_size, meta)
     val_data = Shards(config.data_dir, "val", config.block_size, meta)
-    order = TrainOrder(len(train_data), config.seed, config.tokens_per_step // config.block_size)
+    order = TrainOrder(len(train_data), config.seed)
     val_windows = np.arange(min(len(val_data), -(-config.eval_tokens // config.block_size)))
 
-    # --- devices and processes
-    device = pick_device(config.device, local_rank, world_size)
-    on_gpu = device.type == "cuda"
+    # --- device and processes
+    device = pick_device(config.device, ranks.local_rank, ranks.world_size)
     if config.deterministic:
         use_deterministic_kernels()
     precision = autocast(device, config.dtype)
-    if config.compile != "none" and not on_gpu and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
-        raise UserError(f"compile={config.compile} needs a C++ compiler on the CPU (g++ or clang++): install one, or use --compile=none")
+    if config.compile != "none" and device.type == "cpu":
+        check_compiler(config.compile)
     task = hellaswag.task_file(config.hellaswag_data, config.data_dir)
-    if task == hellaswag.DEFAULT_PATH and local_rank == 0:
+    if task == hellaswag.DEFAULT_PATH and ranks.local_rank == 0:
         hellaswag.download()
-    # All ranks meet here: the download is there, and none looks into out_dir (above) after rank 0 wrote to it (below).
-    hosts = join_processes(device, rank, world_size, config.timeout) if launched else None
+    # All ranks meet here: the download is complete, and none checks out_dir (above) after rank 0
+    # wrote to it (below).
+    gloo_group = init_process_group(device, ranks, config.timeout) if ranks.launched else None
     examples = []
     if task:
         encoding = get_tokenizer(meta["tokenizer"])
-        examples = hellaswag.load_examples(task, encoding, config.block_size, config.hellaswag_limit)
+        limit = config.hellaswag_limit
+        examples = hellaswag.load_examples(task, encoding, config.block_size, limit)
 
-    # --- model, optimizer and position: new, or as the checkpoint left them
-    if master:
+    # --- model, optimizer state and position: new, or from the checkpoint
+    if ranks.master:
         lock = lock_folder(out_dir)  # noqa: F841  (held until the process ends)
-    newest = [newest_checkpoint(out_dir) if master and config.init_from != "scratch" else None]
-    if world_size > 1:
-        dist.broadcast_object_list(newest, group=hosts)
+    newest = [
+        newest_checkpoint(out_dir) if ranks.master and config.init_from != "scratch" else None
+    ]
+    if ranks.world_size > 1:
+        dist.broadcast_object_list(newest, group=gloo_group)
+    resumed = newest[0] is not None
     if newest[0]:
         checkpoint = load_checkpoint(newest[0], optimizer=True)
-        check_resumable(checkpoint, config, shape, plan, len(train_data))
-        model = model_from(checkpoint, device)
-        optimizer = make_optimizer(model, config)
-        load_moments(optimizer, model, checkpoint["optimizer"])
-        step, seconds, health = checkpoint["step"], checkpoint["seconds"], Health(checkpoint["health"], quiet=not master)
+        check_resumable(checkpoint, config, model_config, schedule, len(train_data))
+        model = GPT.from_weights(model_config, checkpoint["model"], device)
+        params = dict(model.named_parameters())
+        optimizer_state = optimizer_state_from(checkpoint["optimizer"], params)
+        step, seconds, history = (checkpoint[key] for key in ("step", "seconds", "loss_history"))
         del checkpoint
     else:
-        model = GPT(shape, n_blocks=plan.phases[0].n_blocks, seed=config.seed, device=device)
-        optimizer, step, seconds, health = None, 0, 0.0, Health(quiet=not master)
+        model = initial_model(config, model_config, schedule.phases[0], meta["tokenizer"], device)
+        optimizer_state, step, seconds, history = {}, 0, 0.0, {}
+    monitor = LossMonitor(history, quiet=not ranks.master)
     if config.compile != "none":
         model.compile_regions(whole=config.compile == "model")
 
     # --- outputs
-    milestones = {p.stop for p in plan.phases if p.phase != 1}  # the ends of stages, and of the run
-    if master:
-        write_plan(out_dir, summary)
-        write_config(out_dir, config, shape, task, len(train_data) * config.block_size, world_size, device)
-        metrics = Metrics(out_dir / "metrics.jsonl", step if newest[0] else None)
+    milestones = {p.stop for p in schedule.phases if p.milestone}
+    if ranks.master:
+        write_json(out_dir, "schedule.json", summary)
+        train_tokens = len(train_data) * config.block_size
+        run_config = describe_run(config, model_config, task, train_tokens, ranks, device)
+        write_json(out_dir, "config.json", run_config)
+        metrics = MetricsWriter(out_dir / "metrics.jsonl", step if resumed else None)
         writer = CheckpointWriter(out_dir, config.keep_checkpoints, milestones)
-        print(schedule.plan_table(summary))
-        n_epochs = plan.n_steps * config.tokens_per_step / (len(train_data) * config.block_size)
+        print(summary_table(summary))
+        epochs = schedule.tokens(schedule.n_steps) / train_tokens
+        micro = grad_accum_steps(config, config.tokens_per_step, ranks.world_size)
         print(
-            f"{out_dir}: on {world_size} x {device_name(device)}; a step is {world_size} x {micro_steps} x {config.batch_size} "
-            f"sequences (processes, micro-steps, batch_size); {n_epochs:.2f} epochs over the data"
-            + (f"; from step {step}" if step else "")
+            f"{out_dir}: on {ranks.world_size} x {device_name(device)}; {epochs:.2f} epochs; each "
+            f"step {ranks.world_size} processes x {micro} micro-batches x {config.batch_size} "
+            f"sequences" + (f"; resuming at step {step}" if step else "")
         )
-    if world_size > 1:
+    if ranks.world_size > 1:
         dist.barrier()  # no rank trains before the outputs are known to be writable
-
-    def evaluate() -> dict:
-        """Validation loss, and HellaSwag where there is one: every rank's share, summed."""
-        result = {}
-        model.eval()
-        # Eager: the varying shapes of HellaSwag would each compile the blocks anew.
-        with torch.no_grad(), precision, torch.compiler.set_stance("force_eager"):
-            total = torch.zeros((), dtype=torch.float64, device=device)
-            for start in range(rank * config.batch_size, len(val_windows), world_size * config.batch_size):
-                batch = read_batch(val_data, val_windows[start : start + config.batch_size])
-                x, y = (t.to(device, non_blocking=True) for t in batch)
-                total += model(x, y).double() * len(x)
-            if world_size > 1:
-                dist.all_reduce(total)
-            result["val_loss"] = total.item() / len(val_windows)
-            if examples:
-                scores = hellaswag.evaluate(model, examples, rank=rank, world_size=world_size)
-                result |= {f"hellaswag_{name}": value for name, value in scores.items()}
-        model.train()
-        return result
-
-    def record(phase: schedule.Phase, row: dict) -> None:
-        """Append a row to metrics.jsonl: where the run stands, what it has spent, and what was measured."""
-        costs = {c: schedule.spent(plan, step, c, shape, config.tokens_per_step) for c in schedule.CURRENCIES}
-        where = {"step": step, "stage": phase.stage, "phase": phase.phase, "blocks": phase.n_blocks}
-        metrics.write(where | costs | {"seconds": round(seconds, 3)} | row)
-        if "val_loss" in row:
-            scores = "".join(f", {k} {row[k]:.4f}" for k in ("hellaswag_acc", "hellaswag_acc_norm") if k in row)
-            tqdm.write(f"step {step:>6}  {phase.name:<16} val loss {row['val_loss']:.4f}{scores}")
-
-    def save() -> None:
-        state = {
-            "model_args": dataclasses.asdict(shape),
-            "n_blocks": len(model.transformer.h),
-            "step": step,
-            "seconds": seconds,
-            "health": copy.deepcopy(health.state),
-            "config": dataclasses.asdict(config),
-            "phases": [dataclasses.asdict(p) for p in plan.phases],
-            "n_windows": len(train_data),
-            "tokenizer": meta["tokenizer"],
-        }
-        metrics.sync()
-        writer.save(model, optimizer, state)
-
-    def read_batch(data: Shards, windows: np.ndarray) -> list[torch.Tensor]:
-        """Inputs and targets, each (B, T), in pinned memory, from where they travel to a GPU beside what it is doing."""
-        tensors = map(torch.from_numpy, data.read(windows))
-        return [t.pin_memory() if on_gpu else t for t in tensors]
-
-    def train_batches():
-        """This rank's sequences of every micro-step from here to the end of the plan."""
-        for s in range(step, plan.n_steps):
-            for micro_step in range(micro_steps):
-                first = (micro_step * world_size + rank) * config.batch_size
-                yield read_batch(train_data, order.windows(s, first, first + config.batch_size))
-
-    # --- the run
-    batches = Prefetch(train_batches())
+    run = run_state(config, model_config, schedule, len(train_data), meta["tokenizer"])
+    evaluation = functools.partial(
+        evaluate, model, val_data, val_windows, examples, precision, config.batch_size, ranks
+    )
+    batches = Prefetch(train_batches(train_data, order, schedule, step, config, ranks, device))
     signals = StopSignals()
-    peak, total_flops = peak_flops(device), summary["total"]["flops"]
+    peak = (peak_flops(device) or math.nan) * ranks.world_size
     refresh = 0.5 if sys.stderr.isatty() else 30  # seconds: a log file need not hold every step
-    bar = tqdm(total=plan.n_steps, initial=step, disable=not master, bar_format=BAR, mininterval=refresh, desc="evaluation")
+    bar = tqdm(
+        total=schedule.n_steps,
+        initial=step,
+        disable=not ranks.master,
+        bar_format=BAR,
+        mininterval=refresh,
+        desc="evaluation",
+    )
     if step == 0:
-        row = evaluate()
-        if master:
-            record(plan.phases[0], row)
+        row = evaluation()
+        if ranks.master:
+            log(metrics, row_start(schedule, step, model_config, seconds) | row, schedule.phases[0])
 
-    stops = False
-    for phase in plan.phases:
-        if phase.stop <= step or stops:
+    # --- training
+    stopping = False
+    for phase in schedule.phases:
+        if stopping or phase.stop <= step:
             continue
-
-        # A phase: the blocks that it has, the parts of them that train, the optimizer, gradients in step over the ranks.
-        model.grow(phase.n_blocks, config.seed)
-        model.set_phase(phase)
-        optimizer = make_optimizer(model, config, None if phase.reset_optimizer and step == phase.start else optimizer)
-        check_replicas(model, step, hosts)  # now: DistributedDataParallel would silently make them equal
-        # DistributedDataParallel fixes the set of trained parameters when it is made, so it is made anew; the former
-        # one must be gone by then, with the hooks that it left on the parameters.
-        parallel = None
-        if world_size > 1:
-            parallel = DDP(model, device_ids=[device] if on_gpu else None, gradient_as_bucket_view=True)
-        flops_per_step = model.flops_per_token() * config.tokens_per_step
+        begins = step == phase.start
+        optimizer = enter_phase(model, optimizer_state, phase, config, begins)
+        optimizer_state = optimizer.state
+        check_replicas(model, step, gloo_group)  # before DDP silently makes them equal
+        # DDP fixes the set of trained parameters when it is built. The former one must be gone by
+        # then, with the hooks that it left on the parameters.
+        wrapped = None
+        wrapped = wrap(model, phase, device) if ranks.world_size > 1 else model
+        accum_steps = grad_accum_steps(config, phase.tokens_per_step, ranks.world_size)
         bar.set_description(phase.name)
         reset_peak_memory(device)
 
-        unread = []  # loss and gradient norm of the steps since the host last waited for the device
+        pending_losses: list[torch.Tensor] = []  # loss and gradient norm that the host has not read
         interval_start, batches.waited = time.perf_counter(), 0.0
-        while step < phase.stop and not stops:
-            lr = schedule.learning_rate(step, plan, config)
+        while step < phase.stop and not stopping:
+            lr = learning_rate(step, schedule, config)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            if config.dropout:
-                torch.manual_seed(derived_seed("dropout", config.seed, step, rank))  # so that a resumed run drops the same
-
-            unread.append(update(parallel or model, optimizer, batches, micro_steps, precision, config.grad_clip))
+            if config.dropout:  # seeded per step, so that a resumed run drops the same units
+                torch.manual_seed(derived_seed("dropout", config.seed, step, ranks.rank))
+            scales = schedule.at(step).residual_scales
+            pending_losses.append(
+                train_step(
+                    wrapped, optimizer, batches, accum_steps, precision, config.grad_clip, scales
+                )
+            )
             step += 1
             bar.update()
 
             logs = step % config.log_interval == 0
-            evaluates = step % config.eval_interval == 0 or step == plan.n_steps
+            evaluates = step % config.eval_interval == 0 or step == schedule.n_steps
             saves = step % config.checkpoint_interval == 0 or step in milestones
-            stops = signals.agreed(hosts)
-            if not (logs or evaluates or saves or stops or step == phase.stop):
+            stopping = any_rank_stopping(signals.caught is not None, gloo_group)
+            if not (logs or evaluates or saves or stopping or step == phase.stop):
                 continue
 
             # The only place where the host waits for the device.
-            read = torch.stack(unread).tolist()
-            unread.clear()
+            losses = torch.stack(pending_losses).tolist()
+            pending_losses.clear()
             elapsed = time.perf_counter() - interval_start
             seconds += elapsed
-            for s, (loss, grad_norm) in enumerate(read, start=step - len(read) + 1):
-                z = health.see(s, loss, grad_norm)
-                if health.state["bad_in_a_row"] >= config.max_bad_steps:
-                    files = ", ".join(train_data.files(order.windows(s - 1, 0, order.windows_per_step)))
-                    raise UserError(
-                        f"step {s}, which read {files}: loss {loss}, gradient norm {grad_norm}; the last {config.max_bad_steps} "
-                        "updates were skipped. The last checkpoint is good: lower learning_rate, or look at the data"
-                    )
+            first = step - len(losses)
+            for s, (loss, grad_norm) in enumerate(losses, start=first + 1):
+                zscore = monitor.update(s, loss, grad_norm)
+                if monitor.history.skipped_in_a_row >= config.max_skipped_steps:
+                    raise diverged(s, loss, grad_norm, config, schedule, train_data, order)
             if logs or evaluates:
-                row = {"loss": loss if math.isfinite(loss) else None, "loss_z": z, "lr": lr}
-                row["grad_norm"] = grad_norm if math.isfinite(grad_norm) else None
-                row |= {name: health.state[name] for name in ("bad_steps", "spikes")}
-                row["tokens_per_second"] = round(len(read) * config.tokens_per_step / elapsed, 1)
-                flops_per_second = len(read) * flops_per_step / elapsed
-                row["mfu"] = flops_per_second / (peak * world_size) if peak else None
+                row = row_start(schedule, step, model_config, seconds)
+                row |= loss_columns(loss, grad_norm, zscore, lr, monitor)
+                row |= speed_columns(schedule, first, step, elapsed, model_config, peak)
                 row["data_wait"] = round(batches.waited / elapsed, 5)
                 row["peak_memory"] = peak_memory(device)
-                done = schedule.spent(plan, step, "flops", shape, config.tokens_per_step)
-                eta = tqdm.format_interval((total_flops - done) / flops_per_second)
-                bar.set_postfix_str(f"loss {loss:.4f}, {row['tokens_per_second']:,.0f} tok/s, ETA {eta}")
+                bar.set_postfix_str(progress(row, summary["total"]["flops"]))
                 if evaluates:
-                    check_replicas(model, step, hosts)
-                    row |= evaluate()
-                if master:
-                    record(phase, row)
-            if master and (saves or stops):
-                save()
+                    check_replicas(model, step, gloo_group)
+                    row |= evaluation()
+                if ranks.master:
+                    log(metrics, row, phase)
+            if ranks.master and (saves or stopping):
+                metrics.sync()
+                position = dict(step=step, n_blocks=model.n_blocks, seconds=seconds)
+                history = {"loss_history": monitor.state()}
+                writer.save(model, optimizer, run | position | history)
             interval_start, batches.waited = time.perf_counter(), 0.0
-        del parallel
 
+    # --- end
     bar.close()
-    if master:
+    if ranks.master:
         writer.close()
         metrics.close()
         if writer.failure:
-            raise UserError(f"{writer.failure}: what was trained since the one before is lost; mend that, then --init_from=resume")
-    if launched:
-        if world_size > 1:
-            dist.barrier(hosts)  # a process that ends makes torchrun end the others, the one that writes too
+            raise UserError(
+                f"{writer.failure}: what was trained after the checkpoint before it is lost; fix "
+                "the cause, then use --init_from=resume"
+            )
+    if ranks.launched:
+        if ranks.world_size > 1:
+            # When a process ends, torchrun ends the others, also the one that still writes.
+            dist.barrier(gloo_group)
         dist.destroy_process_group()
     signals.restore()  # not before all is on the disk: a scheduler may signal more than once
-    if stops:
-        if master:
-            print(f"{out_dir}: stopped at step {step:,} of {plan.n_steps:,}, all saved; the same command with --init_from=auto goes on")
+    where = f"step {step:,} of {schedule.n_steps:,}"
+    if stopping:
+        if ranks.master:
+            print(
+                f"{out_dir}: stopped at {where}, everything saved; continue with the same "
+                "command and --init_from=auto"
+            )
         sys.exit(EXIT_STOPPED)
-    if master:
-        print(f"{out_dir}: finished at step {step:,} of {plan.n_steps:,}; python plot.py {out_dir} draws it")
+    if ranks.master:
+        print(f"{out_dir}: finished at {where}; draw it with python plot.py {out_dir}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# set-up
+# --------------------------------------------------------------------------------------------------
+# steps of the loop
 
 
-TORCHRUN = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # what torchrun sets, and what a single process is
-BAR = "{desc:<16} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+def enter_phase(
+    model: GPT,
+    optimizer_state: dict,
+    phase: Phase,
+    config: Config,
+    begins: bool = True,
+) -> torch.optim.AdamW:
+    """Grow the model to the blocks of a phase, set what trains, and return a new optimizer.
+
+    Args:
+        optimizer_state: by parameter, of the phase before or of a checkpoint.
+        begins: False if the run resumes within the phase.
+    """
+    if begins and phase.optimizer_state == "reset":
+        optimizer_state = {}
+    if phase.growth and model.n_blocks < phase.n_blocks:
+        source_map = growth.source_map(phase.growth, model.n_blocks, phase.n_blocks)
+        copies_state = phase.optimizer_state == "copy"
+        model.grow(source_map, config.seed, optimizer_state if copies_state else None)
+    model.set_trainable(phase.trained_blocks, phase.train_embeddings, phase.train_head)
+    return make_optimizer(model, config, optimizer_state)
 
 
-def update(model, optimizer, batches, micro_steps: int, precision: torch.autocast, grad_clip: float = 0.0):
-    """One optimizer update: the gradient of the mean loss over `micro_steps` batches, clipped, then AdamW.
+def make_optimizer(model: GPT, config: Config, state: dict | None = None) -> torch.optim.AdamW:
+    """Return AdamW over all parameters that exist, with the state that `state` has of them.
 
-    model: a GPT, or one in DistributedDataParallel, which exchanges gradients on the last micro-step only. batches gives
-    (inputs, targets), each (B, T). An update whose loss or gradient is not finite changes nothing. Returns loss and
-    norm of the gradient, over all ranks, in a tensor (2,) on the model's device: nothing here waits for it.
+    That includes frozen parameters: they have no gradient, so AdamW neither changes nor decays
+    them, and their state waits for the phase that trains them again.
+    """
+    optimizer = torch.optim.AdamW(
+        model.param_groups(config.weight_decay),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=1e-8,
+        fused=True,
+    )
+    if state:
+        optimizer.state.update({p: state[p] for p in model.parameters() if p in state})
+    return optimizer
+
+
+def wrap(model: GPT, phase: Phase, device: torch.device) -> DDP:
+    """Return the model in DistributedDataParallel. Skipped blocks have no gradients to wait for."""
+    return DDP(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=phase.skip is not None,
+    )
+
+
+def train_step(
+    model,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator,
+    grad_accum_steps: int,
+    precision: torch.autocast,
+    grad_clip: float = 0.0,
+    residual_scales: Sequence[float] | None = None,
+) -> torch.Tensor:
+    """Make one optimizer step: the gradient of the mean loss over the micro-batches, then AdamW.
+
+    A step whose loss or gradient is not finite changes nothing. Nothing here waits for the device.
+
+    Args:
+        model: a GPT, or one in DistributedDataParallel, which reduces gradients on the last
+            micro-batch only.
+        batches: yields (inputs, targets), each (B, T).
+        grad_clip: maximum norm of the gradient; 0 does not clip.
+        residual_scales: see `GPT.hidden`.
+
+    Returns:
+        Loss and norm of the gradient over all ranks, a tensor (2,) on the model's device.
     """
     device = next(model.parameters()).device
+    kwargs = {} if residual_scales is None else {"residual_scales": residual_scales}
     loss = torch.zeros((), device=device)
-    for micro_step in range(micro_steps):
+    for micro_step in range(grad_accum_steps):
         x, y = (t.to(device, non_blocking=True) for t in next(batches))
         if isinstance(model, DDP):
-            model.require_backward_grad_sync = micro_step == micro_steps - 1
+            model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
         with precision:
-            micro_loss = model(x, y) / micro_steps
+            micro_loss = model(x, y, **kwargs) / grad_accum_steps
         micro_loss.backward()
         loss += micro_loss.detach()
     if isinstance(model, DDP):
@@ -323,106 +374,346 @@ def update(model, optimizer, batches, micro_steps: int, precision: torch.autocas
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip)
     else:
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
-    read = torch.stack((loss, grad_norm))
-    # AdamW's fused kernel leaves moments and parameters alone where this is 1, as it does for a GradScaler.
-    optimizer.found_inf = read.isfinite().all().logical_not().float()
+    result = torch.stack((loss, grad_norm))
+    # AdamW's fused kernel leaves state and parameters alone if this is 1, as with a GradScaler.
+    optimizer.found_inf = result.isfinite().all().logical_not().float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return read
+    return result
 
 
-def join_processes(device: torch.device, rank: int, world_size: int, seconds: int) -> dist.ProcessGroup | None:
-    """Start torch.distributed. Returns a group in which the processes meet on their hosts, not on their GPUs; None for one alone."""
-    timeout, where = datetime.timedelta(seconds=seconds), {}
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["GROUP_WORLD_SIZE"] == "1":
-        # torchrun keeps one store for all restarts (torch 2.13): without a part of its own, a restarted rank finds the addresses
-        # of those before it there, and waits for them.
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, is_master=False, timeout=timeout)
-        own_part = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        where = dict(store=own_part, rank=rank, world_size=world_size)
-    if device.type == "cuda":  # NCCL waits longer: when it gives up it ends the process without a word of ours
-        dist.init_process_group("nccl", device_id=device, timeout=2 * timeout, **where)
-    else:
-        dist.init_process_group("gloo", timeout=timeout, **where)
-    return dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
+def train_batches(
+    data: Shards,
+    order: TrainOrder,
+    schedule: Schedule,
+    step: int,
+    config: Config,
+    ranks: Ranks,
+    device: torch.device,
+) -> Iterator[list[torch.Tensor]]:
+    """Yield this rank's (inputs, targets) of every micro-batch from `step` to the end.
 
-
-def make_optimizer(model: GPT, config: cfg.Config, former: torch.optim.Optimizer | None = None) -> torch.optim.AdamW:
-    """AdamW over all present parameters; `former`'s moments are carried over.
-
-    Frozen parameters are in it too: they have no gradient, so AdamW neither moves nor decays them, and their moments wait
-    for the phase that trains them again.
+    Each is (B, T) with T the phase's context: a window of block_size tokens gives block_size / T
+    sequences, in order. Which tokens a step reads depends on the number of tokens read before it.
     """
-    groups = model.param_groups(config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
-    if former is not None:
-        optimizer.state.update(former.state)
-    return optimizer
+    for s in range(step, schedule.n_steps):
+        phase = schedule.phase_at(s)
+        first = schedule.tokens(s) // config.block_size
+        for micro_step in range(grad_accum_steps(config, phase.tokens_per_step, ranks.world_size)):
+            start = first + (micro_step * ranks.world_size + ranks.rank) * config.batch_size
+            windows = order.windows(start, start + config.batch_size)
+            x, y = read_batch(data, windows, device)
+            yield [x.view(-1, phase.context_length), y.view(-1, phase.context_length)]
 
 
-def check_resumable(checkpoint: dict, config: cfg.Config, shape, plan: schedule.Plan, n_windows: int) -> None:
-    """Raise UserError where the run in the checkpoint is not the beginning of the run asked for.
+def read_batch(data: Shards, windows: np.ndarray, device: torch.device) -> list[torch.Tensor]:
+    """Return inputs and targets, each (B, T), in pinned memory if there is a GPU to copy to."""
+    tensors = map(torch.from_numpy, data.read(windows))
+    return [t.pin_memory() if device.type == "cuda" else t for t in tensors]
 
-    The model, the seed, the batch and the data must be the same, and so must the phases up to the checkpoint's step. All
-    else may change: processes, micro-batch, rates, intervals, and how long the run still goes on.
+
+def evaluate(
+    model: GPT,
+    data: Shards,
+    windows: np.ndarray,
+    examples: list[hellaswag.Example],
+    precision: torch.autocast,
+    batch_size: int,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """Return the validation loss, and HellaSwag's scores if there are examples.
+
+    At full context, with all blocks; every rank evaluates a share.
     """
-    step = checkpoint["step"]
+    result = {}
+    device = model.lm_head.weight.device
+    model.eval()
+    # Eager: the varying shapes of HellaSwag would each compile the blocks again.
+    with torch.no_grad(), precision, torch.compiler.set_stance("force_eager"):
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for start in range(ranks.rank * batch_size, len(windows), ranks.world_size * batch_size):
+            batch = read_batch(data, windows[start : start + batch_size], device)
+            x, y = (t.to(device, non_blocking=True) for t in batch)
+            total += model(x, y).double() * len(x)
+        if ranks.world_size > 1:
+            dist.all_reduce(total)
+        result["val_loss"] = total.item() / len(windows)
+        if examples:
+            scores = hellaswag.evaluate(
+                model, examples, rank=ranks.rank, world_size=ranks.world_size
+            )
+            result |= {f"hellaswag_{name}": value for name, value in scores.items()}
+    model.train()
+    return result
 
-    def identity(model_args, options, n_windows):
-        fixed = {k: options[k] for k in ("seed", "tokens_per_step")} | {"windows of data": n_windows}
-        return {k: v for k, v in model_args.items() if k != "dropout"} | fixed
 
-    before = identity(checkpoint["model_args"], checkpoint["config"], checkpoint["n_windows"])
-    now = identity(dataclasses.asdict(shape), dataclasses.asdict(config), n_windows)
-    changed = [f"{k} {before[k]} -> {now[k]}" for k in now if before[k] != now[k]]
-    if changed:
-        raise UserError(f"{config.out_dir}: cannot resume with {', '.join(changed)}: use the former values, or another out_dir")
+def row_start(
+    schedule: Schedule, step: int, model_config: GPTConfig, seconds: float
+) -> dict[str, Any]:
+    """Return the columns that every row of metrics.jsonl has: position, cumulative cost, time."""
+    phase = schedule.phase_at(max(0, step - 1))
+    row = {"step": step, "stage": phase.stage, "phase": phase.kind, "blocks": phase.n_blocks}
+    costs = {m: cumulative_cost(schedule, step, m, model_config) for m in COST_METRICS}
+    return row | costs | {"seconds": round(seconds, 3)}
 
-    def begun(phases):
-        return [dataclasses.replace(p, stop=min(p.stop, step)) for p in phases if p.start < step]
 
-    try:
-        former = begun(schedule.Phase(**p) for p in checkpoint["phases"])
-    except TypeError:
-        raise UserError(f"{config.out_dir}: the newest checkpoint's plan is damaged: use an earlier one") from None
-    if former != begun(plan.phases):
-        raise UserError(
-            f"{config.out_dir}: the schedule up to step {step} is not the one asked for: keep the run's own steps, stages and "
-            "phases (continual_steps may grow)"
+def log(metrics: MetricsWriter, row: dict, phase: Phase) -> None:
+    """Append a row to metrics.jsonl, and print it if it has an evaluation."""
+    metrics.write(row)
+    if "val_loss" in row:
+        scores = "".join(
+            f", {k} {row[k]:.4f}" for k in ("hellaswag_acc", "hellaswag_acc_norm") if k in row
+        )
+        tqdm.write(
+            f"step {row['step']:>6}  {phase.name:<16} val loss {row['val_loss']:.4f}{scores}"
         )
 
 
-def add_parameter_counts(summary: dict, plan: schedule.Plan, shape) -> None:
-    """Add the number of parameters that train to every phase of a plan's summary."""
-    model = GPT(shape, n_blocks=0, device="meta")
-    for phase, row in zip(plan.phases, summary["phases"]):
-        model.grow(phase.n_blocks, seed=0)
-        model.set_phase(phase)
+def loss_columns(
+    loss: float, grad_norm: float, zscore: float | None, lr: float, monitor: LossMonitor
+) -> dict[str, Any]:
+    """Return the columns of metrics.jsonl about the last step."""
+    return {
+        "loss": finite(loss),
+        "loss_zscore": zscore,
+        "lr": lr,
+        "grad_norm": finite(grad_norm),
+        "skipped_steps": monitor.history.skipped_steps,
+        "spikes": monitor.history.spikes,
+    }
+
+
+def speed_columns(
+    schedule: Schedule, first: int, step: int, elapsed: float, model_config: GPTConfig, peak: float
+) -> dict[str, Any]:
+    """Return the columns of metrics.jsonl about the speed of steps `first` to `step`.
+
+    Args:
+        elapsed: seconds that they took.
+        peak: peak FLOP/s of all devices together, NaN if unknown.
+    """
+    tokens = schedule.tokens(step) - schedule.tokens(first)
+    before, after = (cumulative_cost(schedule, s, "flops", model_config) for s in (first, step))
+    flops_per_second = (after - before) / elapsed
+    return {
+        "tokens_per_second": round(tokens / elapsed, 1),
+        "flops_per_second": flops_per_second,
+        "mfu": finite(flops_per_second / peak),
+    }
+
+
+def progress(row: dict[str, Any], total_flops: int) -> str:
+    """Return what the progress bar says; the time left is that of the FLOPs left."""
+    loss = math.nan if row["loss"] is None else row["loss"]
+    eta = tqdm.format_interval((total_flops - row["flops"]) / row["flops_per_second"])
+    return f"loss {loss:.4f}, {row['tokens_per_second']:,.0f} tok/s, ETA {eta}"
+
+
+def finite(x: float) -> float | None:
+    """Return x, or None for what JSON cannot express."""
+    return x if math.isfinite(x) else None
+
+
+def diverged(step, loss, grad_norm, config, schedule, data, order) -> UserError:
+    """Return the error that ends a run after too many skipped steps; it names the shards read."""
+    start, stop = (schedule.tokens(s) // config.block_size for s in (step - 1, step))
+    files = ", ".join(data.files(order.windows(start, stop)))
+    return UserError(
+        f"step {step}, which read {files}: loss {loss}, gradient norm {grad_norm}; the last "
+        f"{config.max_skipped_steps} updates were skipped. The last checkpoint is good: lower "
+        "learning_rate, or check the data"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# set-up
+
+
+def make_model_config(config: Config, vocab_size: int) -> GPTConfig:
+    """Return the sizes of the finished model."""
+    c = config
+    return GPTConfig(c.block_size, vocab_size, c.n_layer, c.n_head, c.n_embd, c.dropout, c.bias)
+
+
+def check_out_dir(out_dir: Path, init_from: str) -> None:
+    """Raise UserError if a run is to start in a used folder, or to resume without a checkpoint."""
+    names = ("metrics.jsonl", FOLDER)
+    used = next((out_dir / name for name in names if (out_dir / name).exists()), None)
+    if init_from == "scratch" and used:
+        hint = "resume it with --init_from=resume"
+        if not checkpoints(out_dir):
+            hint = "that run has no checkpoint yet: start it again with --init_from=auto"
+        raise UserError(f"{used} exists: {hint}, or name another --out_dir")
+    if init_from == "resume" and not checkpoints(out_dir):
+        raise UserError(
+            f"{out_dir}: no checkpoint to resume from: --init_from=auto starts the run, or name "
+            "another --out_dir"
+        )
+
+
+def check_compiler(option: str) -> None:
+    """Raise UserError if torch.compile has no C++ compiler on the CPU."""
+    if not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
+        raise UserError(
+            f"compile={option} needs a C++ compiler on the CPU (g++ or clang++): install one, or "
+            "use --compile=none"
+        )
+
+
+def initial_model(
+    config: Config, model_config: GPTConfig, phase: Phase, tokenizer: str, device: torch.device
+) -> GPT:
+    """Return the model of a new run: with new weights, or with those of `init_weights`.
+
+    Raises:
+        UserError: if `init_weights` has no weights for this model.
+    """
+    if not config.init_weights:
+        return GPT(model_config, n_blocks=phase.n_blocks, seed=config.seed, device=device)
+    checkpoint = load_checkpoint(Path(config.init_weights))
+    where = f"init_weights={config.init_weights}"
+    theirs, ours = checkpoint["model_config"], dataclasses.asdict(model_config)
+    for key in ("n_embd", "n_head", "block_size", "bias"):
+        if theirs.get(key) != ours[key]:
+            raise UserError(
+                f"{where}: has {key}={theirs.get(key)}, but {key}={ours[key]} is asked for"
+            )
+    if checkpoint["tokenizer"] != tokenizer:
+        raise UserError(
+            f"{where}: was trained with tokenizer {checkpoint['tokenizer']}, but {config.data_dir} "
+            f"has {tokenizer}"
+        )
+    if checkpoint["n_blocks"] > phase.n_blocks:
+        raise UserError(
+            f"{where}: has {checkpoint['n_blocks']} blocks, but the first phase has "
+            f"{phase.n_blocks}: use a schedule that starts with more"
+        )
+    for name in ("lm_head.weight", "transformer.wte.weight"):  # GPT-2's own is not padded
+        w = checkpoint["model"][name]
+        rows = max(0, model_config.vocab_size - len(w))
+        checkpoint["model"][name] = torch.nn.functional.pad(w, (0, 0, 0, rows))
+    model = GPT.from_weights(model_config, checkpoint["model"], device)
+    if model.n_blocks < phase.n_blocks:
+        assert phase.growth  # the first phase always has an operator
+        model.grow(growth.source_map(phase.growth, model.n_blocks, phase.n_blocks), config.seed)
+    return model
+
+
+def check_resumable(
+    checkpoint: dict, config: Config, model_config: GPTConfig, schedule: Schedule, n_windows: int
+) -> None:
+    """Raise UserError if the run in the checkpoint is not the beginning of the run asked for.
+
+    The model, the seed, the data and the phases up to the checkpoint's step must be the same.
+    Everything else may change: processes, micro-batch, rates, intervals, and how long the run is.
+    """
+    step, out_dir = checkpoint["step"], config.out_dir
+    before = checkpoint["model_config"] | {
+        "seed": checkpoint["config"].get("seed"),
+        "windows of data": checkpoint["n_windows"],
+    }
+    now = dataclasses.asdict(model_config) | {"seed": config.seed, "windows of data": n_windows}
+    names = [k for k in now if k != "dropout"]
+    changed = [f"{k} {before.get(k)} -> {now[k]}" for k in names if before.get(k) != now[k]]
+    if changed:
+        raise UserError(
+            f"{out_dir}: cannot resume with {', '.join(changed)}: use the former values, or "
+            "another out_dir"
+        )
+    try:
+        former = begun(convert(checkpoint["phases"], list[Phase]), step)
+    except ValueError as error:
+        raise UserError(
+            f"{out_dir}: the schedule in the newest checkpoint is corrupted ({error}): use an "
+            "earlier one"
+        ) from None
+    asked = begun(schedule.phases, step)
+    if former != asked:
+        pairs = zip(former, asked)
+        fields = {f.name for p, q in pairs for f in dataclasses.fields(p) if _differ(p, q, f.name)}
+        raise UserError(
+            f"{out_dir}: the schedule up to step {step} is not the one asked for (it differs in "
+            f"{', '.join(sorted(fields)) or 'its phases'}): use the run's own options "
+            "(continual_steps may grow)"
+        )
+
+
+def _differ(p, q, name):
+    return getattr(p, name) != getattr(q, name)
+
+
+def add_parameter_counts(summary: dict, schedule: Schedule, model_config: GPTConfig) -> None:
+    """Add the number of parameters that train to every phase of a summary."""
+    model = GPT(model_config, n_blocks=0, device="meta")
+    for phase, row in zip(schedule.phases, summary["phases"]):
+        if model.n_blocks != phase.n_blocks:
+            model.grow((growth.FRESH,) * phase.n_blocks, seed=0)
+        model.set_trainable(phase.trained_blocks, phase.train_embeddings, phase.train_head)
         row["trained_parameters"] = model.num_params(trainable_only=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # outputs
 
 
-def write_plan(out_dir: Path, summary: dict) -> None:
+def print_dry_run(
+    out_dir: Path, summary: dict, model_config: GPTConfig, data_dir: str, no_corpus: bool
+) -> None:
+    """Print the schedule and write schedule.json, unless the folder holds a run."""
+    print(summary_table(summary))
+    if no_corpus:
+        print(
+            f"(no corpus in {data_dir} yet: assuming a vocabulary of {model_config.vocab_size:,})"
+        )
+    if not any((out_dir / name).exists() for name in ("metrics.jsonl", FOLDER)):
+        write_json(out_dir, "schedule.json", summary)
+
+
+def write_json(out_dir: Path, name: str, value: dict) -> None:
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        write_whole(out_dir / "plan.json", json.dumps(summary, indent=2) + "\n")
+        atomic_write(out_dir / name, json.dumps(value, indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"out_dir={out_dir} cannot be written ({error.strerror}): name another --out_dir") from None
+        raise UserError(
+            f"out_dir={out_dir} cannot be written ({error.strerror}): free some space, or name "
+            "another --out_dir"
+        ) from None
 
 
-def write_config(out_dir: Path, config: cfg.Config, shape, task: Path | None, train_tokens: int, world_size: int, device) -> None:
-    """config.json: all options, what they came to, and what the run ran on, by what command, at its last start."""
-    derived = {"vocab_size": shape.vocab_size, "hellaswag_file": str(task) if task else None, "train_tokens": train_tokens}
-    machine = {"world_size": world_size, "device_name": device_name(device), "torch_version": torch.__version__}
-    machine |= {"cpu": cpu_name(), "threads": torch.get_num_threads()}
-    start = {"command": shlex.join(["train.py", *sys.argv[1:]]), "date": datetime.date.today().isoformat()}
-    try:
-        write_whole(out_dir / "config.json", json.dumps(dataclasses.asdict(config) | derived | machine | start, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"out_dir={out_dir} cannot be written ({error.strerror}): make room, or name another --out_dir") from None
+def describe_run(
+    config: Config,
+    model_config: GPTConfig,
+    task: Path | None,
+    train_tokens: int,
+    ranks: Ranks,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Return config.json: all options, what follows from them, and what the run was started on."""
+    return dataclasses.asdict(config) | {
+        "vocab_size": model_config.vocab_size,
+        "hellaswag_file": str(task) if task else None,
+        "train_tokens": train_tokens,
+        "world_size": ranks.world_size,
+        "device_name": device_name(device),
+        "torch_version": torch.__version__,
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "command": shlex.join(["train.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def run_state(
+    config: Config, model_config: GPTConfig, schedule: Schedule, n_windows: int, tokenizer: str
+) -> dict[str, Any]:
+    """Return the fields of `checkpoint.State` that do not change during a run."""
+    return {
+        "model_config": dataclasses.asdict(model_config),
+        "config": dataclasses.asdict(config),
+        "phases": [dataclasses.asdict(p) for p in schedule.phases],
+        "n_windows": n_windows,
+        "tokenizer": tokenizer,
+    }
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ SHARED_DATA = ROOT.parent / "shared" / "data"  # real data, where the machine ha
 TINY = dict(n_layer=4, n_head=2, n_embd=32, block_size=64, vocab_size=320)
 
 # A second of training with everything in it that a run does.
-TINY_RUN = {
+TINY_RUN: dict[str, object] = {
     "device": "cpu",
     "compile": "none",
     "n_layer": 4,
@@ -34,15 +35,30 @@ TINY_RUN = {
 }
 
 
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("g++") and not shutil.which("clang++"),
+    reason="torch.compile needs a C++ compiler on the CPU",
+)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
 def arguments(out_dir, **options) -> list[str]:
-    return [f"--{key}={value}" for key, value in (TINY_RUN | {"out_dir": out_dir} | options).items()]
+    """Options of a tiny run on the command line; a tuple becomes several words."""
+    words = []
+    for key, value in (TINY_RUN | {"out_dir": out_dir} | options).items():
+        words += (
+            [f"--{key}", *map(str, value)] if isinstance(value, tuple) else [f"--{key}={value}"]
+        )
+    return words
 
 
 def script(*command, check=True, timeout=300, **environment) -> subprocess.CompletedProcess:
     """Run a script of the project as a user does, from the project's folder."""
     env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, *map(str, command)]
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+    result = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
+    )
     if check:
         assert result.returncode == 0, result.stdout + result.stderr
     return result
@@ -50,7 +66,14 @@ def script(*command, check=True, timeout=300, **environment) -> subprocess.Compl
 
 def torchrun(processes: int, *command, **options) -> subprocess.CompletedProcess:
     """The same under torchrun's launcher."""
-    return script("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command, **options)
+    return script(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        *command,
+        **options,
+    )
 
 
 def metrics(out_dir) -> list[dict]:
@@ -59,8 +82,13 @@ def metrics(out_dir) -> list[dict]:
 
 def without_clock(rows: list[dict]) -> list[dict]:
     """Rows of metrics without what another run of the same would measure differently."""
-    clock = ("seconds", "tokens_per_second", "data_wait", "peak_memory")
+    clock = ("seconds", "tokens_per_second", "flops_per_second", "mfu", "data_wait", "peak_memory")
     return [{k: v for k, v in row.items() if k not in clock} for row in rows]
+
+
+def set_trainable(model, phase) -> None:
+    """Train what a phase trains."""
+    model.set_trainable(phase.trained_blocks, phase.train_embeddings, phase.train_head)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -71,7 +99,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """The embedded corpus, written by fineweb.py."""
+    """The built-in corpus, written by fineweb.py."""
     out = tmp_path_factory.mktemp("corpus") / "stdlib"
     script("fineweb.py", "--source=stdlib", f"--out={out}")
     return out
@@ -79,12 +107,14 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_train(monkeypatch, corpus, tmp_path):
-    """run_train(name, **options): train.py's main with the tiny options, in this process; returns the run folder."""
+    """A function (name, *files, **options) that runs train.py's main and returns the run folder."""
     import train
 
     def run(name, *files, **options):
         options = {"data_dir": corpus} | options
-        monkeypatch.setattr(sys, "argv", ["train.py", *files, *arguments(tmp_path / name, **options)])
+        monkeypatch.setattr(
+            sys, "argv", ["train.py", *files, *arguments(tmp_path / name, **options)]
+        )
         handlers = {number: signal.getsignal(number) for number in train.StopSignals.NUMBERS}
         try:
             train.main()

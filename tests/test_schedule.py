@@ -1,82 +1,157 @@
-"""The plan as data: boundaries, trained sets, and the account of what a plan costs."""
+"""The schedule as data: boundaries, trained sets, ramps, skipped blocks, learning rates."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
 import pytest
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-import schedule
-from errors import UserError
-from model import GPT, GPTConfig
-from schedule import blocks_per_stage, equal_steps, make_plan, paper_equal_cost_step, price, spent
-
-GPT2 = GPTConfig()
-
-
-def test_paper_formula_gives_the_circles_of_the_papers_figures():
-    assert [paper_equal_cost_step(S, 10_000) for S in (4, 8, 12)] == [14_688, 15_469, 15_729]
-
-
-@pytest.mark.parametrize("S", [1, 2, 3, 4, 6, 12])
-def test_plan_costs_what_the_formula_says_where_stages_divide_blocks(S):
-    T = 48_000  # divisible by 2S
-    plan, baseline = make_plan(12, T, S), make_plan(12, T)
-    assert spent(plan, T, "cost", GPT2, 1) == T * 12 * (3 * S + 5) / (4 * S)  # C_incremental
-    assert spent(baseline, T, "cost", GPT2, 1) == 2 * T * 12
-    assert equal_steps(plan, baseline, GPT2)["cost"] == paper_equal_cost_step(S, T)
+import schedule as schedules
+from growth import source_map
+from schedule import (
+    Phase,
+    begun,
+    blocks_per_stage,
+    learning_rate,
+    make_schedule,
+    with_ramp,
+    with_skip_policy,
+)
+from stagewise.errors import UserError
+from stagewise.fileio import convert
 
 
-def test_twelve_blocks_in_eight_stages_end_with_twelve_and_cost_more_than_the_formula():
+def values(schedule, *names):
+    rows = [tuple(getattr(p, name) for name in names) for p in schedule.phases]
+    return [row[0] for row in rows] if len(names) == 1 else rows
+
+
+# --- phases
+
+
+def test_twelve_blocks_in_eight_stages_end_with_twelve():
     assert blocks_per_stage(12, 8) == [1, 3, 4, 6, 7, 9, 10, 12]
-    plan, baseline = make_plan(12, 10_000, 8), make_plan(12, 10_000)
-    by_hand, former = 0, 0
-    for n in (1, 3, 4, 6, 7, 9, 10, 12):
-        by_hand += 625 * (n + (n - former)) + 625 * 2 * n
-        former = n
-    assert spent(plan, 10_000, "cost", GPT2, 1) == by_hand == 105_000
-    assert equal_steps(plan, baseline, GPT2)["cost"] == 10_000 + (240_000 - 105_000) / 24 == 15_625
 
 
-@pytest.mark.parametrize("S, T", [(1, 7), (4, 10_000), (8, 10_000), (12, 10_000), (5, 997), (12, 24), (7, 15)])
-def test_phases_have_exactly_the_steps_asked_for(S, T):
-    phases = make_plan(12, T, S, continual_steps=13).phases
+@pytest.mark.parametrize(
+    "S, T", [(1, 7), (4, 10_000), (8, 10_000), (12, 10_000), (5, 997), (12, 24), (7, 15)]
+)
+@pytest.mark.parametrize("freezing", [True, False])
+def test_phases_have_exactly_the_steps_asked_for(S, T, freezing):
+    phases = make_schedule(12, T, S, 13, freezing=freezing).phases
     assert phases[0].start == 0 and phases[-1].stop == T + 13
     assert all(a.stop == b.start for a, b in zip(phases, phases[1:]))
-    if S > 1 and T >= 2 * S:
-        assert [p.stop for p in phases[:-1]] == [math.floor(i * T / (2 * S) + 0.5) for i in range(1, 2 * S + 1)]
-    assert [p.n_blocks for p in phases] == sorted(p.n_blocks for p in phases) and phases[-1].n_blocks == 12
+    n = 2 * S if freezing and S > 1 else S
+    if n <= T:
+        expected = [math.floor(i * T / n + 0.5) for i in range(1, n + 1)]
+        assert [p.stop for p in phases[:-1]] == expected
+    blocks = [p.n_blocks for p in phases]
+    assert blocks == sorted(blocks) and blocks[-1] == 12
 
 
-def test_baseline_is_the_plan_with_one_phase():
-    (phase,) = make_plan(12, 10).phases
-    assert (phase.n_blocks, phase.n_frozen, phase.train_embeddings, phase.train_head) == (12, 0, True, True)
+def test_the_baseline_is_the_schedule_with_one_phase():
+    schedule = make_schedule(12, 10)
+    (phase,) = schedule.phases
+    assert (phase.n_blocks, phase.trained_blocks) == (12, tuple(range(12)))
+    assert phase.train_embeddings and phase.train_head and schedule.is_baseline
 
 
-def test_phase_1_freezes_what_precedes_by_the_papers_or_the_scripts_reading():
-    paper = make_plan(12, 100, 4).phases
-    assert [(p.stage, p.phase, p.n_blocks, p.n_frozen) for p in paper][:4] == [(1, 1, 3, 0), (1, 2, 3, 0), (2, 1, 6, 3), (2, 2, 6, 0)]
-    assert [p.train_embeddings for p in paper] == [p.train_head for p in paper] == [True, True, False, True, False, True, False, True]
-    assert all(p.train_embeddings and p.train_head for p in make_plan(12, 100, 4, phase1="script").phases)
+@pytest.mark.parametrize(
+    "other",
+    [
+        make_schedule(12, 100, 4),
+        make_schedule(12, 100, 2, freezing=False),
+        with_ramp(make_schedule(12, 100), "context_length", "0:512 50%:1024"),
+        with_ramp(make_schedule(12, 100), "tokens_per_step", "0:512 50%:1024"),
+        with_skip_policy(make_schedule(12, 100), "layer_dropout", 0.1, seed=0),
+    ],
+)
+def test_what_is_not_a_baseline(other):
+    assert not other.is_baseline
+    assert make_schedule(12, 100, continual_steps=50).is_baseline
+
+
+def test_phase_1_freezes_what_precedes_by_the_paper_or_the_released_code():
+    paper = make_schedule(12, 100, 4)
+    assert values(paper, "stage", "kind", "n_blocks", "trained_blocks")[:4] == [
+        (1, "new_blocks", 3, (0, 1, 2)),  # nothing precedes
+        (1, "all_blocks", 3, (0, 1, 2)),
+        (2, "new_blocks", 6, (3, 4, 5)),
+        (2, "all_blocks", 6, (0, 1, 2, 3, 4, 5)),
+    ]
+    expected = [True, True, False, True, False, True, False, True]
+    assert values(paper, "train_embeddings") == values(paper, "train_head") == expected
+    released = make_schedule(12, 100, 4, phase1="released_code")
+    assert all(p.train_embeddings and p.train_head for p in released.phases)
+    assert values(released, "trained_blocks") == values(paper, "trained_blocks")
+
+
+def test_phase_1_trains_the_new_blocks_wherever_the_operator_puts_them():
+    schedule = make_schedule(6, 100, stage_blocks=(3, 6), growth_operator="zero_output")
+    assert [s.keep for s in source_map("zero_output", 3, 6)] == [True, False] * 3
+    assert schedule.phases[2].trained_blocks == (1, 3, 5)
 
 
 def test_growing_without_freezing_has_no_phase_1():
-    phases = make_plan(12, 100, 4, freezing=False).phases
-    assert [(p.stage, p.phase, p.start, p.n_frozen) for p in phases] == [(1, 2, 0, 0), (2, 2, 25, 0), (3, 2, 50, 0), (4, 2, 75, 0)]
+    schedule = make_schedule(12, 100, 4, freezing=False)
+    assert values(schedule, "name", "start") == [
+        ("stage 1", 0),
+        ("stage 2", 25),
+        ("stage 3", 50),
+        ("stage 4", 75),
+    ]
+    assert all(len(p.trained_blocks) == p.n_blocks for p in schedule.phases)
 
 
-def test_explicit_blocks_and_unequal_shares():
-    phases = make_plan(12, 100, stage_blocks=(2, 12), phase_shares=(1, 3)).phases
-    assert [(p.n_blocks, p.n_frozen, p.start, p.stop) for p in phases] == [(2, 0, 0, 13), (2, 0, 13, 50), (12, 2, 50, 63), (12, 0, 63, 100)]
-    phases = make_plan(12, 100, stage_blocks=(2, 12), phase_shares=(0, 1, 1, 2)).phases
-    assert [(p.name, p.stop) for p in phases] == [("stage 1 phase 2", 25), ("stage 2 phase 1", 50), ("stage 2 phase 2", 100)]
+def test_explicit_blocks_and_unequal_fractions():
+    schedule = make_schedule(12, 100, stage_blocks=(2, 12), phase_fractions=(1, 3))
+    assert values(schedule, "n_blocks", "start", "stop") == [
+        (2, 0, 13),
+        (2, 13, 50),
+        (12, 50, 63),
+        (12, 63, 100),
+    ]
+    schedule = make_schedule(12, 100, stage_blocks=(2, 12), phase_fractions=(0, 1, 1, 2))
+    assert values(schedule, "name", "stop") == [
+        ("stage 1 phase 2", 25),
+        ("stage 2 phase 1", 50),
+        ("stage 2 phase 2", 100),
+    ]
 
 
-def test_a_stage_without_steps_leaves_nothing_behind_to_freeze():
-    (first, second) = make_plan(12, 100, stage_blocks=(2, 12), phase_shares=(0, 0, 1, 1)).phases
-    assert (first.name, first.start, first.n_blocks, first.n_frozen, first.train_head) == ("stage 2 phase 1", 0, 12, 0, True)
+def test_fractions_without_freezing_are_those_of_the_stages():
+    """Not halves, as if every stage had two phases."""
+    schedule = make_schedule(4, 100, 2, freezing=False, phase_fractions=(0.3, 0.7))
+    assert values(schedule, "stop", "n_blocks") == [(30, 2), (100, 4)]
+
+
+def test_a_stage_without_steps_leaves_nothing_to_freeze():
+    schedule = make_schedule(12, 100, stage_blocks=(2, 12), phase_fractions=(0, 0, 1, 1))
+    first = schedule.phases[0]
+    assert (first.name, first.start, first.n_blocks) == ("stage 2 phase 1", 0, 12)
+    assert len(first.trained_blocks) == 12 and first.train_head
+
+
+def test_a_run_may_start_with_embeddings_and_head_alone():
+    schedule = make_schedule(12, 100, stage_blocks=(0, 12), freezing=False)
+    assert values(schedule, "n_blocks") == [0, 12]
+
+
+def test_what_happens_on_entry():
+    schedule = make_schedule(
+        12,
+        100,
+        2,
+        10,
+        growth_operator="stack",
+        optimizer_state="copy",
+        continual_optimizer_state="reset",
+        rewarmup_steps=3,
+    )
+    assert values(schedule, "growth") == ["stack", None, "stack", None, None]
+    assert values(schedule, "optimizer_state") == ["carry", "copy", "copy", "copy", "reset"]
+    assert values(schedule, "rewarmup_steps") == [0, 3, 3, 3, 3]
+    assert values(schedule, "milestone") == [False, True, False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -85,97 +160,190 @@ def test_a_stage_without_steps_leaves_nothing_behind_to_freeze():
         (dict(stages=13), "n_layer=12"),
         (dict(stages=0), "stages=0"),
         (dict(stage_blocks=(3, 3, 12)), "stage_blocks"),
+        (dict(stage_blocks=(-1, 12)), "stage_blocks"),
         (dict(stage_blocks=(3, 6)), "n_layer=12"),
         (dict(stage_blocks=(6, 12), stages=3), "stages=3"),
-        (dict(stages=4, phase_shares=(1, 2, 3)), "phase_shares"),
-        (dict(stages=4, phase_shares=(0, 0)), "phase_shares"),
-        (dict(stages=4, phase_shares=(1, float("nan"))), "phase_shares"),
+        (dict(stages=4, phase_fractions=(1, 2, 3)), "must be 2 numbers .* or 8"),
+        (dict(stages=4, phase_fractions=(0, 0)), "phase_fractions"),
+        (dict(stages=4, phase_fractions=(1, float("nan"))), "phase_fractions"),
+        (dict(stages=4, freezing=False, phase_fractions=(1, 2)), "must be 4"),
+        (dict(phase_fractions=(1, 2)), "must be 1"),
         (dict(steps=0), "steps=0"),
         (dict(continual_steps=-1), "continual_steps=-1"),
-        (dict(stages=12, steps=2, phase_shares=(1,) * 22 + (0, 0)), "last of 12 stages"),
+        (dict(stages=12, steps=2, phase_fractions=(1,) * 22 + (0, 0)), "last of 12 stages"),
+        (dict(stages=4, growth_operator="stak"), "did you mean stack"),
+        (dict(stage_blocks=(0, 12), growth_operator="stack"), "there are none yet"),
     ],
 )
-def test_plans_that_cannot_be_are_refused_by_name(arguments, named):
+def test_schedules_that_cannot_be_are_refused_by_name(arguments, named):
     with pytest.raises(UserError, match=named):
-        make_plan(12, **({"steps": 100} | arguments))
+        make_schedule(12, **({"steps": 100} | arguments))
 
 
-def test_equal_step_within_the_plan():
-    """A plan dearer than its baseline reaches the budget before its end, at the step where the cumulative cost says."""
-    baseline, plan = make_plan(12, 100), make_plan(12, 100, 4, continual_steps=500)
-    step = schedule.equal_step(plan, baseline, "cost", GPT2)
-    below, above = (spent(plan, s, "cost", GPT2, 1) for s in (math.floor(step), math.ceil(step)))
-    assert below <= spent(baseline, 100, "cost", GPT2, 1) <= above and step < plan.n_steps
+def test_phases_survive_json():
+    schedule = with_skip_policy(make_schedule(12, 100, 4), "layer_dropout", 0.2, seed=1)
+    rows = [dataclasses.asdict(p) for p in schedule.phases]
+    assert tuple(convert(rows, list[Phase])) == schedule.phases
 
 
-def test_flops_of_the_124m_model_by_hand():
-    d, T, V, L = 768, 1024, 50304, 12
-    (phase,) = make_plan(L, 1).phases
-    assert price(phase, "flops", GPT2) == 3 * (L * (24 * d * d + 4 * T * d) + 2 * V * d)
+# --- ramps
 
 
-KINDS = {
-    "baseline": make_plan(4, 8).phases[0],
-    "paper, early phase 1": make_plan(4, 8, 2).phases[0],
-    "paper, late phase 1": make_plan(4, 8, 2).phases[2],
-    "paper, early phase 2": make_plan(4, 8, 2).phases[1],
-    "script, late phase 1": make_plan(4, 8, 2, phase1="script").phases[2],
-    "continual": make_plan(4, 8, 2, 4).phases[-1],
-}
+def test_a_ramp_cuts_phases_where_the_value_changes():
+    base = make_schedule(12, 100, 2, 20, rewarmup_steps=4, optimizer_state="reset")
+    schedule = with_ramp(base, "context_length", "0:256 50%:512 75%:1024")
+    assert values(schedule, "name", "start", "stop", "context_length") == [
+        ("stage 1 phase 1", 0, 25, 256),
+        ("stage 1 phase 2", 25, 50, 256),
+        ("stage 2 phase 1", 50, 60, 256),
+        ("stage 2 phase 1, part 2", 60, 75, 512),
+        ("stage 2 phase 2", 75, 90, 512),
+        ("stage 2 phase 2, part 2", 90, 100, 1024),
+        ("continual", 100, 120, 1024),
+    ]
+    before, after = schedule.phases[2:4]
+    assert (before.growth, before.optimizer_state, before.rewarmup_steps) == ("random", "reset", 4)
+    assert (after.growth, after.optimizer_state, after.rewarmup_steps) == (None, "carry", 0)
+    assert not before.milestone and not after.milestone
+    assert [p.stop for p in schedule.phases if p.milestone] == [50, 100, 120]
+    assert before.trained_blocks == after.trained_blocks == tuple(range(6, 12))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_planned_flops_are_the_counted_flops(kind):
-    """torch's counter sees a real forward and backward pass; attention runs as plain matrix products there."""
-    phase = KINDS[kind]
-    shape = GPTConfig(block_size=48, vocab_size=192, n_layer=4, n_head=2, n_embd=32)
-    model = GPT(shape, n_blocks=phase.n_blocks)
-    model.set_phase(phase)
-    idx = torch.randint(192, (3, 48))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(idx, idx).backward()
-    assert counter.get_total_flops() == 3 * 48 * price(phase, "flops", shape) == 3 * 48 * model.flops_per_token()
+def test_ramps_compose_and_cut_again():
+    base = make_schedule(12, 80, tokens_per_step=1000)
+    schedule = with_ramp(base, "tokens_per_step", "0:500 20K:1000")
+    assert values(schedule, "stop", "tokens_per_step") == [(40, 500), (80, 1000)]
+    schedule = with_ramp(schedule, "context_length", "0:128 10_000:256 0.03M:512")
+    assert values(schedule, "name", "start", "tokens_per_step", "context_length") == [
+        ("all blocks", 0, 500, 128),
+        ("all blocks, part 2", 20, 500, 256),
+        ("all blocks, part 2", 40, 1000, 256),
+        ("all blocks, part 3", 50, 1000, 512),
+    ]
+    assert [schedule.tokens(s) for s in (0, 1, 40, 41, 80)] == [0, 500, 20_000, 21_000, 60_000]
 
 
-def test_flops_of_a_frozen_middle_are_the_counted_flops():
-    """No published schedule of this project needs it yet, but the hooks allow any range to be frozen."""
-    shape = GPTConfig(block_size=48, vocab_size=192, n_layer=4, n_head=2, n_embd=32)
-    model = GPT(shape)
-    model.freeze(blocks=[0, 2], embeddings=True)
-    idx = torch.randint(192, (3, 48))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(idx, idx).backward()
-    assert counter.get_total_flops() == 3 * 48 * model.flops_per_token()
+@pytest.mark.parametrize(
+    "ramp, said",
+    [
+        ("512", "'512' must be START:VALUE"),
+        ("0:512 half:1024", "'half:1024' must be"),
+        ("0:0", "'0:0' must be"),
+        ("0:-1", "'0:-1' must be"),
+        ("10:512", "must rise from 0"),
+        ("0:512 0%:1024", "must rise from 0"),
+        ("0:512 50%:1024 40%:512", "must rise from 0"),
+        ("0:512 1T:1024", "'1T:1024' must be"),
+    ],
+)
+def test_ramps_that_cannot_be_are_refused(ramp, said):
+    with pytest.raises(UserError, match=said):
+        with_ramp(make_schedule(12, 100), "context_length", ramp)
+
+
+def test_a_start_beyond_the_end_changes_nothing():
+    schedule = with_ramp(make_schedule(12, 10), "context_length", "0:512 100B:1024")
+    assert values(schedule, "stop", "context_length") == [(10, 512)]
+
+
+# --- skipped blocks
+
+
+def dropped(rate=0.5, n_steps=2000, seed=0, n_layer=5):
+    return with_skip_policy(make_schedule(n_layer, n_steps), "layer_dropout", rate, seed)
+
+
+def test_layer_dropout_skips_with_the_published_probability():
+    """p = rate * l/(L-1) * (1 - t/(T-1)): checked over the first and the last quarter of the
+    steps."""
+    schedule, n = dropped(), 500
+    for start in (0, 1500):
+        steps = range(start, start + n)
+        scales = [schedule.at(s).residual_scales for s in steps]
+        for i in range(5):
+            p = [0.5 * i / 4 * (1 - s / 1999) for s in steps]
+            skipped = [scale[i] == 0 for scale in scales]
+            spread = math.sqrt(sum(q * (1 - q) for q in p))
+            assert abs(sum(skipped) - sum(p)) <= 4 * spread
+            for scale, q in zip(scales, p):  # the expected contribution is that of the whole block
+                assert scale[i] == 0 or scale[i] == pytest.approx(1 / (1 - q))
+    assert schedule.at(1999).residual_scales == (1.0,) * 5
+
+
+def test_what_is_skipped_is_a_pure_function_of_seed_and_step():
+    a, b, other = dropped(), dropped(), dropped(seed=1)
+    steps = [7, 3, 1000, 7]
+    assert [a.at(s) for s in steps] == [b.at(s) for s in steps]
+    assert a.at(7).residual_scales != a.at(8).residual_scales
+    assert [a.at(s).residual_scales for s in range(50)] != [
+        other.at(s).residual_scales for s in range(50)
+    ]
+
+
+def test_running_blocks_are_those_not_skipped():
+    step = dropped(rate=0.9).at(0)
+    assert step.running_blocks == tuple(i for i in range(5) if step.residual_scales[i])
+    assert make_schedule(5, 10).at(3).residual_scales is None
+    assert make_schedule(5, 10).at(3).running_blocks == (0, 1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "name, rate, said",
+    [
+        ("layer_drop", 0.2, "did you mean layer_dropout"),
+        ("layer_dropout", 1.0, "skip_rate=1.0"),
+        ("layer_dropout", -0.1, "skip_rate=-0.1"),
+        ("layer_dropout", float("nan"), "skip_rate=nan"),
+    ],
+)
+def test_policies_that_cannot_be_are_refused(name, rate, said):
+    with pytest.raises(UserError, match=said):
+        with_skip_policy(make_schedule(5, 10), name, rate, seed=0)
+
+
+# --- what resuming compares
+
+
+def test_a_longer_run_begins_like_the_shorter_one():
+    short, long = make_schedule(12, 100, 4, 10), make_schedule(12, 100, 4, 30)
+    assert begun(short.phases, 105) == begun(long.phases, 105) != begun(long.phases, 111)
+    other = with_ramp(short, "context_length", "0:1024 50%:512")
+    assert begun(other.phases, 50) == begun(short.phases, 50)
+    assert begun(other.phases, 60) != begun(short.phases, 60)
 
 
 # --- learning rate
 
 
-def rates(plan, **config):
-    defaults = dict(learning_rate=1.0, min_lr=0.1, lr_schedule="constant", warmup_iters=0, rewarm_iters=0, decay_share=0.2)
-    c = SimpleNamespace(**(defaults | config))
-    return [schedule.learning_rate(s, plan, c) for s in range(plan.n_steps)]
+def rates(schedule, **config):
+    defaults = dict(lr_schedule="constant", learning_rate=1.0, min_lr=0.1, warmup_steps=0)
+    c = SimpleNamespace(**(defaults | {"decay_fraction": 0.2} | config))
+    return [learning_rate(s, schedule, c) for s in range(schedule.n_steps)]
 
 
-def test_constant_rate_is_constant():
-    assert set(rates(make_plan(12, 50, 4))) == {1.0}
+def test_a_constant_rate_is_constant():
+    assert set(rates(make_schedule(12, 50, 4))) == {1.0}
 
 
 def test_cosine_falls_from_peak_to_floor():
-    r = rates(make_plan(12, 100), lr_schedule="cosine", warmup_iters=9)
+    r = rates(make_schedule(12, 100), lr_schedule="cosine", warmup_steps=9)
     assert r[:9] == pytest.approx([i / 10 for i in range(1, 10)]) and r[9] == 1.0
     assert all(a > b for a, b in zip(r[9:], r[10:])) and r[-1] == pytest.approx(0.1, abs=1e-3)
     assert r[9 + 45] == pytest.approx(0.55, abs=0.02)
 
 
 def test_wsd_is_stable_then_falls_linearly():
-    r = rates(make_plan(12, 100), lr_schedule="wsd", min_lr=0.0)
+    r = rates(make_schedule(12, 100), lr_schedule="wsd", min_lr=0.0)
     assert set(r[:81]) == {1.0} and r[90] == pytest.approx(0.5) and r[99] == pytest.approx(0.05)
 
 
-def test_every_later_phase_warms_up_again():
-    plan = make_plan(12, 40, 2)
-    r = rates(plan, rewarm_iters=3)
-    for phase in plan.phases[1:]:
+def test_every_later_phase_warms_up_again_but_a_cut_does_not():
+    schedule = make_schedule(12, 40, 2, rewarmup_steps=3)
+    r = rates(schedule)
+    for phase in schedule.phases[1:]:
         assert r[phase.start : phase.start + 4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert r[:10] == [1.0] * 10
+    # cut between phases, and in the middle of a warm-up
+    cut = with_ramp(schedule, "context_length", "0:512 12.5%:256 30%:512")
+    cut = schedules.Schedule(schedules._cut(schedules._cut(cut.phases, 15), 21))
+    assert rates(cut) == r

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from errors import UserError
+from stagewise.errors import UserError
 
-# Dense bf16 peak in FLOP/s by words of the device's name, the specific before the general. Vendors' data sheets, without
-# sparsity; the choice of entries follows torchtitan and nanochat.
+# Dense bf16 peak in FLOP/s by words of the device's name, the specific before the general. Vendors'
+# data sheets, without sparsity; the choice of entries follows torchtitan and nanochat.
 PEAK_FLOPS = [
     (("gb200",), 2.5e15),
     (("b200",), 2.25e15),
@@ -43,9 +43,12 @@ PEAK_FLOPS = [
 
 
 def pick_device(device: str, local_rank: int = 0, world_size: int = 1) -> torch.device:
-    """The torch device that the option `device` means: "auto" takes CUDA where there is one, under torchrun a GPU a rank.
+    """Return the torch device that the option `device` means.
 
-    Raises UserError where it is unknown, not there, or one GPU for several processes.
+    "auto" is CUDA if available, otherwise the CPU. Under torchrun each rank gets a GPU of its own.
+
+    Raises:
+        UserError: if the device is unknown or missing, or is one GPU for several processes.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,14 +59,16 @@ def pick_device(device: str, local_rank: int = 0, world_size: int = 1) -> torch.
     if picked.type not in ("cpu", "cuda"):
         raise UserError(f"device={device!r} is not supported: use auto, cpu, cuda or cuda:N")
     if picked.index is not None and world_size > 1:
-        raise UserError(f"device={device!r} is one device for {world_size} processes: use device={picked.type}")
+        raise UserError(
+            f"device={device!r} is one device for {world_size} processes: use device={picked.type}"
+        )
     if picked.type == "cuda":
         n = torch.cuda.device_count()
         index = local_rank if picked.index is None else picked.index
         if index >= n:
             raise UserError(
-                f"device={device!r}, local rank {local_rank}: this machine has {n} usable CUDA devices; start fewer "
-                "processes a machine, or use device=cpu"
+                f"device={device!r}, local rank {local_rank}: this machine has {n} usable CUDA "
+                "devices; start fewer processes per machine, or use device=cpu"
             )
         picked = torch.device("cuda", index)
         torch.cuda.set_device(picked)
@@ -72,16 +77,22 @@ def pick_device(device: str, local_rank: int = 0, world_size: int = 1) -> torch.
 
 
 def use_deterministic_kernels() -> None:
-    """Same input, same bits, on a GPU too. To be called before the first matrix product; a kernel that cannot is refused by torch."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's condition, torch's note on reproducibility
+    """Make the same input give the same bits on a GPU too.
+
+    Must be called before the first matrix product. torch raises an error for operations that have
+    no deterministic kernel.
+    """
+    # Required by cuBLAS, see torch's notes on reproducibility.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """The autocast context of the option `dtype`: "auto" is bf16 on GPUs that have it (compute capability 8.0), else fp32.
+    """Return the autocast context of the option `dtype`.
 
-    fp16 is not offered: it needs loss scaling.
+    "auto" is bfloat16 on GPUs of compute capability 8.0 or later, float32 elsewhere. float16 is not
+    offered, because it needs loss scaling.
     """
     if dtype == "auto":
         modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -94,13 +105,13 @@ def device_name(device: torch.device) -> str:
 
 
 def cpu_name() -> str:
-    """Cores and model of the processor, as Linux tells them."""
+    """Return the number of cores and the model of the processor, as Linux reports them."""
     models = re.findall(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return f"{os.cpu_count()} x {models[0] if models else platform.machine()}"
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of the device in FLOP/s; None where the table does not know it."""
+    """Return the dense bf16 peak of the device in FLOP/s, None if the table does not list it."""
     return _peak_of(device_name(device))
 
 
@@ -110,16 +121,22 @@ def _peak_of(name):
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes in use at once since the last reset: allocated on a GPU, on a CPU the process's resident set."""
+    """Return the peak memory in bytes since the last reset.
+
+    On a GPU what torch allocated, on a CPU the resident set of the process.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(peak[1]) * 1024 if peak else 0
 
 
 def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with contextlib.suppress(OSError):  # where a sandbox forbids it, the peak stays that of the whole run
+        with contextlib.suppress(
+            OSError
+        ):  # where a sandbox forbids it, the peak stays that of the whole run
             Path("/proc/self/clear_refs").write_text("5")

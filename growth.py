@@ -1,0 +1,121 @@
+"""Growth operators: where each block of a deeper model comes from.
+
+A growth operator is a pure function from the old and the new number of blocks to a source map: one
+`Source` for each block of the grown model, bottom first. It knows nothing about models;
+`model.GPT.grow` applies a source map to parameters and optimizer state.
+
+To add an operator, write a function here, decorate it with ``@operator``, and select it with
+``--growth=NAME``. CONTRIBUTING.md has a worked example.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from stagewise.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one block of the grown model comes from.
+
+    The block's tensors are ``sum(weight * old[i] for i, weight in mix) + fresh * init``, where
+    ``old`` are the blocks before growth and ``init`` is a newly initialized block.
+    """
+
+    mix: tuple[tuple[int, float], ...] = ()  # (old block, weight) pairs
+    fresh: float = 0.0  # weight of newly initialized tensors
+    keep: bool = False  # the block is old block mix[0] itself, perhaps at another position
+    zero_output: bool = False  # zero both residual projections: the block starts as the identity
+
+
+FRESH = Source(fresh=1.0)
+
+
+def keep(i: int) -> Source:
+    """Old block `i` itself: its parameters stay the same objects."""
+    return Source(mix=((i, 1.0),), keep=True)
+
+
+def copy(i: int, zero_output: bool = False) -> Source:
+    """A new block with the tensors of old block `i`."""
+    return Source(mix=((i, 1.0),), zero_output=zero_output)
+
+
+SourceMap = tuple[Source, ...]
+OPERATORS: dict[str, Callable[[int, int], SourceMap]] = {}
+
+
+def operator(function: Callable[[int, int], SourceMap]) -> Callable[[int, int], SourceMap]:
+    """Make an operator selectable by its name."""
+    OPERATORS[function.__name__] = function
+    return function
+
+
+@operator
+def random(old: int, new: int) -> SourceMap:
+    """Newly initialized blocks on top (Li et al. 2024, arXiv:2411.18700)."""
+    return tuple(map(keep, range(old))) + (FRESH,) * (new - old)
+
+
+@operator
+def copy_last(old: int, new: int) -> SourceMap:
+    """A copy of the last group of blocks on top (gradual stacking, Reddi et al. 2023).
+
+    The group has as many blocks as are added. If there are fewer, it is the whole stack, repeated.
+    """
+    group = min(old, new - old)
+    return tuple(map(keep, range(old))) + tuple(
+        copy(old - group + i % group) for i in range(new - old)
+    )
+
+
+@operator
+def stack(old: int, new: int) -> SourceMap:
+    """Copies of the whole stack on top of itself, by any factor.
+
+    Progressive stacking (Gong et al. 2019) repeats it by factor 2, G_stack (Du et al. 2024,
+    arXiv:2405.15319) applies it once. If `old` does not divide `new`, the last copy is cut off.
+    """
+    return tuple(keep(i) if i < old else copy(i % old) for i in range(new))
+
+
+@operator
+def zero_output(old: int, new: int) -> SourceMap:
+    """Copies that start as the identity, spread evenly: the function of the model is preserved.
+
+    Each copy stands above its source and has both residual projections zero (LLaMA Pro, Wu et al.
+    2024, arXiv:2401.02415).
+    """
+    sources = [i * old // new for i in range(new)]
+    first = [i == 0 or sources[i - 1] != j for i, j in enumerate(sources)]
+    return tuple(keep(j) if f else copy(j, zero_output=True) for j, f in zip(sources, first))
+
+
+def source_map(name: str, old: int, new: int) -> SourceMap:
+    """Return the source map of the operator `name` for growth from `old` to `new` blocks.
+
+    Raises:
+        UserError: if there is no such operator, or if it copies blocks and there are none.
+        ValueError: if the operator returns a map that cannot be applied.
+    """
+    if name not in OPERATORS:
+        raise UserError(f"growth={name!r} is unknown{did_you_mean(name, OPERATORS)}")
+    if old == new:
+        return tuple(map(keep, range(old)))
+    if old == 0 and name != "random":
+        raise UserError(
+            f"growth={name} copies existing blocks, but there are none yet: use growth=random"
+        )
+    sources = OPERATORS[name](old, new)
+    kept = [s.mix[0][0] for s in sources if s.keep]
+    used = {i for s in sources for i, _ in s.mix}
+    if len(sources) != new or len(set(kept)) != len(kept) or not used <= set(range(old)):
+        raise ValueError(
+            f"growth operator {name} returned no map from {old} to {new} blocks: {sources}"
+        )
+    return sources
+
+
+def new_blocks(sources: SourceMap) -> tuple[int, ...]:
+    """Return the positions of the blocks that did not exist before growth."""
+    return tuple(i for i, source in enumerate(sources) if not source.keep)

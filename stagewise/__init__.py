@@ -1,0 +1,2 @@
+"""Plumbing of the training scripts. Nothing here imports from the repository's root or decides what
+trains."""

@@ -1,0 +1,281 @@
+"""Checkpoints: written atomically, verified before use, read without running code.
+
+    RUN_DIR/checkpoints/step_00001000/model.safetensors       weights by nanoGPT's names, wte once
+                                      optimizer.safetensors   AdamW's state: NAME/exp_avg, ...
+                                      state.json              all else: see `State`
+                                      SHA256SUMS              of the three, as sha256sum -c reads it
+
+What is read comes back as plain dictionaries and tensors; who needs a model builds it from them.
+"""
+
+import json
+import re
+import shutil
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from msgspec import Meta
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from stagewise.errors import UserError, first_line
+from stagewise.fileio import decode_json, fsync, sha256
+from stagewise.hf import SIZES, load_pretrained
+
+FORMAT_VERSION = 1
+FOLDER = "checkpoints"
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+SUMS = "SHA256SUMS"
+TIED = {"lm_head.weight": "transformer.wte.weight"}  # safetensors stores no tensor twice
+
+Count = Annotated[int, Meta(ge=0, lt=2**53)]
+
+
+@dataclass
+class State:
+    """state.json."""
+
+    format_version: int
+    step: Count  # optimizer steps done
+    n_blocks: Count  # blocks that the model has
+    model_config: dict[str, Any]  # model.GPTConfig
+    seconds: float  # of training
+    loss_history: dict[str, Any]  # monitor.LossHistory
+    config: dict[str, Any]  # the options of the run
+    phases: list[dict[str, Any]]  # schedule.Phase, all of the schedule
+    n_windows: Count  # of the training data
+    tokenizer: str
+
+
+@dataclass
+class _Version:
+    format_version: int = 0
+
+
+# --------------------------------------------------------------------------------------------------
+# reading
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first."""
+    found = Path(run_dir, FOLDER).glob("step_*")
+    return sorted(p for p in found if re.fullmatch(r"step_\d{8}", p.name))
+
+
+def verify(checkpoint: Path, files=(MODEL, OPTIMIZER, STATE)) -> str | None:
+    """Return what is wrong with the files of a checkpoint by its SHA256SUMS, None if nothing is."""
+    try:
+        lines = (checkpoint / SUMS).read_text().splitlines()
+        sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        for name in files:
+            if name not in sums:
+                return f"{SUMS} does not list {name}"
+            if sha256(checkpoint / name) != sums[name]:
+                return f"the checksum of {name} is wrong"
+    except (OSError, ValueError) as error:
+        return first_line(error)
+    return None
+
+
+def newest_checkpoint(run_dir: Path, files=(MODEL, OPTIMIZER, STATE)) -> Path | None:
+    """Return the newest checkpoint of a run that is not corrupted, None if the run has none at all.
+
+    Warns on stderr about those that are passed over.
+
+    Raises:
+        UserError: if all are corrupted.
+    """
+    found = checkpoints(run_dir)
+    for checkpoint in reversed(found):
+        wrong = verify(checkpoint, files)
+        if wrong is None:
+            return checkpoint
+        print(
+            f"warning: {checkpoint} is corrupted ({wrong}): using the checkpoint before it",
+            file=sys.stderr,
+            flush=True,
+        )
+    if found:
+        raise UserError(
+            f"{run_dir}: all its {len(found)} checkpoints are corrupted: restore one, or start "
+            "again in another folder"
+        )
+    return None
+
+
+def load_checkpoint(path: Path, optimizer: bool = False) -> dict[str, Any]:
+    """Return the fields of `State`, and tensors by name: "model", and "optimizer" if asked for.
+
+    Args:
+        path: a checkpoint's folder; or a run's, for its newest one that is not corrupted; or gpt2,
+            gpt2-medium, gpt2-large, gpt2-xl from the Hugging Face Hub.
+
+    Raises:
+        UserError: if there is none, or it is not a checkpoint of this version.
+    """
+    path = Path(path)
+    if str(path) in SIZES and not path.exists():
+        return load_pretrained(str(path))
+    files = (MODEL, STATE, OPTIMIZER) if optimizer else (MODEL, STATE)
+    if checkpoints(path):
+        path = newest_checkpoint(path, files) or path
+    elif not (path / SUMS).exists():
+        raise UserError(
+            f"{path}: has no checkpoint: name a run folder with one, or one of its {FOLDER}/step_*"
+        )
+    elif wrong := verify(path, files):
+        raise UserError(f"{path} is corrupted ({wrong}): name another checkpoint")
+    try:
+        text = (path / STATE).read_bytes()
+        version = decode_json(text, _Version).format_version
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: checkpoint format {version}, but this version reads format "
+                f"{FORMAT_VERSION}: use the version of the code that wrote it"
+            )
+        checkpoint: dict[str, Any] = vars(decode_json(text, State))
+        checkpoint["model"] = load_file(path / MODEL)
+        checkpoint["optimizer"] = load_file(path / OPTIMIZER) if optimizer else None
+        for name, same in TIED.items():
+            checkpoint["model"][name] = checkpoint["model"][same]
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"{path}: is not a valid checkpoint ({first_line(error)})") from None
+    return checkpoint
+
+
+def optimizer_state_from(
+    tensors: dict[str, torch.Tensor], params: dict[str, torch.nn.Parameter]
+) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return a checkpoint's optimizer state by parameter, on its device.
+
+    Raises:
+        UserError: if it belongs to other parameters; AdamW's kernel would read beyond their end.
+    """
+    by_name: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        param, _, key = name.rpartition("/")
+        by_name.setdefault(param, {})[key] = tensor
+    result: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
+    for name, state in by_name.items():
+        shape = params[name].shape if name in params else None
+        expected = {"exp_avg": shape, "exp_avg_sq": shape, "step": torch.Size()}
+        if shape is None or {key: tensor.shape for key, tensor in state.items()} != expected:
+            raise UserError(
+                f"{OPTIMIZER}: {name}: the optimizer state does not fit the model: the file is "
+                "corrupted, use an earlier checkpoint"
+            )
+        device = params[name].device
+        result[params[name]] = {key: tensor.to(device) for key, tensor in state.items()}
+    return result
+
+
+# --------------------------------------------------------------------------------------------------
+# writing
+
+
+class CheckpointWriter:
+    """Writes checkpoints in the background: training continues once the tensors are in host memory.
+
+    A checkpoint is written beside its final place and renamed when it is complete and on the disk.
+    Then old ones are removed, except for the `keep` newest and those of the steps `milestones`. A
+    checkpoint that cannot be written, or whose weights are not finite, is left out with a warning;
+    `failure` holds the reason until the next one succeeds.
+    """
+
+    def __init__(self, run_dir: Path, keep: int, milestones: set[int]):
+        self.folder, self.keep, self.milestones = Path(run_dir, FOLDER), keep, milestones
+        self.failure: str | None = None
+        self._host: dict[tuple[str, str], torch.Tensor] = {}  # memory reused by all checkpoints
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future | None = None
+
+    def save(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    ) -> None:
+        """Start writing a checkpoint, after the one before is finished.
+
+        Args:
+            state: the fields of `State` except format_version.
+        """
+        self.wait()
+        names: dict[torch.Tensor, str] = {p: name for name, p in model.named_parameters()}
+        optimizer_tensors = {
+            f"{names[p]}/{key}": t
+            for p, entry in optimizer.state.items()
+            for key, t in entry.items()
+        }
+        weights = {name: t for name, t in model.state_dict().items() if name not in TIED}
+        tensors = {
+            MODEL: {name: self._copy(MODEL, name, t) for name, t in weights.items()},
+            OPTIMIZER: {
+                name: self._copy(OPTIMIZER, name, t) for name, t in optimizer_tensors.items()
+            },
+        }
+        on_gpu = next(model.parameters()).is_cuda
+        copied = torch.cuda.current_stream().record_event() if on_gpu else None
+        self._writing = self._thread.submit(self._write, tensors, state, copied)
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is on the disk, or has failed."""
+        if self._writing:
+            self._writing.result()
+            self._writing = None
+
+    def close(self) -> None:
+        """Finish the last checkpoint and release the memory."""
+        self.wait()
+        self._thread.shutdown()
+        self._host.clear()
+
+    def _copy(self, file, name, tensor):
+        buffer = self._host.get((file, name))
+        if buffer is None or buffer.shape != tensor.shape:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._host[file, name] = buffer
+        return buffer.copy_(tensor.detach(), non_blocking=True)
+
+    def _write(self, tensors, state, copied):
+        final = self.folder / f"step_{state['step']:08d}"
+        partial, former = (self.folder / f".{kind}" for kind in ("partial", "former"))
+        self.failure = None
+        try:
+            if copied:
+                copied.synchronize()
+            bad = next((name for name, t in tensors[MODEL].items() if not t.isfinite().all()), None)
+            if bad:
+                raise ValueError(f"{bad} is not finite")
+            for folder in (partial, former):  # of an interrupted write
+                shutil.rmtree(folder, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for name, contents in tensors.items():
+                save_file(contents, partial / name)
+            text = json.dumps({"format_version": FORMAT_VERSION} | state, indent=1) + "\n"
+            (partial / STATE).write_text(text)
+            sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(partial.iterdir())]
+            (partial / SUMS).write_text("".join(sums))
+            for path in (*partial.iterdir(), partial):
+                fsync(path)
+            if final.exists():  # corrupted, or of a run that was resumed before it
+                final.rename(former)
+            partial.rename(final)
+            fsync(self.folder)
+            shutil.rmtree(former, ignore_errors=True)
+            self._remove_old(final, state["step"])
+        except (OSError, SafetensorError, ValueError) as error:
+            self.failure = f"step {state['step']}: checkpoint not written ({first_line(error)})"
+            shutil.rmtree(partial, ignore_errors=True)
+            tqdm.write(f"warning: {self.failure}; earlier ones remain", file=sys.stderr)
+
+    def _remove_old(self, final, step):
+        others = {p: int(p.name[5:]) for p in checkpoints(self.folder.parent) if p != final}
+        later = [p for p, s in others.items() if s > step]  # corrupted: the run resumed before them
+        old = [p for p, s in others.items() if s < step and s not in self.milestones]
+        for path in later + old[: max(0, len(old) - self.keep + 1)]:
+            shutil.rmtree(path, ignore_errors=True)

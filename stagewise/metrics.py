@@ -1,0 +1,95 @@
+"""metrics.jsonl: one JSON object per row, every step once."""
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from stagewise.errors import UserError, first_line
+from stagewise.fileio import atomic_write
+
+
+class MetricsWriter:
+    """Appends rows to metrics.jsonl. If a row cannot be written (a full disk), it is retried later.
+
+    Opening the file at `step` drops the rows after it, which the run will write again, and a
+    truncated last row. With step None the run starts anew: the rows of a run that left no
+    checkpoint move to metrics.jsonl.former.
+
+    Raises:
+        UserError: if the file is corrupted or cannot be written.
+    """
+
+    def __init__(self, path: Path, step: int | None):
+        try:
+            if step is None and path.exists():
+                path.replace(path.with_name(path.name + ".former"))
+            rows = read_metrics(path) if path.exists() else []
+            kept = [row for row in rows if step is not None and row["step"] <= step]
+            atomic_write(path, "".join(json.dumps(row) + "\n" for row in kept))
+            self._file = os.open(path, os.O_WRONLY)
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}): free some space, or name another "
+                "--out_dir"
+            ) from None
+        self.path, self._pending = path, b""
+        self._size = os.fstat(self._file).st_size  # of the rows that are completely written
+
+    def write(self, row: dict) -> None:
+        self._pending += json.dumps(row).encode() + b"\n"
+        self._flush()
+
+    def _flush(self):
+        if not self._pending:
+            return
+        try:
+            written = os.pwrite(self._file, self._pending, self._size)
+            if written < len(self._pending):
+                raise OSError("the disk is full")
+        except OSError as error:
+            tqdm.write(
+                f"warning: {self.path}: cannot be written ({first_line(error)}); will retry at the "
+                "next row",
+                file=sys.stderr,
+            )
+        else:
+            self._size += written
+            self._pending = b""
+
+    def sync(self) -> None:
+        """Return when all rows are on the disk, so that no checkpoint is ahead of its metrics."""
+        self._flush()
+        with contextlib.suppress(OSError):
+            os.fsync(self._file)
+
+    def close(self) -> None:
+        self._flush()
+        os.close(self._file)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Return the rows of a metrics.jsonl, without a truncated last one.
+
+    Raises:
+        UserError: if a line before a valid row is not a row.
+    """
+    rows: list[dict] = []
+    corrupted = None
+    lines = path.read_text("utf-8", "replace").split("\n")[:-1]
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            row["step"] + 0
+        except (ValueError, KeyError, TypeError):
+            corrupted = corrupted or number
+            continue
+        if corrupted:
+            raise UserError(
+                f"{path}, line {corrupted}: is not a row of metrics: fix or remove the line"
+            )
+        rows.append(row)
+    return rows

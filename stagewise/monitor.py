@@ -1,0 +1,110 @@
+"""Monitors of a long run: losses that go wrong, and signals to stop."""
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+from tqdm import tqdm
+
+from stagewise.errors import UserError
+from stagewise.fileio import convert
+
+# Stopped by a signal, with everything saved. EX_TEMPFAIL of sysexits.h.
+EXIT_STOPPED = 75
+WINDOW = 128  # losses that a spike is measured against, as in llm.c
+SPIKE = 6.0  # standard deviations
+
+
+@dataclass
+class LossHistory:
+    """What a `LossMonitor` knows. It belongs in checkpoints: a resumed run continues the counts."""
+
+    skipped_steps: int = 0  # updates skipped because loss or gradient were not finite
+    skipped_in_a_row: int = 0
+    spikes: int = 0
+    losses: list[float] = field(default_factory=list)  # the last WINDOW finite ones
+
+
+class LossMonitor:
+    """Follows loss and gradient norm of every step.
+
+    Args:
+        history: from a checkpoint, as `state()` returned it.
+
+    Raises:
+        UserError: if `history` is not of that form.
+    """
+
+    def __init__(self, history: dict | None = None, quiet: bool = False):
+        self._print: Callable[[str], object] = (lambda line: None) if quiet else tqdm.write
+        try:
+            self.history = convert(history or {}, LossHistory)
+        except ValueError as error:
+            raise UserError(
+                f"the checkpoint's loss history is corrupted ({error}): use an earlier checkpoint"
+            ) from None
+
+    def state(self) -> dict:
+        return asdict(self.history)
+
+    def update(self, step: int, loss: float, grad_norm: float) -> float | None:
+        """Take in a step and return its z-score.
+
+        The z-score is the number of standard deviations by which the loss is above the mean of the
+        WINDOW losses before. It is None if loss or gradient are not finite, so that the update was
+        skipped, or if there are fewer losses before.
+        """
+        h = self.history
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            h.skipped_steps += 1
+            h.skipped_in_a_row += 1
+            self._print(
+                f"warning: step {step}: loss {loss}, gradient norm {grad_norm}: update skipped"
+            )
+            return None
+        h.skipped_in_a_row = 0
+        zscore = None
+        if len(h.losses) == WINDOW:
+            zscore = (loss - float(np.mean(h.losses))) / max(float(np.std(h.losses)), 1e-12)
+            if zscore > SPIKE:
+                h.spikes += 1
+                self._print(
+                    f"step {step}: loss {loss:.4f} is {zscore:.1f} standard deviations above the "
+                    f"mean of the last {WINDOW}"
+                )
+        h.losses = [*h.losses, loss][-WINDOW:]
+        return zscore
+
+
+class StopSignals:
+    """Records SIGTERM, SIGINT and SIGUSR1, Slurm's warning, for the training loop to check.
+
+    A second SIGINT ends the process at once.
+    """
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.caught: str | None = None  # name of the first signal
+        self._interrupted: float | None = None  # when SIGINT came
+        self._former = {number: signal.signal(number, self._record) for number in self.NUMBERS}
+
+    def restore(self) -> None:
+        """Reinstall the former handlers."""
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _record(self, number, frame):
+        now = time.monotonic()
+        if number == signal.SIGINT:
+            # A launcher may pass on the Ctrl-C that the terminal sends to all processes: two at
+            # once are one.
+            if self._interrupted is not None and now - self._interrupted > 0.5:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                os.kill(os.getpid(), signal.SIGINT)
+            self._interrupted = self._interrupted or now
+        self.caught = self.caught or signal.Signals(number).name

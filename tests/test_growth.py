@@ -1,0 +1,245 @@
+"""Growth operators as source maps, and their application to parameters and optimizer state."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import TINY
+
+import growth
+import train
+from growth import FRESH, Source, copy, keep, source_map
+from model import GPT, GPTConfig
+from schedule import make_schedule
+from stagewise.config import Config
+from stagewise.device import autocast
+from stagewise.errors import UserError
+
+MODEL = GPTConfig(**TINY | {"n_layer": 8})
+CPU = torch.device("cpu")
+
+
+def sources(name, old, new):
+    """Each block's source as a short word: k2 is old block 2 itself, 2 a copy of it, + a new
+    one."""
+
+    def word(s):
+        text = "+" if s == FRESH else f"{'k' * s.keep}{s.mix[0][0]}"
+        return text + "z" * s.zero_output
+
+    return " ".join(map(word, source_map(name, old, new)))
+
+
+# --- maps
+
+
+@pytest.mark.parametrize(
+    "name, old, new, expected",
+    [
+        ("random", 2, 5, "k0 k1 + + +"),
+        ("random", 0, 2, "+ +"),
+        ("copy_last", 3, 6, "k0 k1 k2 0 1 2"),
+        ("copy_last", 6, 9, "k0 k1 k2 k3 k4 k5 3 4 5"),
+        ("copy_last", 2, 7, "k0 k1 0 1 0 1 0"),
+        ("stack", 3, 6, "k0 k1 k2 0 1 2"),
+        ("stack", 2, 8, "k0 k1 0 1 0 1 0 1"),
+        ("stack", 3, 7, "k0 k1 k2 0 1 2 0"),
+        ("zero_output", 2, 4, "k0 0z k1 1z"),
+        ("zero_output", 4, 6, "k0 0z k1 k2 2z k3"),
+        ("zero_output", 1, 3, "k0 0z 0z"),
+    ],
+)
+def test_source_maps(name, old, new, expected):
+    assert sources(name, old, new) == expected
+
+
+@pytest.mark.parametrize("name", growth.OPERATORS)
+@pytest.mark.parametrize("old", range(1, 7))
+@pytest.mark.parametrize("added", range(1, 8))
+def test_every_operator_keeps_every_old_block_in_order(name, old, added):
+    m = source_map(name, old, old + added)
+    assert [s.mix[0][0] for s in m if s.keep] == list(range(old))
+    assert len(growth.new_blocks(m)) == added
+    assert source_map(name, old, old) == tuple(map(keep, range(old)))
+
+
+def test_operators_are_refused_by_name():
+    with pytest.raises(UserError, match="growth='stak' is unknown: did you mean stack?"):
+        source_map("stak", 2, 4)
+    with pytest.raises(UserError, match="growth=stack copies existing blocks, but there are none"):
+        source_map("stack", 0, 4)
+
+
+@pytest.mark.parametrize("bad", [(keep(0),), (keep(0), keep(0), FRESH), (keep(0), copy(2), FRESH)])
+def test_an_operator_that_returns_no_map_is_an_error(monkeypatch, bad):
+    monkeypatch.setitem(growth.OPERATORS, "bad", lambda old, new: bad)
+    with pytest.raises(ValueError, match="growth operator bad returned no map from 2 to 3"):
+        source_map("bad", 2, 3)
+
+
+# --- parameters
+
+
+def random_model(n_blocks, seed=0, dtype=torch.float32):
+    """A model whose every parameter is random, so that a wrong block or scale shows."""
+    model = GPT(MODEL, n_blocks=n_blocks).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=dtype))
+    return model
+
+
+def tensors(block):
+    return {name: p.detach().clone() for name, p in block.named_parameters()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("name", growth.OPERATORS)
+@pytest.mark.parametrize("old, new", [(2, 4), (3, 7), (4, 5)])
+def test_blocks_are_what_the_map_says(name, old, new):
+    model = random_model(old)
+    before, values = list(model.transformer.h), [tensors(b) for b in model.transformer.h]
+    fresh = [tensors(b) for b in GPT(MODEL).transformer.h]  # by position, as in a whole model
+    model.grow(source_map(name, old, new), seed=1337)
+    assert model.n_blocks == new
+    for i, (block, source) in enumerate(zip(model.transformer.h, source_map(name, old, new))):
+        if source.keep:
+            assert block is before[source.mix[0][0]]
+        expected = fresh[i] if source == FRESH else values[source.mix[0][0]]
+        for key, value in tensors(block).items():
+            zero = source.zero_output and "c_proj" in key
+            assert torch.equal(value, torch.zeros_like(value) if zero else expected[key])
+        assert all(p.requires_grad for p in block.parameters())
+    copies = {id(p) for b in model.transformer.h for p in b.parameters()}
+    assert len(copies) == new * len(values[0])  # no parameter stands in two blocks
+
+
+def test_a_mix_is_a_weighted_sum():
+    """Interpolation between two blocks, and a shrunk block with new weights added."""
+    model = random_model(2)
+    a, b = (tensors(block) for block in model.transformer.h)
+    fresh = tensors(GPT(MODEL).transformer.h[2])
+    between = Source(mix=((0, 0.25), (1, 0.75)))
+    model.grow((keep(0), keep(1), Source(mix=((1, 0.5),), fresh=0.1), between), seed=1337)
+    for name, p in model.transformer.h[3].named_parameters():
+        torch.testing.assert_close(p, 0.25 * a[name] + 0.75 * b[name])
+    for name, p in model.transformer.h[2].named_parameters():
+        torch.testing.assert_close(p, 0.5 * b[name] + 0.1 * fresh[name])
+
+
+def test_zero_output_preserves_the_function():
+    model = random_model(3, dtype=torch.float64)
+    idx = torch.randint(320, (2, 32))
+    before = model(idx)
+    model.grow(source_map("zero_output", 3, 8), seed=0)
+    assert torch.equal(model(idx), before) and before.abs().max() > 0.1
+    stacked = random_model(3, dtype=torch.float64)
+    stacked.grow(source_map("stack", 3, 8), seed=0)
+    assert not torch.allclose(stacked(idx), before)
+
+
+def test_a_new_block_in_the_middle_does_not_repeat_earlier_weights():
+    model = GPT(MODEL, n_blocks=3)
+    first = tensors(model.transformer.h[1])
+    model.grow((keep(0), FRESH, keep(1), keep(2)), seed=1337)
+    inserted = tensors(model.transformer.h[1])
+    assert not torch.equal(inserted["mlp.c_fc.weight"], first["mlp.c_fc.weight"])
+    other = GPT(MODEL, n_blocks=3)
+    other.grow((keep(0), FRESH, keep(1), keep(2)), seed=1337)
+    assert equal(tensors(other.transformer.h[1]), inserted)
+
+
+# --- optimizer state
+
+
+def trained(n_blocks, steps=3, config=None):
+    """A model and AdamW after some steps."""
+    config = config or Config(learning_rate=1e-2)
+    model = GPT(MODEL, n_blocks=n_blocks)
+    optimizer = train.make_optimizer(model, config)
+    step(model, optimizer, steps)
+    return model, optimizer
+
+
+def step(model, optimizer, n=1):
+    tokens = torch.randint(320, (n, 2, 33), generator=torch.Generator().manual_seed(7))
+    batches = iter([(t[:, :-1], t[:, 1:]) for t in tokens])
+    for _ in range(n):
+        train.train_step(model, optimizer, batches, 1, autocast(CPU, "float32"))
+
+
+def grow(model, optimizer, n_blocks, name, state):
+    """Enter a phase with more blocks, as the training loop does."""
+    (phase,) = make_schedule(n_blocks, 1).phases
+    phase = dataclasses.replace(phase, growth=name, optimizer_state=state)
+    return train.enter_phase(model, optimizer.state, phase, Config(learning_rate=1e-2))
+
+
+@pytest.mark.parametrize("name", ["copy_last", "stack", "zero_output"])
+@pytest.mark.parametrize("state", ["carry", "copy", "reset"])
+def test_optimizer_state_is_carried_copied_or_reset(name, state):
+    model, optimizer = trained(2)
+    old = [dict(b.named_parameters()) for b in model.transformer.h]
+    before = {p: {k: t.clone() for k, t in s.items()} for p, s in optimizer.state.items()}
+    optimizer = grow(model, optimizer, 4, name, state)
+    for block, source in zip(model.transformer.h, source_map(name, 2, 4)):
+        for key, p in block.named_parameters():
+            now, origin = optimizer.state.get(p), before[old[source.mix[0][0]][key]]
+            if source.keep:
+                assert (now is None) if state == "reset" else equal(now, origin)
+            elif state == "copy" and not (source.zero_output and ".c_proj." in key):
+                assert equal(now, origin) and origin["step"] == 3
+            else:
+                assert now is None
+    wte = optimizer.state.get(model.lm_head.weight)
+    assert wte is None if state == "reset" else equal(wte, before[model.lm_head.weight])
+
+
+def test_copied_state_is_a_copy():
+    """The next step must not change the state of the source through its copy."""
+    model, optimizer = trained(2)
+    optimizer = grow(model, optimizer, 4, "stack", "copy")
+    a, b = (dict(model.transformer.h[i].named_parameters())["mlp.c_fc.weight"] for i in (0, 2))
+    pointers = {optimizer.state[p][k].data_ptr() for p in (a, b) for k in ("exp_avg", "step")}
+    assert len(pointers) == 4
+
+
+def test_a_mix_of_blocks_mixes_their_state():
+    model, optimizer = trained(2)
+    a, b = (dict(block.named_parameters()) for block in model.transformer.h)
+    model.grow((keep(0), Source(mix=((0, 0.5), (1, 0.5))), keep(1)), 0, optimizer.state)
+    for name, p in model.transformer.h[1].named_parameters():
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            mean = (optimizer.state[a[name]][key] + optimizer.state[b[name]][key]) / 2
+            torch.testing.assert_close(optimizer.state[p][key], mean)
+
+
+def test_a_source_that_never_trained_gives_no_state():
+    model, optimizer = trained(2)
+    never = GPT(MODEL, n_blocks=2)
+    state = {}
+    never.grow(source_map("stack", 2, 4), 0, state)
+    assert state == {}
+
+
+@pytest.mark.parametrize("name", growth.OPERATORS)
+@pytest.mark.parametrize("state", ["carry", "copy", "reset"])
+def test_new_parameters_train_and_their_first_update_is_not_inflated(name, state):
+    """Public code forgets to hand new parameters to the optimizer, or resets Adam's step count but
+    not its moments, so that bias correction inflates the first updates."""
+    model, optimizer = trained(2)
+    optimizer = grow(model, optimizer, 4, name, state)
+    before = [tensors(b) for b in model.transformer.h]
+    step(model, optimizer)
+    for block, old in zip(model.transformer.h, before):
+        for key, p in block.named_parameters():
+            change = (p - old[key]).abs().max().item()
+            decay = 1e-2 * 0.1 * old[key].abs().max().item()
+            # a block with zero projections passes no gradient to what is before them in its branch
+            if key.split(".")[-2] == "c_proj" or name != "zero_output":
+                assert change > 0, key
+            assert change <= 1e-2 * 1.5 + decay, key  # lr, and what momentum may add to it

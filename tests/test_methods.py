@@ -1,0 +1,333 @@
+"""Methods as data: each of configs/methods/ through dry run, resuming, processes and compiling."""
+
+import dataclasses
+import inspect
+import json
+import re
+import shlex
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, arguments, metrics, needs_compiler, script, torchrun, without_clock
+
+import growth
+import train
+from cost import cost_per_token
+from model import GPTConfig
+from schedule import with_ramp
+from stagewise.checkpoint import load_checkpoint
+from stagewise.config import Config, load_config
+from stagewise.data import Shards, TrainOrder, load_meta, write_shard
+from stagewise.distributed import Ranks
+
+# For every method: options of a tiny run, and the step at which something changes.
+METHODS = {
+    "one_shot_stacking": (dict(steps=20), 6),
+    "context_growth": (dict(steps=8, block_size=1024, tokens_per_step=2048, batch_size=1), 4),
+    "layer_dropout": (dict(steps=16, skip_rate=0.9), 8),
+}
+EVERY_STEP = dict(checkpoint_interval=1, keep_checkpoints=100)
+CPU = torch.device("cpu")
+
+
+def config_file(name):
+    return str(ROOT / "configs" / "methods" / f"{name}.py")
+
+
+def test_every_method_is_tested_here():
+    assert {p.stem for p in (ROOT / "configs" / "methods").glob("*.py")} == METHODS.keys()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_dry_run(name, run_train, capsys):
+    options, change = METHODS[name]
+    out = run_train("dry", config_file(name), **options, dry_run=True)
+    summary = json.loads((out / "schedule.json").read_text())
+    assert not summary["is_baseline"] and summary["total"]["flops"] < summary["baseline"]["flops"]
+    if name != "layer_dropout":
+        assert [p["start"] for p in summary["phases"]] == [0, change]
+    assert all(p["name"] in capsys.readouterr().out for p in summary["phases"][:1])
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("state", ["copy", "carry", "reset"])
+def test_a_resumed_run_is_the_uninterrupted_run(name, state, run_train, tmp_path):
+    """Before the change, at the boundary, and after it."""
+    if state != "copy" and name != "one_shot_stacking":
+        pytest.skip("nothing grows, so there is one rule of optimizer state")
+    options, change = METHODS[name]
+    options = options | dict(optimizer_state=state, grad_clip=1.0, dropout=0.1)
+    whole = run_train("whole", config_file(name), **options, **EVERY_STEP)
+    end, rows = load_checkpoint(whole, optimizer=True), metrics(whole)
+    for step in (change - 2, change, change + 2):
+        part = tmp_path / f"from_{step}"
+        checkpoint = f"checkpoints/step_{step:08d}"
+        shutil.copytree(whole / checkpoint, part / checkpoint)
+        shutil.copy(whole / "metrics.jsonl", part)
+        run_train(part.name, config_file(name), **options, init_from="resume")
+        now = load_checkpoint(part, optimizer=True)
+        for kind in ("model", "optimizer"):
+            assert now[kind].keys() == end[kind].keys()
+            assert all(torch.equal(t, now[kind][key]) for key, t in end[kind].items()), step
+        assert without_clock(metrics(part)) == without_clock(rows), step
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_cost_of_every_step_is_what_it_ran(name, run_train):
+    options, _ = METHODS[name]
+    out = run_train("run", config_file(name), **options)
+    argv = [config_file(name), *arguments(out, **options)]
+    config = load_config(argv, Config())
+    model_config = train.make_model_config(config, TINY["vocab_size"])
+    schedule, _ = train.make_schedules(config, model_config)
+    rows = metrics(out)
+    assert len(rows) == schedule.n_steps + 1
+    costs = set()
+    for before, row in zip(rows, rows[1:]):
+        step = schedule.at(row["step"] - 1)
+        tokens = step.phase.tokens_per_step
+        assert row["tokens"] - before["tokens"] == tokens
+        for metric in ("paper_cost", "flops"):
+            cost = cost_per_token(step, metric, model_config)
+            assert row[metric] - before[metric] == tokens * cost
+        costs.add(row["flops"] - before["flops"])
+    assert len(costs) > 1  # not one price for all steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_train_what_one_trains(name, corpus, tmp_path):
+    options, _ = METHODS[name]
+    options = options | dict(data_dir=corpus, grad_clip=1.0)
+    one, two = tmp_path / "one", tmp_path / "two"
+    script("train.py", *arguments(one, **options), config_file(name))
+    half = {"batch_size": options.get("batch_size", 8) // 2 or 1}
+    torchrun(2, "train.py", *arguments(two, **options | half), config_file(name))
+    for row, other in zip(metrics(one), metrics(two), strict=True):
+        for key in ("loss", "val_loss", "grad_norm"):
+            assert (key in row) == (key in other)
+            if key in row:
+                assert row[key] == pytest.approx(other[key], rel=5e-5), (row["step"], key)
+        for key in ("step", "blocks", "tokens", "paper_cost", "flops", "lr"):
+            assert row.get(key) == other.get(key), (row["step"], key)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("name", METHODS)
+def test_compiled_blocks_train_like_plain_ones_with_few_graphs(name, run_train):
+    """Also across what changes: no graph for each set of skipped blocks."""
+    options, _ = METHODS[name]
+    plain = metrics(run_train("plain", config_file(name), **options))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = metrics(run_train("compiled", config_file(name), **options, compile="blocks"))
+    expected = pytest.approx([r["loss"] for r in compiled[1:]], rel=1e-4)
+    assert [r["loss"] for r in plain[1:]] == expected
+    # of the block (plain and scaled, or in two shapes) and of the loss
+    assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 5
+
+
+def test_skipping_under_a_model_compiled_whole_is_refused(run_train):
+    with pytest.raises(train.UserError, match="skip_policy=layer_dropout .* --compile=blocks"):
+        run_train("run", skip_policy="layer_dropout", compile="model")
+
+
+def test_skipped_blocks_do_not_change(run_train):
+    """Neither by weight decay nor by momentum; their optimizer state waits."""
+    options, _ = METHODS["layer_dropout"]
+    options = options | EVERY_STEP | dict(weight_decay=0.5)
+    out = run_train("run", config_file("layer_dropout"), **options)
+    argv = [config_file("layer_dropout"), *arguments(out, **options)]
+    schedule, _ = train.make_schedules(load_config(argv, Config()), GPTConfig(**TINY))
+    at = [
+        load_checkpoint(out / "checkpoints" / f"step_{s:08d}", optimizer=True) for s in range(1, 17)
+    ]
+    skipped = 0
+    for step in range(1, 16):
+        running = schedule.at(step).running_blocks
+        for i in range(4):
+            prefix = f"transformer.h.{i}."
+            for kind in ("model", "optimizer"):
+                before, after = at[step - 1][kind], at[step][kind]
+                names = [n for n in after if n.startswith(prefix) and n in before]
+                same = all(torch.equal(before[n], after[n]) for n in names)
+                assert same == (i not in running) or not names
+            skipped += i not in running
+    assert skipped > 5
+
+
+# --- context and batch that change: every token once, in the baseline's order
+
+
+@pytest.fixture
+def numbers(tmp_path):
+    """A corpus in which every token says where it stands: one epoch is 240 windows of 64."""
+    entries = []
+    for split, n in (("val", 200), ("train", 40 * 64 + 5), ("train", 200 * 64 + 1)):
+        path = tmp_path / f"n_{split}_{len(entries):06d}.bin"
+        start = sum(e["tokens"] for e in entries)
+        write_shard(path, np.arange(start, start + n, dtype=np.uint16))
+        entries.append({"file": path.name, "split": split, "tokens": n})
+    meta = {"tokenizer": "bytes", "vocab_size": 65536, "shards": entries}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    return tmp_path
+
+
+def read_tokens(folder, step=0, world_size=1, **options):
+    """Inputs and targets of every step from `step` on, in order, and the contexts that occur."""
+    words = arguments(folder / "out", **{"data_dir": folder, "steps": 15} | options)
+    config = load_config(words, Config())
+    model_config = train.make_model_config(config, 65536)
+    schedule, _ = train.make_schedules(config, model_config)
+    data = Shards(folder, "train", 64, load_meta(folder))
+    order = TrainOrder(len(data), config.seed)
+    per_rank = [
+        list(
+            train.train_batches(
+                data, order, schedule, step, config, Ranks(rank, rank, world_size), CPU
+            )
+        )
+        for rank in range(world_size)
+    ]
+    batches = [batch for together in zip(*per_rank, strict=True) for batch in together]
+    x, y = (torch.cat([b[i].flatten() for b in batches]) for i in (0, 1))
+    return x, y, {b[0].shape[1] for b in batches}, schedule
+
+
+RAMPS = [
+    {},
+    {"context_ramp": "0:16 30%:32 70%:64"},
+    {"tokens_per_step_ramp": "0:512 20%:1024 60%:2048"},
+    {"context_ramp": "0:16 4K:64", "tokens_per_step_ramp": "0:1024 5K:512 8K:2048"},
+    {"context_ramp": "0:32 50%:64", "stages": 4},
+]
+
+
+@pytest.mark.parametrize("ramps", RAMPS)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_token_is_read_once_in_the_order_of_the_baseline(numbers, ramps, world_size):
+    """Also over the end of an epoch, and from any step at which a run may resume."""
+    base, _, _, _ = read_tokens(numbers, steps=30)  # in steps of 16 windows at full context
+    for name in ("context_ramp", "tokens_per_step_ramp"):
+        ramps = ramps | {name: ramps.get(name, "")}
+    x, y, contexts, schedule = read_tokens(numbers, world_size=world_size, batch_size=4, **ramps)
+    n = schedule.tokens(schedule.n_steps)
+    assert len(x) == n and n > 13_000  # most of an epoch
+    assert torch.equal(x, base[:n])
+    assert torch.equal(y, x + 1)
+    epoch = 240 * 64
+    assert len(x[:epoch].unique()) == len(x[:epoch])
+    if ramps["context_ramp"]:
+        assert contexts == {int(pair.split(":")[1]) for pair in ramps["context_ramp"].split()}
+    for step in range(1, schedule.n_steps, 4):
+        later, _, _, _ = read_tokens(numbers, step, world_size, batch_size=4, **ramps)
+        assert torch.equal(later, x[schedule.tokens(step) :])
+
+
+def test_the_corpus_is_read_to_its_end(numbers):
+    """A whole epoch, with every ramp at once: each token exactly once."""
+    ramps = RAMPS[3]
+    x, _, _, schedule = read_tokens(numbers, steps=30, **ramps)
+    epoch = 240 * 64
+    assert schedule.tokens(30) > epoch
+    meta = load_meta(numbers)["shards"]
+    first, second = 200, 200 + meta[1]["tokens"]  # where the shards begin; the rest is no window
+    expected = [*range(first, first + 40 * 64), *range(second, second + 200 * 64)]
+    assert sorted(x[:epoch].tolist()) == expected
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (dict(context_ramp="0:48"), "context_ramp=0:48: 48 must divide block_size=64"),
+        (dict(context_ramp="0:128"), "128 must divide block_size=64"),
+        (dict(context_ramp="512"), "must be START:VALUE"),
+        (dict(tokens_per_step_ramp="0:500"), "tokens_per_step=500 must be a multiple"),
+        (dict(tokens_per_step_ramp="0:64"), "batch_size=8 does not divide the 1 sequences"),
+        (dict(growth="stak"), "growth='stak' is unknown: did you mean stack"),
+        (dict(skip_policy="raptr"), "skip_policy='raptr' is unknown"),
+        (dict(skip_policy="layer_dropout", skip_rate=1), "skip_rate=1.0 must be"),
+    ],
+)
+def test_methods_that_cannot_be_are_refused_before_anything_is_written(
+    options, said, run_train, tmp_path
+):
+    with pytest.raises(train.UserError, match=re.escape(said)):
+        run_train("run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_under_another_ramp_is_refused_by_what_differs(run_train):
+    options = dict(steps=16, context_ramp="0:32 50%:64")
+    run_train("run", **options)
+    with pytest.raises(train.UserError, match="differs in context_length"):
+        run_train("run", **options | {"context_ramp": "0:16 50%:64"}, init_from="resume")
+    with pytest.raises(train.UserError, match="differs in .*skip"):
+        run_train("run", **options, skip_policy="layer_dropout", init_from="resume")
+
+
+def test_a_ramp_leaves_the_rest_of_the_schedule_alone():
+    config = load_config(["--stages=4", "--context_ramp=0:512 50%:1024"], Config())
+    schedule, _ = train.make_schedules(config, GPTConfig())
+    plain, _ = train.make_schedules(dataclasses.replace(config, context_ramp=""), GPTConfig())
+    assert with_ramp(schedule, "context_length", "0:1024").phases == plain.phases
+
+
+# --- warm starts
+
+
+def test_a_run_starts_from_the_weights_of_another(run_train, corpus):
+    """Of a smaller one, which the growth operator enlarges; here without changing its function."""
+    small = run_train("small", n_layer=2)
+    out = run_train("large", init_weights=small, growth="zero_output", steps=4)
+    rows = metrics(out)
+    assert rows[0]["val_loss"] == pytest.approx(metrics(small)[-1]["val_loss"], rel=1e-6)
+    assert rows[0]["blocks"] == 4 and rows[0]["step"] == 0
+    weights = load_checkpoint(out)["model"]
+    assert sum("h.3.attn.c_proj.weight" in name for name in weights) == 1
+    # resuming needs the small run no more
+    shutil.rmtree(small)
+    run_train("large", init_weights=small, growth="zero_output", steps=4, init_from="auto")
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (dict(n_embd=64), "has n_embd=32, but n_embd=64 is asked for"),
+        (dict(stages=4), "has 2 blocks, but the first phase has 1"),
+        (dict(init_weights="/nowhere"), "/nowhere: has no checkpoint"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(options, said, run_train):
+    small = run_train("small", n_layer=2, steps=2)
+    with pytest.raises(train.UserError, match=said):
+        run_train("large", **{"init_weights": small} | options)
+
+
+# --- CONTRIBUTING.md
+
+
+def test_the_worked_example_is_what_the_code_is(tmp_path, corpus):
+    """Its operator and config are those of the repository, and its commands run."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    operator, config = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert operator.strip() == inspect.getsource(growth.stack).strip()
+    assert len(operator.strip().splitlines()) <= 15
+    own = (ROOT / "configs/methods/one_shot_stacking.py").read_text()
+    assert config in own
+    (tmp_path / "method.py").write_text(config)
+    dry, run = (shlex.split(c) for c in re.findall(r"```sh\n(.*?)```", text, re.DOTALL))
+    assert dry[-1] == "--dry_run" and run[-1].startswith("--out_dir=")
+    tiny = ["--steps=10", "--eval_interval=100", f"--data_dir={corpus}", "--hellaswag_limit=4"]
+    for command in (dry, run):
+        assert command[0] == "python" and command[4] == "configs/methods/one_shot_stacking.py"
+        command[4] = str(tmp_path / "method.py")
+        script(*command[1:], *tiny, f"--out_dir={tmp_path / 'out'}")
+    rows = metrics(tmp_path / "out")
+    assert [
+        p["n_blocks"] for p in json.loads((tmp_path / "out/schedule.json").read_text())["phases"]
+    ] == [2, 4]
+    assert rows[-1]["step"] == 10 and rows[-1]["blocks"] == 4
