@@ -1,40 +1,50 @@
 """Draw the paper's two figures from run folders, and print a table of where the runs ended.
 
-    python plot.py [RUN_DIR ...] [--x steps|tokens|cost|flops|hours]
+    python plot.py [RUN_DIR ...] [--x steps|tokens|paper_cost|flops|hours]
 
-Figure 1: training (faint) and validation loss (strong). Figure 2: HellaSwag accuracy. Ticks on a curve are its stage
-boundaries, the large solid circle is where a schedule has spent as much as the whole baseline. Reads only what train.py
-wrote: config.json, plan.json and metrics.jsonl.
+Figure 1 shows training loss (faint) and validation loss (strong), figure 2 HellaSwag accuracy.
+Ticks on a curve mark its stage boundaries. The solid circle marks where a run is compute-matched:
+it has cost as much as its whole baseline. Reads only what train.py wrote: config.json,
+schedule.json and metrics.jsonl.
 """
 
-import json
-from dataclasses import dataclass, field
+import contextlib
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import matplotlib
 import numpy as np
 import tyro
+from msgspec import Meta
+from tabulate import tabulate
 
-from errors import UserError, report_user_errors
-from files import read_metrics
-from schedule import CURRENCIES, NAMES, text_table
+from cost import COST_METRICS, NAMES, Metric
+from schedule import Phase
+from stagewise.config import Config
+from stagewise.errors import UserError, report_user_errors
+from stagewise.fileio import convert, decode_json, fsync
+from stagewise.metrics import read_metrics
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
+import matplotlib.pyplot as plt
 
-COLORS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito, for all eyes
+T = TypeVar("T")
+
+# Okabe and Ito's palette, for all kinds of color vision.
+COLORS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 X_LABELS = {
     "steps": "steps",
     "tokens": "training tokens",
-    "cost": "cost (paper's unit, baseline = 1)",
+    "paper_cost": "paper cost (baseline = 1)",
     "flops": "FLOPs (baseline = 1)",
     "hours": "hours of training",
 }
-TICK = dict(marker="|", markersize=11, markeredgewidth=1.4, linestyle="")
-CIRCLE = dict(marker="o", markersize=10, linestyle="")
-LEVEL = dict(linewidth=0.9, linestyle=(0, (4, 3)))
-STYLE = {
+TICK: dict[str, Any] = dict(marker="|", markersize=11, markeredgewidth=1.4, linestyle="")
+CIRCLE: dict[str, Any] = dict(marker="o", markersize=10, linestyle="")
+LEVEL: dict[str, Any] = dict(linewidth=0.9, linestyle=(0, (4, 3)))
+STYLE: dict[str, Any] = {
     "figure.figsize": (8.6, 4.4),
     "savefig.dpi": 200,
     "font.size": 10,
@@ -54,109 +64,257 @@ class Args:
     """Draw loss and HellaSwag accuracy of runs."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Run folders; default: every run below out/."""
-    x: Literal["steps", "tokens", "cost", "flops", "hours"] = "steps"
+    """Run folders; default: all below out/."""
+    x: Literal["steps", "tokens", "paper_cost", "flops", "hours"] = "steps"
     """What the x axis counts."""
-    equal: Literal["cost", "flops", "tokens"] = "cost"
-    """In which currency the solid circle has spent as much as the baseline."""
+    match: Metric = "paper_cost"
+    """Cost metric in which a run is compute-matched with its baseline at the solid circle."""
     metric: Literal["acc_norm", "acc"] = "acc_norm"
     """HellaSwag metric: lowest mean loss per token, or lowest summed loss."""
     out: Path = Path("plots")
     """Folder for the figures."""
     title: str = ""
-    """Put above the figures: what was run, on what, when."""
+    """Title of the figures: what was run, on what, when."""
+
+
+# --------------------------------------------------------------------------------------------------
+# run folders
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Config):
+    """config.json. An option that is missing was added to train.py later; it has its default."""
+
+    vocab_size: int
+    hellaswag_file: str | None
+    train_tokens: int
+    world_size: int
+    device_name: str
+    torch_version: str
+    cpu: str
+    threads: int
+    command: str
+    date: str
+
+
+@dataclass(frozen=True)
+class PhaseSummary(Phase):
+    """A phase in schedule.json, with what the whole phase costs."""
+
+    tokens: int
+    paper_cost: int
+    flops: int
+    trained_parameters: int
+
+
+@dataclass(frozen=True)
+class BaselineSummary:
+    """The baseline in schedule.json: its steps, and its total cost in every metric."""
+
+    steps: int
+    tokens: int
+    paper_cost: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class ScheduleSummary:
+    """The fields of schedule.json that are read here."""
+
+    steps: int
+    is_baseline: bool
+    phases: Annotated[tuple[PhaseSummary, ...], Meta(min_length=1)]
+    baseline: BaselineSummary
+
+
+@dataclass(frozen=True)
+class Row:
+    """The columns of metrics.jsonl that are read here."""
+
+    step: int
+    tokens: int
+    paper_cost: int
+    flops: int
+    seconds: float
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    peak_memory: float | None = None
+    val_loss: float | None = None
+    hellaswag_acc: float | None = None
+    hellaswag_acc_stderr: float | None = None
+    hellaswag_acc_norm: float | None = None
+    hellaswag_acc_norm_stderr: float | None = None
 
 
 @dataclass
 class Run:
-    """One run folder. Columns of metrics.jsonl by name, NaN where a row has no value."""
+    """A run folder.
+
+    `columns` has the columns of metrics.jsonl by name, NaN where a row has no value.
+    `relative_cost` has the cumulative cost at every row by metric, as a fraction of the baseline's
+    total.
+    """
 
     name: str
-    plan: dict
-    task: str  # what figure 2 shows of it: "HellaSwag", or a task of its form that came with the corpus
+    config: RunConfig
+    schedule: ScheduleSummary
     columns: dict[str, np.ndarray]
-    color: str = field(default="")
+    relative_cost: dict[str, np.ndarray]
+    color: str = COLORS[0]
 
     def x(self, axis: str) -> np.ndarray:
+        """Return the position of every row on an x axis of `Args.x`."""
         if axis == "hours":
             return self.columns["seconds"] / 3600
-        if axis in ("cost", "flops"):
-            return self.columns[axis] / self.plan["baseline"][axis]
-        return self.columns[{"steps": "step"}.get(axis, axis)]
+        if axis == "steps":
+            return self.columns["step"]
+        return self.columns["tokens"] if axis == "tokens" else self.relative_cost[axis]
+
+    def measured(self, column: str) -> np.ndarray:
+        """Return for every row whether it has a value in `column`."""
+        return ~np.isnan(self.columns[column])
 
     def curve(self, column: str, axis: str) -> tuple[np.ndarray, np.ndarray]:
-        """x and y where the column was measured; both empty where it never was."""
-        y = self.columns.get(column, np.full(len(self.columns["step"]), np.nan))
-        there = ~np.isnan(y)
-        return self.x(axis)[there], y[there]
+        """Return x and y where `column` was measured; both are empty if it never was."""
+        rows = self.measured(column)
+        return self.x(axis)[rows], self.columns[column][rows]
 
-    def at_budget(self, column: str, axis: str, currency: str) -> tuple[float, float] | None:
-        """The point of a curve at which the run has spent the baseline's total, interpolated; None where it never did."""
+    def last(self, column: str) -> float | None:
+        """Return the last value of `column`; None if it was never measured."""
+        _, y = self.curve(column, "steps")
+        return float(y[-1]) if len(y) else None
+
+    def compute_matched_point(
+        self, column: str, axis: str, metric: str
+    ) -> tuple[float, float] | None:
+        """Return x and y of a curve where the run has cost as much as its whole baseline.
+
+        They are interpolated; None if the run never cost that much.
+        """
         x, y = self.curve(column, axis)
-        step, _ = self.curve(column, "steps")
-        spent = np.interp(step, self.columns["step"], self.columns[currency])
-        budget = self.plan["baseline"][currency]
-        if not len(y) or spent[-1] < budget * (1 - 0.5 / self.plan["baseline"]["steps"]):  # plans round to whole steps
+        cost = self.relative_cost[metric][self.measured(column)]
+        # A compute-matched schedule is rounded to whole steps: it may end half a step early.
+        half_step = 0.5 * self.schedule.phases[-1].tokens_per_step / self.schedule.baseline.tokens
+        if not len(y) or cost[-1] < 1 - half_step:
             return None
-        return float(np.interp(budget, spent, x)), float(np.interp(budget, spent, y))
+        return float(np.interp(1, cost, x)), float(np.interp(1, cost, y))
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the model never grows, in however many phases."""
-        return len({p["n_blocks"] for p in self.plan["phases"]}) == 1
+        return self.schedule.is_baseline
 
     def stage_starts(self) -> list[int]:
-        """Steps at which a stage, or continual training, begins, but for the first."""
-        phases = [] if self.is_baseline else self.plan["phases"]
-        return [p["start"] for former, p in zip(phases, phases[1:]) if p["stage"] != former["stage"] or p["phase"] == 3]
+        """Return the steps at which a stage, or continual training, begins, except the first."""
+        if self.is_baseline:
+            return []
+        # Ramps cut phases, so two neighbors may belong to the same stage, or both be continual.
+        parts = [(p.stage, p.kind == "continual") for p in self.schedule.phases]
+        phases = zip(parts, parts[1:], self.schedule.phases[1:])
+        return [p.start for former, part, p in phases if part != former]
+
+    @property
+    def task(self) -> str:
+        """What figure 2 shows: "HellaSwag", or a task of its form that came with the corpus."""
+        own = str(Path(self.config.data_dir) / "hellaswag.jsonl")
+        return "HellaSwag-style" if self.config.hellaswag_file == own else "HellaSwag"
 
 
-def load_run(path: Path) -> Run:
-    """Read a run folder. Raises UserError where it is none."""
+def load_run(folder: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        UserError: if files are missing or corrupted, or nothing has been logged yet.
+    """
+    config, schedule = read_config(folder), _read(folder / "schedule.json", ScheduleSummary)
+    path = folder / "metrics.jsonl"
     try:
-        plan, config = (json.loads((path / name).read_text()) for name in ("plan.json", "config.json"))
-        rows = read_metrics(path / "metrics.jsonl")
+        parsed = read_metrics(path)
     except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}: {path} is no run folder of train.py") from None
-    except UserError:
-        raise
+        raise _missing(path, error) from None
+    try:
+        rows = convert(parsed, list[Row])
     except ValueError as error:
-        raise UserError(f"{path}: plan.json or config.json is damaged: {error}") from None
-    for name, parsed, needed in (
-        ("plan.json", [plan], {"steps", "phases", "baseline"}),
-        ("config.json", [config], {"data_dir", "hellaswag_file"}),
-        ("metrics.jsonl", rows, {"step", *CURRENCIES, "seconds"}),
-    ):
-        if not parsed:
-            raise UserError(f"{path}/{name} is empty: the run has measured nothing yet")
-        if not all(isinstance(part, dict) and needed <= part.keys() for part in parsed):
-            raise UserError(f"{path}/{name} is damaged: it lacks one of {', '.join(sorted(needed))}")
-    names = {name for row in rows for name in row}
-    values = {n: np.array([np.nan if row.get(n) is None else row[n] for row in rows], dtype=float) for n in names}
-    own_task = config["hellaswag_file"] == str(Path(str(config["data_dir"])) / "hellaswag.jsonl")
-    return Run(path.name, plan, "HellaSwag-style" if own_task else "HellaSwag", values)
+        raise _corrupted(path, error) from None
+    if not rows:
+        raise UserError(f"{path}: is empty: wait until the run has logged a row, or train it again")
+    columns = {
+        field.name: np.array([getattr(row, field.name) for row in rows], dtype=float)
+        for field in dataclasses.fields(Row)
+    }
+    cost: dict[str, np.ndarray] = {
+        m: columns[m] / getattr(schedule.baseline, m) for m in COST_METRICS
+    }
+    return Run(folder.name, config, schedule, columns, cost)
 
 
-def draw(runs: list[Run], column: str, args: Args, ylabel: str, train_column: str = "", stderr_column: str = ""):
-    """One figure: `column` of every run over args.x, its legend beside it. Returns matplotlib's figure and axes."""
+def read_config(folder: Path) -> RunConfig:
+    """Return config.json of a run folder.
+
+    Raises:
+        UserError: if it is missing or corrupted.
+    """
+    return _read(folder / "config.json", RunConfig)
+
+
+def _read(path: Path, schema: type[T]) -> T:
+    try:
+        return decode_json(path.read_bytes(), schema)
+    except OSError as error:
+        raise _missing(path, error) from None
+    except ValueError as error:
+        raise _corrupted(path, error) from None
+
+
+def _missing(path, error):
+    return UserError(
+        f"{path}: cannot be read ({error.strerror}): name a run folder that train.py wrote"
+    )
+
+
+def _corrupted(path, error):
+    return UserError(
+        f"{path}: is corrupted, or from another version of train.py ({error}): remove "
+        f"{path.parent} and train the run again"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# figures and table
+
+
+def draw(
+    runs: list[Run],
+    column: str,
+    args: Args,
+    ylabel: str,
+    train_column: str = "",
+    stderr_column: str = "",
+):
+    """Draw `column` of every run over `args.x`, with the legend beside it.
+
+    Returns:
+        matplotlib's figure and axes.
+    """
     fig, ax = plt.subplots(layout="constrained")
     has_tick = has_circle = has_level = False
-    runs = [run for run in runs if len(run.curve(column, "steps")[0])]
+    runs = [run for run in runs if run.measured(column).any()]
     for run in runs:
         if train_column:
             ax.plot(*run.curve(train_column, args.x), color=run.color, alpha=0.22, linewidth=0.8)
         x, y = run.curve(column, args.x)
         if stderr_column:
-            _, error = run.curve(stderr_column, args.x)
+            error = run.columns[stderr_column][run.measured(column)]
             ax.fill_between(x, y - error, y + error, color=run.color, alpha=0.12, linewidth=0)
         ax.plot(x, y, color=run.color, linewidth=1.8, label=run.name)
         steps, _ = run.curve(column, "steps")
-        at = np.array(run.stage_starts(), dtype=float)
-        at = at[at <= steps[-1]]
-        if len(at):
+        starts = np.array(run.stage_starts(), dtype=float)
+        starts = starts[starts <= steps[-1]]
+        if len(starts):
             has_tick = True
-            ax.plot(np.interp(at, steps, x), np.interp(at, steps, y), color=run.color, **TICK)
-        point = run.at_budget(column, args.x, args.equal)
+            tick = np.interp(starts, steps, x), np.interp(starts, steps, y)
+            ax.plot(*tick, color=run.color, **TICK)
+        point = run.compute_matched_point(column, args.x, args.match)
         if point and run.is_baseline:
             has_level = True
             ax.axhline(point[1], color=run.color, alpha=0.6, zorder=1, **LEVEL)
@@ -164,18 +322,24 @@ def draw(runs: list[Run], column: str, args: Args, ylabel: str, train_column: st
             has_circle = True
             ax.plot(*point, color=run.color, zorder=5, **CIRCLE)
 
-    legend = [plt.Line2D([], [], color=run.color, linewidth=1.8, label=run.name) for run in runs]
+    legend: list[Any] = [
+        plt.Line2D([], [], color=run.color, linewidth=1.8, label=run.name) for run in runs
+    ]
+    gray = "#555555"
     if train_column:
-        legend.append(plt.Line2D([], [], color="#555555", linewidth=1.8, label="validation"))
-        legend.append(plt.Line2D([], [], color="#555555", linewidth=0.8, alpha=0.4, label="training"))
+        legend.append(plt.Line2D([], [], color=gray, linewidth=1.8, label="validation"))
+        legend.append(plt.Line2D([], [], color=gray, linewidth=0.8, alpha=0.4, label="training"))
     if stderr_column:
-        legend.append(matplotlib.patches.Patch(color="#555555", alpha=0.15, linewidth=0, label="standard error"))
+        band = matplotlib.patches.Patch(color=gray, alpha=0.15, linewidth=0, label="standard error")
+        legend.append(band)
     marks = (
         (has_tick, "stage boundary", TICK),
-        (has_circle, f"at equal {NAMES[args.equal]}", CIRCLE),
-        (has_level, "the baseline there", LEVEL),
+        (has_circle, f"compute-matched ({NAMES[args.match]})", CIRCLE),
+        (has_level, "baseline, same compute", LEVEL),
     )
-    legend += [plt.Line2D([], [], color="#555555", label=label, **mark) for drawn, label, mark in marks if drawn]
+    legend += [
+        plt.Line2D([], [], color=gray, label=label, **mark) for has, label, mark in marks if has
+    ]
     fig.legend(handles=legend, loc="outside right upper")
     ax.set_xlabel(X_LABELS[args.x])
     ax.set_ylabel(ylabel)
@@ -188,7 +352,10 @@ def draw(runs: list[Run], column: str, args: Args, ylabel: str, train_column: st
 
 
 def figure_loss(runs: list[Run], args: Args):
-    """Figure 1. The first tenth of a run, where the loss falls from ln V, may leave the picture at the top."""
+    """Return figure 1.
+
+    The first tenth of a run, where the loss falls from ln V, may be cut off at the top.
+    """
     fig, ax = draw(runs, "val_loss", args, "loss (nats per token)", train_column="loss")
     curves = [run.curve("val_loss", "steps") for run in runs]
     late = np.concatenate([y[x >= x[-1] / 10] for x, y in curves if len(x)])
@@ -199,65 +366,119 @@ def figure_loss(runs: list[Run], args: Args):
 
 
 def figure_hellaswag(runs: list[Run], args: Args):
-    """Figure 2, with the standard error as a band and chance as a dotted line."""
+    """Return figure 2, with the standard error as a band and chance as a dotted line."""
     name = f"hellaswag_{args.metric}"
-    fig, ax = draw(runs, name, args, f"{runs[0].task} accuracy ({args.metric})", stderr_column=f"{name}_stderr")
+    task = next(run.task for run in runs if run.measured(name).any())
+    ylabel = f"{task} accuracy ({args.metric})"
+    fig, ax = draw(runs, name, args, ylabel, stderr_column=f"{name}_stderr")
     ax.axhline(0.25, color="#888888", linewidth=0.9, linestyle=":")
-    ax.annotate("chance", (1, 0.25), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color="#666666")
+    ax.annotate(
+        "chance",
+        (1, 0.25),
+        xycoords=("axes fraction", "data"),
+        ha="right",
+        va="bottom",
+        fontsize=8,
+        color="#666666",
+    )
     ax.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
     return fig
 
 
-def table(runs: list[Run], args: Args) -> str:
-    """Where the runs ended, and their validation loss where they had spent the baseline's budget."""
-    rows = [("run", "steps", "tokens", "cost", "FLOPs", "minutes", "val loss", f"at equal {args.equal}", args.metric)]
-    for run in runs:
-        last = {name: values[-1] for name, values in run.columns.items()}
-        _, losses = run.curve("val_loss", "steps")
-        point = run.at_budget("val_loss", "steps", args.equal)
-        _, accuracy = run.curve(f"hellaswag_{args.metric}", "steps")
-        _, error = run.curve(f"hellaswag_{args.metric}_stderr", "steps")
-        rows.append((
-            run.name,
-            f"{last['step']:,.0f}",
-            f"{last['tokens']:,.0f}",
-            f"{100 * run.x('cost')[-1]:.1f} %",
-            f"{100 * run.x('flops')[-1]:.1f} %",
-            f"{last['seconds'] / 60:.1f}",
-            f"{losses[-1]:.4f}" if len(losses) else "-",
-            f"{point[1]:.4f}" if point else "-",
-            f"{100 * accuracy[-1]:.1f} +- {100 * error[-1]:.1f} %" if len(accuracy) else "-",
-        ))  # fmt: skip
-    return text_table(rows)
+def draw_figures(runs: list[Run], args: Args) -> list[str]:
+    """Write both figures to `args.out`, the second if there are HellaSwag scores.
+
+    Returns:
+        The names of the files, without their suffixes.
+
+    Raises:
+        UserError: if a file cannot be written.
+    """
+    for run, color in zip(runs, COLORS * len(runs)):
+        run.color = color
+    with plt.style.context(STYLE):
+        figures = {"figure1_loss": figure_loss(runs, args)}
+        if any(run.measured(f"hellaswag_{args.metric}").any() for run in runs):
+            figures["figure2_hellaswag"] = figure_hellaswag(runs, args)
+        for name, fig in figures.items():
+            save(fig, args.out / name)
+            plt.close(fig)
+    return list(figures)
 
 
 def save(fig, path: Path) -> None:
-    """Write a figure as path.png and path.svg, the same bytes for the same runs."""
-    for suffix, metadata in ((".png", None), (".svg", {"Date": None})):
-        fig.savefig(f"{path}{suffix}", metadata=metadata)
+    """Write a figure as path.png and path.svg; the same runs give the same bytes.
+
+    A file is replaced once the new one is complete.
+
+    Raises:
+        UserError: if a file cannot be written.
+    """
+    for suffix, metadata in (("png", None), ("svg", {"Date": None})):
+        file = path.with_name(f"{path.name}.{suffix}")
+        partial = path.with_name(f".{file.name}.partial")
+        try:
+            fig.savefig(partial, format=suffix, metadata=metadata)
+            fsync(partial)
+            partial.replace(file)
+        except OSError as error:
+            raise UserError(
+                f"{file}: cannot be written ({error.strerror}): free some space, or name another "
+                "folder"
+            ) from None
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
     print(f"{path}.png and .svg")
 
 
+def table(runs: list[Run], args: Args) -> str:
+    """Return a table of where the runs ended, and of their compute-matched validation losses."""
+    header = ["run", "steps", "tokens", "paper cost", "FLOPs", "minutes", "val loss"]
+    header += [f"compute-matched ({NAMES[args.match]})", args.metric]
+    rows = []
+    for run in runs:
+        loss = run.last("val_loss")
+        point = run.compute_matched_point("val_loss", "steps", args.match)
+        accuracy = run.last(f"hellaswag_{args.metric}")
+        error = run.last(f"hellaswag_{args.metric}_stderr")
+        rows.append(
+            [
+                run.name,
+                f"{run.columns['step'][-1]:,.0f}",
+                f"{run.columns['tokens'][-1]:,.0f}",
+                f"{100 * run.relative_cost['paper_cost'][-1]:.1f}%",
+                f"{100 * run.relative_cost['flops'][-1]:.1f}%",
+                f"{run.columns['seconds'][-1] / 60:.1f}",
+                "-" if loss is None else f"{loss:.4f}",
+                f"{point[1]:.4f}" if point else "-",
+                "-"
+                if accuracy is None or error is None
+                else f"{100 * accuracy:.1f} ± {100 * error:.1f}%",
+            ]
+        )
+    align = ("left", *("right",) * (len(header) - 1))
+    return tabulate(rows, header, "simple", colalign=align, disable_numparse=True)
+
+
 def main(args: Args) -> None:
-    paths = args.runs or sorted(p.parent for p in Path("out").rglob("metrics.jsonl"))
-    if not paths:
+    folders = args.runs or sorted(p.parent for p in Path("out").rglob("metrics.jsonl"))
+    if not folders:
         raise UserError("no runs below out/: train one with train.py, or name run folders")
-    runs = [load_run(path) for path in paths]
-    for run, color in zip(runs, COLORS * len(runs)):
-        run.color = color
-    plt.rcParams.update(STYLE)
+    runs = [load_run(folder) for folder in folders]
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out={args.out}: no folder can be made there ({error.strerror}): name another") from None
-    figures = {"figure1_loss": figure_loss(runs, args)}
-    if any(f"hellaswag_{args.metric}" in run.columns for run in runs):
-        figures["figure2_hellaswag"] = figure_hellaswag(runs, args)
+        raise UserError(
+            f"--out={args.out}: cannot be created ({error.strerror}): name another folder"
+        ) from None
     print(table(runs, args))
-    if len({json.dumps(run.plan["baseline"]) for run in runs}) > 1:
-        print("note: these runs have different baselines; shares of cost and FLOPs are relative to each one's own")
-    for name, fig in figures.items():
-        save(fig, args.out / name)
+    if len({run.schedule.baseline for run in runs}) > 1:
+        print(
+            "note: these runs have different baselines; paper cost and FLOPs are relative to each "
+            "run's own"
+        )
+    draw_figures(runs, args)
 
 
 if __name__ == "__main__":

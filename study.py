@@ -1,242 +1,730 @@
-"""Train the runs of an experiment, one after the other, and keep what they measured.
+"""Train the runs of a study, and report what they measured.
 
-    python experiment.py results/NAME [--minutes 9] [--processes 8]
+    python study.py run results/NAME [--minutes 60] [--processes 8]
+    python study.py report results/NAME
 
-results/NAME/experiment.toml says which runs, in the order of their importance. The same command goes on where it was stopped:
-finished runs are passed over, an interrupted one is resumed. Runs train in out/NAME/RUN; their config.json, plan.json and
-metrics.jsonl are copied to results/NAME/RUN when they end, for report.py.
+results/NAME/study.toml lists the runs, the most important ones first. `run` trains those that are
+not finished, one after the other; if it is stopped, the same command continues. Runs train in
+out/NAME/RUN. When one has finished, its config.json, schedule.json and metrics.jsonl are copied to
+results/NAME/RUN.
+
+`report` writes results/NAME/README.md with both figures. Every number is computed here, except
+those in the study's own `about`. Every run is compared with the baseline of its own recipe and seed
+in three metrics: paper cost, FLOPs and seconds. Seconds are steps times the median step time of
+their phase, so they leave out compilation and evaluation.
 """
 
 import dataclasses
-import json
-import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
+import numpy as np
 import tyro
+from msgspec import Meta, Struct
+from tabulate import tabulate
 
-import config as cfg
-from errors import UserError, report_user_errors
-from files import read_metrics, write_whole
-from guard import EXIT_STOPPED
+import plot
+from cost import NAMES, cumulative_cost, make_schedules
+from plot import PhaseSummary, Run, load_run, read_config
+from stagewise.config import Config, grad_accum_steps, load_config, padded_vocab_size
+from stagewise.data import load_meta
+from stagewise.errors import UserError, report_user_errors
+from stagewise.fileio import atomic_write, convert
+from stagewise.monitor import EXIT_STOPPED
+from train import make_model_config
 
-KEPT = ("config.json", "plan.json", "metrics.jsonl")  # of a run folder
-# Options that a run may be taken up again with, changed: what it learns does not depend on them.
-FREE = set("out_dir init_from dry_run device timeout verify_data checkpoint_interval keep_checkpoints max_bad_steps".split())
 ROOT = Path(__file__).resolve().parent
+KEPT = ("config.json", "schedule.json", "metrics.jsonl")  # files of a run folder
+OWN_OPTIONS = ("seed", "out_dir", "init_from", "dry_run")  # options that a study sets itself
+METRICS = ("paper_cost", "flops", "seconds")
+LABELS = NAMES | {"seconds": "seconds"}
+PAPER_TOKENS = 10_000 * 524_288  # of the paper's baseline
+# A run whose learning rate decays is compute-matched if its total is this close to the baseline's.
+CLOSE = 0.02
+
+# Options that may change when a run is resumed: its result does not depend on them.
+CHANGEABLE = {
+    "out_dir", "init_from", "dry_run", "device", "timeout", "verify_data", "checkpoint_interval",
+    "keep_checkpoints", "max_skipped_steps",
+}  # fmt: skip
+# What may differ in config.json between a run and its baseline: the method, and what influences
+# neither loss nor speed.
+METHOD = CHANGEABLE | {
+    "stages", "stage_blocks", "phase_fractions", "freezing", "phase1", "growth", "continual_steps",
+    "optimizer_state", "continual_optimizer_state", "rewarmup_steps", "context_ramp",
+    "tokens_per_step_ramp", "skip_policy", "skip_rate", "log_interval", "eval_interval", "command",
+    "date",
+}  # fmt: skip
+# What may differ besides between runs of different recipes.
+RECIPE = {
+    "learning_rate", "lr_schedule", "warmup_steps", "min_lr", "decay_fraction", "weight_decay",
+    "beta1", "beta2", "grad_clip", "dropout", "seed",
+}  # fmt: skip
 
 
 @dataclass
-class Args:
-    """Train the runs of an experiment that are not there yet."""
+class RunArgs:
+    """Train the runs of a study that are not finished."""
 
-    experiment: tyro.conf.Positional[Path]
-    """Folder with an experiment.toml."""
+    folder: tyro.conf.Positional[Path]
+    """Folder with a study.toml."""
     processes: int = 1
-    """Processes of a run; more than one are started by torchrun."""
+    """Processes per run; torchrun starts them if there are more than one."""
     minutes: float | None = None
-    """Stop after so long, with all saved; the same command goes on."""
+    """Stop after this time, with everything saved; the same command continues."""
     only: tuple[str, ...] = ()
-    """Runs to train, by name or with their seed; default: all."""
+    """Runs to train, with or without their seeds; default: all."""
     options: tuple[str, ...] = ()
-    """Options for every run, after all others, the same each time, for example --options data_dir=data/mine."""
+    """Options of every run after all others, such as --options data_dir=data/mine. Use the same
+    ones each time."""
     out: Path | None = None
     """Folder of the run folders; default: out/NAME."""
     discard_checkpoints: bool = False
-    """Remove the checkpoints of a run when it has ended: GPT-2 124M leaves 1.5 GB for every stage."""
+    """Remove the checkpoints of a run when it has finished. GPT-2 124M leaves 1.5 GB per stage."""
+
+
+@dataclass
+class ReportArgs:
+    """Write the report of a study."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder with a study.toml and finished runs."""
+
+
+# --------------------------------------------------------------------------------------------------
+# study.toml
+
+
+class RunEntry(Struct, forbid_unknown_fields=True):
+    """A table [runs.LABEL] of study.toml."""
+
+    options: tuple[str, ...] = ()  # of train.py, after those of every run
+    seeds: Annotated[tuple[int, ...], Meta(min_length=1)] = (1,)
+    against: str = "baseline"  # label of the run to compare with
+
+
+class Study(Struct, forbid_unknown_fields=True):
+    """study.toml."""
+
+    title: str  # of the report
+    # RunEntry, by label
+    runs: Annotated[dict[Annotated[str, Meta(pattern=r"^\w[\w.-]*\Z")], Any], Meta(min_length=1)]
+    about: str = ""  # Markdown for the report
+    options: tuple[str, ...] = ()  # of every run
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training run of an experiment."""
+class PlannedRun:
+    """One training run of a study."""
 
-    label: str  # as the experiment names it
+    label: str
     seed: int
     options: tuple[str, ...] = field(repr=False)  # of train.py
-    against: str  # the label of the run that it is compared with
+    against: str  # label of the run to compare with
 
     @property
     def name(self) -> str:
         return f"{self.label}_seed{self.seed}"
 
 
-def load_experiment(folder: Path) -> tuple[dict, list[Run]]:
-    """experiment.toml, and its runs: each one's first seed in the order of the file, then the second seeds, and so on.
+def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
+    """Return study.toml and its runs.
 
-        title = "..."                        what the page is called
-        options = ["configs/A.py", ...]      of every run
-        [runs.LABEL]
-        options = ["--stages=4"]             after those of every run
-        seeds = [1, 2]                       default [1]
-        against = "baseline"                 the run to compare with, by label; default "baseline"
+    The first seeds come first, in the order of the file, then the second seeds, and so on.
 
-    Raises UserError where the file is no experiment.
+    Raises:
+        UserError: if the file is missing or not a study.
     """
-    path = folder / "experiment.toml"
+    path = folder / "study.toml"
     try:
-        experiment = tomllib.loads(path.read_text())
+        study = convert(tomllib.loads(path.read_text()), Study)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}: name a folder that has an experiment.toml, results/ has some") from None
-    except ValueError as error:
-        raise UserError(f"{path}: is no TOML: {error}") from None
-    _check(path, experiment, {"title": str, "about": str, "options": list, "runs": dict})
-    if missing := {"title", "runs"} - experiment.keys():
-        raise UserError(f"{path}: lacks {', '.join(sorted(missing))}")
-    if not experiment["runs"]:
-        raise UserError(f"{path}: has no runs: describe one as [runs.baseline]")
-    described = []
-    for label, run in experiment["runs"].items():
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}): name a folder that has a study.toml, such "
+            "as those in results/"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not a valid study: {error}") from None
+    planned = []
+    for label, table in study.runs.items():
         where = f"{path}, runs.{label}"
-        if not re.fullmatch(r"\w[\w.-]*", label):
-            raise UserError(f"{path}: {label!r} is no name for a run: use letters, digits, _, - and .")
-        _check(where, run, {"options": list, "seeds": list, "against": str})
-        seeds, against = run.get("seeds", [1]), run.get("against", "baseline")
-        if not seeds or any(type(seed) is not int for seed in seeds):
-            raise UserError(f"{where}: seeds must be whole numbers, one at least")
-        if against not in experiment["runs"]:
-            raise UserError(f"{where}: against = {against!r} is none of the runs: {', '.join(experiment['runs'])}")
-        options = (*experiment.get("options", []), *run.get("options", []))
-        if any(type(option) is not str for option in options):
-            raise UserError(f"{where}: options must be strings, as on train.py's command line")
-        described.append([Run(label, seed, (*options, f"--seed={seed}"), against) for seed in seeds])
-    there = {run.name for seeds in described for run in seeds}
-    for run in (run for seeds in described for run in seeds):
-        if f"{run.against}_seed{run.seed}" not in there:
-            raise UserError(f"{path}, runs.{run.label}: seeds: {run.against} has no run with seed {run.seed} to compare with")
-    most = max(map(len, described))
-    return experiment, [seeds[i] for i in range(most) for seeds in described if i < len(seeds)]
+        try:
+            entry = convert(table, RunEntry)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from None
+        if entry.against not in study.runs:
+            raise UserError(
+                f"{where}: against = {entry.against!r} is not a run: use one of "
+                f"{', '.join(study.runs)}"
+            )
+        options = (*study.options, *entry.options)
+        planned.append(
+            [PlannedRun(label, s, (*options, f"--seed={s}"), entry.against) for s in entry.seeds]
+        )
+    names = {run.name for seeds in planned for run in seeds}
+    for run in (run for seeds in planned for run in seeds):
+        if f"{run.against}_seed{run.seed}" not in names:
+            raise UserError(
+                f"{path}, runs.{run.label}: {run.against} has no run with seed {run.seed} to "
+                "compare with: add the seed there"
+            )
+    most = max(map(len, planned))
+    return study, [seeds[i] for i in range(most) for seeds in planned if i < len(seeds)]
 
 
-def _check(where, table, known):
-    if not isinstance(table, dict):
-        raise UserError(f"{where}: must be a table")
-    for key, value in table.items():
-        if key not in known:
-            raise UserError(f"{where}: {key} is none of {', '.join(known)}")
-        if not isinstance(value, known[key]):
-            raise UserError(f"{where}: {key} must be a {known[key].__name__}")
+# --------------------------------------------------------------------------------------------------
+# run
 
 
-def check_runs(runs: list[Run], extra: tuple[str, ...]) -> dict[str, cfg.Config]:
-    """The configuration of every run, by name. Raises UserError where one has a mistake, or a baseline more than one phase."""
-    given = [option for option in extra if option.split("=")[0] in ("seed", "out_dir", "init_from", "dry_run")]
-    if given:
-        raise UserError(f"--options {given[0]}: is the experiment's own to choose")
+def check_runs(
+    runs: Sequence[PlannedRun], options: Sequence[str], processes: int = 1
+) -> dict[str, Config]:
+    """Return the configuration of every run by name.
+
+    Args:
+        options: of every run, after its own.
+
+    Raises:
+        UserError: if train.py would refuse one, or if runs are compared with one that is not a
+            baseline.
+    """
+    for option in options:
+        if option.split("=")[0] in OWN_OPTIONS:
+            raise UserError(f"--options {option}: the study sets this option itself: remove it")
     configs = {}
     for run in runs:
-        configs[run.name] = config = cfg.load_config([*run.options, *(f"--{option}" for option in extra)])
-        plan, _ = cfg.make_plans(config, config.model(cfg.vocab_size(config, cfg.read_meta(config))))
-        if len(plan.phases) > 1 and any(other.against == run.label for other in runs):
-            raise UserError(f"{run.label}: others are compared with it, so it must be a baseline, but it has {len(plan.phases)} phases")
+        config = load_config([*run.options, *(f"--{option}" for option in options)], Config())
+        meta = load_meta(config.data_dir)
+        model_config = make_model_config(config, padded_vocab_size(meta))
+        schedule, baseline = make_schedules(config, model_config)
+        for phase in schedule.phases:
+            grad_accum_steps(config, phase.tokens_per_step, processes)
+        compared = any(other.against == run.label for other in runs)
+        cost, total = (
+            cumulative_cost(s, s.n_steps, "flops", model_config) for s in (schedule, baseline)
+        )
+        if compared and not (schedule.is_baseline and cost == total):
+            raise _no_baseline(run.label)
+        configs[run.name] = config
     return configs
 
 
-def check_same(run_dir: Path, config: cfg.Config) -> None:
-    """Raises UserError where what lies in a run folder was trained with other options."""
-    try:
-        former = json.loads((run_dir / "config.json").read_text())
-    except FileNotFoundError:
+def _no_baseline(label):
+    return UserError(
+        f"{label}: runs are compared with it, so it must train everything in all of its steps, "
+        "without continual steps and ramps: change its options, or `against` of the others"
+    )
+
+
+def check_same(folder: Path, config: Config) -> None:
+    """Check that the run in a folder, if there is one, was trained with the options of `config`.
+
+    Raises:
+        UserError: naming the option that differs.
+    """
+    if not (folder / "config.json").exists():
         return
-    except ValueError as error:
-        raise UserError(f"{run_dir}/config.json is damaged ({error}): remove {run_dir} to train the run again") from None
-    for key, value in json.loads(json.dumps(dataclasses.asdict(config))).items():
-        if key not in FREE and former.get(key) != value:
+    former = read_config(folder)
+    for option in dataclasses.fields(Config):
+        before, now = getattr(former, option.name), getattr(config, option.name)
+        if before != now and option.name not in CHANGEABLE:
             raise UserError(
-                f"{run_dir}: was trained with {key}={former.get(key)}, but now {key}={value} is asked for: give the options of then, or "
-                f"remove {run_dir} to train the run again"
+                f"{folder}: was trained with {option.name}={before}, but {option.name}={now} is "
+                f"asked for: use the former options, or remove {folder} to train the run again"
             )
 
 
-def is_finished(run_dir: Path) -> bool:
-    """Whether a run was evaluated at the last step of its plan. Raises UserError where its files are damaged."""
-    if not all((run_dir / name).exists() for name in KEPT):
-        return False
-    try:
-        steps = json.loads((run_dir / "plan.json").read_text())["steps"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run_dir}/plan.json is damaged ({error}): remove {run_dir} to train the run again") from None
-    return any(row["step"] == steps and row.get("val_loss") is not None for row in read_metrics(run_dir / "metrics.jsonl"))
+def load_finished(folder: Path) -> Run | None:
+    """Return the run in a folder; None if it has not been evaluated at its last step.
+
+    Raises:
+        UserError: if a file is corrupted.
+    """
+    if not all((folder / name).exists() for name in KEPT):
+        return None
+    run = load_run(folder)
+    steps, _ = run.curve("val_loss", "steps")
+    return run if run.schedule.steps in steps else None
 
 
-def main(args: Args) -> None:
-    _, runs = load_experiment(args.experiment)
-    if unknown := set(args.only) - {n for r in runs for n in (r.label, r.name)}:
-        raise UserError(f"--only {' '.join(sorted(unknown))}: the runs are {', '.join(r.name for r in runs)}")
-    configs = check_runs(runs, args.options)
+def run_study(args: RunArgs) -> None:
+    """Train the runs of a study that are not finished. Exits with EXIT_STOPPED if it is stopped."""
+    _, runs = load_study(args.folder)
+    if unknown := set(args.only) - {name for r in runs for name in (r.label, r.name)}:
+        raise UserError(
+            f"--only {' '.join(sorted(unknown))}: the runs are {', '.join(r.name for r in runs)}"
+        )
+    configs = check_runs(runs, args.options, args.processes)
     chosen = [r for r in runs if not args.only or {r.label, r.name} & set(args.only)]
-    out = args.out or Path("out") / args.experiment.resolve().name
+    out = args.out or Path("out") / args.folder.resolve().name
     for run in chosen:
-        check_same(args.experiment / run.name, configs[run.name])
+        check_same(args.folder / run.name, configs[run.name])
         check_same(out / run.name, configs[run.name])
     launcher = [sys.executable]
     if args.processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}"]
+        launcher += ["-m", "torch.distributed.run", "--standalone"]
+        launcher += [f"--nproc_per_node={args.processes}"]
 
-    # A run that is told to stop while it starts just ends; torchrun's own status is 1 whenever it was told to.
-    stopped = {EXIT_STOPPED, -signal.SIGTERM, -signal.SIGINT, 130} | ({1} if args.processes > 1 else set())
-    stop = Stop(args.minutes)
-    for i, run in enumerate(chosen, start=1):
-        if not is_finished(args.experiment / run.name):
-            if stop.asked:
-                break
-            print(f"{run.name}, {i} of {len(chosen)}", flush=True)
-            options = [*run.options, *(f"--{option}" for option in args.options), f"--out_dir={out / run.name}", "--init_from=auto"]
-            status = stop.run([*launcher, str(ROOT / "train.py"), *options])
-            if stop.asked and status in stopped:
-                break
-            if status or not is_finished(out / run.name):
-                raise UserError(f"{run.name} ended with status {status}: mend what it says above, the same command goes on")
-            keep(out / run.name, args.experiment / run.name)
+    # train.py ends by the signal itself if it is stopped while it starts. torchrun exits with 1
+    # whenever a signal stops it.
+    stopped = {EXIT_STOPPED, -signal.SIGTERM, -signal.SIGINT, 130}
+    stopped |= {1} if args.processes > 1 else set()
+    launch = Launcher(args.minutes)
+    for i, run in enumerate(chosen):
+        if not load_finished(args.folder / run.name):
+            status = EXIT_STOPPED
+            if not launch.stopping:
+                print(f"{run.name}, {i + 1} of {len(chosen)}", flush=True)
+                options = [*run.options, *(f"--{option}" for option in args.options)]
+                options += [f"--out_dir={out / run.name}", "--init_from=auto"]
+                status = launch.run([*launcher, str(ROOT / "train.py"), *options])
+            if launch.stopping and status in stopped:
+                print(
+                    f"stopped with {len(chosen) - i} of {len(chosen)} runs unfinished; continue "
+                    "with the same command"
+                )
+                sys.exit(EXIT_STOPPED)
+            if status or not load_finished(out / run.name):
+                raise UserError(
+                    f"{run.name}: train.py ended with status {status}: fix what it reports above, "
+                    "then continue with the same command"
+                )
+            keep(out / run.name, args.folder / run.name)
         if args.discard_checkpoints:
             shutil.rmtree(out / run.name / "checkpoints", ignore_errors=True)
-    else:
-        print(f"all {len(chosen)} runs are there: python report.py {args.experiment}")
-        return
-    print(f"stopped; {len(chosen) - i + 1} of {len(chosen)} runs are to come, the same command goes on")
-    sys.exit(EXIT_STOPPED)
+    print(f"all {len(chosen)} runs have finished; report: python study.py report {args.folder}")
 
 
-class Stop:
-    """Passes on to the run that is under way that it is to save and end: after so many minutes, or on a signal."""
+class Launcher:
+    """Runs commands one after the other, and passes on signals to stop.
 
-    def __init__(self, minutes: float | None):
-        self.asked, self._training = False, None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-            signal.signal(number, self._ask)
+    Args:
+        minutes: stop after this time as if by SIGTERM.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+    def __init__(self, minutes: float | None = None):
+        self.stopping = False
+        self._process: subprocess.Popen | None = None
+        for number in self.SIGNALS:
+            signal.signal(number, self._stop)
         if minutes is not None:
-            timer = threading.Timer(60 * minutes, self._ask)
+            timer = threading.Timer(60 * minutes, self._stop)
             timer.daemon = True
             timer.start()
 
-    def _ask(self, number=signal.SIGTERM, frame=None):
-        self.asked = True
-        if self._training:
-            # SIGUSR1 would end torchrun and leave its workers.
-            self._training.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+    def _stop(self, number=signal.SIGTERM, frame=None):
+        self.stopping = True
+        if self._process:
+            # SIGUSR1 would end torchrun and leave its workers running.
+            interrupt = number == signal.SIGINT
+            self._process.send_signal(signal.SIGINT if interrupt else signal.SIGTERM)
 
     def run(self, command: list[str]) -> int:
-        """The status of a command. It gets no Ctrl-C from the terminal but through here."""
-        self._training = subprocess.Popen(command, start_new_session=True)
-        if self.asked:  # while it was started
-            self._training.send_signal(signal.SIGTERM)
-        status = self._training.wait()
-        self._training = None
+        """Run a command and return its exit status."""
+        # In a session of its own, it receives the terminal's Ctrl-C only through `_stop`.
+        self._process = subprocess.Popen(command, start_new_session=True)
+        if self.stopping:  # since before the process existed
+            self._process.send_signal(signal.SIGTERM)
+        status = self._process.wait()
+        self._process = None
         return status
 
 
 def keep(run_dir: Path, folder: Path) -> None:
-    """Copy what a finished run measured."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in KEPT:
-        write_whole(folder / name, (run_dir / name).read_text())
+    """Copy the files of a finished run that `report` reads.
 
+    Raises:
+        UserError: if they cannot be written.
+    """
+    for name in KEPT:
+        write(folder / name, (run_dir / name).read_text())
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file atomically, and its folder if need be.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, text)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}): free some space, or make the folder "
+            "writable"
+        ) from None
+
+
+# --------------------------------------------------------------------------------------------------
+# measurements
+
+
+@dataclass
+class Result:
+    """A finished run, and the baseline of the same recipe and seed that it is compared with."""
+
+    planned: PlannedRun
+    run: Run
+    baseline: Run  # the run itself, if it is one
+
+    @property
+    def decays(self) -> bool:
+        """Whether the learning rate decays. Then only the last loss is a result."""
+        return self.run.config.lr_schedule != "constant"
+
+    @property
+    def final_loss(self) -> float:
+        return _final_loss(self.run)
+
+    def compute_matched_loss(self, metric: str) -> float | None:
+        """Return the validation loss where the run has cost as much as its whole baseline.
+
+        None if it never cost that much.
+        """
+        if self.decays:
+            close = abs(self.run.relative_cost[metric][-1] - 1) <= CLOSE
+            return self.final_loss if close else None
+        point = self.run.compute_matched_point("val_loss", "steps", metric)
+        return point and point[1]
+
+    def loss_difference(self, metric: str) -> float | None:
+        """Return the compute-matched loss minus the baseline's final loss."""
+        loss = self.compute_matched_loss(metric)
+        return None if loss is None else loss - _final_loss(self.baseline)
+
+    def cost_to_baseline_loss(self, metric: str) -> float | None:
+        """Return what the run had cost when its loss first reached the baseline's final loss.
+
+        As a fraction of the baseline's total; None if it never did, or if the learning rate decays.
+        """
+        _, losses = self.run.curve("val_loss", "steps")
+        cost = self.run.relative_cost[metric][self.run.measured("val_loss")]
+        target = _final_loss(self.baseline)
+        reached = np.flatnonzero(losses <= target)
+        if self.decays or not len(reached):
+            return None
+        i = reached[0]
+        if i == 0:
+            return float(cost[0])
+        part = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
+        return float(cost[i - 1] + part * (cost[i] - cost[i - 1]))
+
+    def stages_cost(self, metric: str) -> float:
+        """Return what the stages cost in all, as a fraction of the baseline's total."""
+        stages = [p for p in self.run.schedule.phases if p.kind != "continual"]
+        if metric == "seconds":
+            return seconds_at(self.run, stages[-1].stop) / total_seconds(self.baseline)
+        totals = self.run.schedule.baseline
+        return sum(getattr(p, metric) for p in stages) / getattr(totals, metric)
+
+
+def _final_loss(run):
+    return float(run.curve("val_loss", "steps")[1][-1])
+
+
+def in_phase(run: Run, phase: PhaseSummary, column: str) -> np.ndarray:
+    """Return the values of a column in a phase, in the order of steps."""
+    steps, values = run.curve(column, "steps")
+    return values[(steps > phase.start) & (steps <= phase.stop)]
+
+
+def speed(run: Run, phase: PhaseSummary) -> float:
+    """Return the median of a phase's tokens per second.
+
+    The first row is left out, because it may include compilation.
+
+    Raises:
+        UserError: if there are fewer than two rows.
+    """
+    rows = in_phase(run, phase, "tokens_per_second")[1:]
+    if not len(rows):
+        raise UserError(
+            f"{run.name}: {phase.name} has fewer than two rows in metrics.jsonl: train the run "
+            "again with a smaller log_interval"
+        )
+    return float(np.median(rows))
+
+
+def seconds_at(run: Run, steps: Any) -> Any:
+    """Return the time that the first `steps` steps (a number or an array) take.
+
+    Every step takes what its phase's median speed says.
+    """
+    stops = [p.stop for p in run.schedule.phases]
+    seconds = np.cumsum([p.tokens / speed(run, p) for p in run.schedule.phases])
+    return np.interp(steps, [0, *stops], [0, *seconds])
+
+
+def total_seconds(run: Run) -> float:
+    return float(seconds_at(run, run.schedule.steps))
+
+
+def load_results(folder: Path) -> tuple[Study, list[Result], list[PlannedRun]]:
+    """Return the study, its finished runs, and the runs that have not finished.
+
+    A run counts as finished when its baseline has finished too.
+
+    Raises:
+        UserError: if files are corrupted, or runs were not trained under the same conditions.
+    """
+    study, planned = load_study(folder)
+    finished = {p.name: run for p in planned if (run := load_finished(folder / p.name))}
+    results, missing = [], []
+    for p in planned:
+        run, baseline = finished.get(p.name), finished.get(f"{p.against}_seed{p.seed}")
+        if run is None or baseline is None:
+            missing.append(p)
+            continue
+        if not (baseline.is_baseline and baseline.relative_cost["flops"][-1] == 1):
+            raise _no_baseline(p.against)
+        results.append(Result(p, run, baseline))
+        check_comparable(folder, run, baseline, METHOD)
+        check_comparable(folder, run, results[0].run, METHOD | RECIPE)
+        seconds = seconds_at(run, run.columns["step"])
+        run.relative_cost["seconds"] = seconds / total_seconds(baseline)
+    return study, results, missing
+
+
+def check_comparable(folder: Path, run: Run, other: Run, may_differ: set[str]) -> None:
+    """Check that config.json of two runs is the same, except for the keys in `may_differ`.
+
+    Raises:
+        UserError: naming the key.
+    """
+    for key in (f.name for f in dataclasses.fields(run.config)):
+        a, b = getattr(run.config, key), getattr(other.config, key)
+        if a != b and key not in may_differ:
+            raise UserError(
+                f"{folder / run.name}: {key} is {a}, but {b} in {other.name}, with which it is "
+                "compared: remove one of the two, and train it again under the same conditions"
+            )
+
+
+# --------------------------------------------------------------------------------------------------
+# report
+
+
+def by_label(results: list[Result]) -> dict[str, list[Result]]:
+    """Return the results of all seeds by the label of the run."""
+    labels: dict[str, list[Result]] = {}
+    for result in results:
+        labels.setdefault(result.planned.label, []).append(result)
+    return labels
+
+
+def over_seeds(values: list[float | None], form: str, each: bool = True) -> str:
+    """Return the mean over the seeds, with `each` also every value; "-" if one is None."""
+    numbers = [value for value in values if value is not None]
+    if len(numbers) < len(values):
+        return "-"
+    mean = format(statistics.mean(numbers), form)
+    if len(numbers) == 1 or not each:
+        return mean
+    return f"{mean} ({', '.join(format(number, form) for number in numbers)})"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    align = ("left", *("right",) * (len(header) - 1))
+    return tabulate(rows, header, "pipe", colalign=align, disable_numparse=True)
+
+
+def loss_table(results: list[Result]) -> str:
+    header = ["run", "seeds", "val loss at the end"]
+    header += [f"compute-matched, {LABELS[m]}" for m in METRICS]
+    header += ["compute to reach the baseline's final loss (fraction of its total)"]
+    header += ["acc_norm at the end"]
+    rows = []
+    for label, runs in by_label(results).items():
+        differences = [over_seeds([r.loss_difference(m) for r in runs], "+.4f") for m in METRICS]
+        reached = [
+            over_seeds([r.cost_to_baseline_loss(m) for r in runs], ".2f", each=False)
+            for m in METRICS
+        ]
+        rows.append(
+            [
+                label,
+                ", ".join(str(r.planned.seed) for r in runs),
+                over_seeds([r.final_loss for r in runs], ".4f"),
+                *differences,
+                ", ".join(reached),
+                accuracy(runs),
+            ]
+        )
+    return markdown(header, rows)
+
+
+def accuracy(results: list[Result]) -> str:
+    """Return HellaSwag's acc_norm at the end, and the standard error of one run's."""
+    scores = [r.run.last("hellaswag_acc_norm") for r in results]
+    mean = over_seeds([score and 100 * score for score in scores], ".1f", each=False)
+    error = results[0].run.last("hellaswag_acc_norm_stderr")
+    return mean if error is None else f"{mean} ± {100 * error:.1f}%"
+
+
+def stages_table(results: list[Result]) -> str:
+    """Return what all stages together cost, of every run but the baselines; "" if there is none."""
+    rows = []
+    for label, runs in by_label(results).items():
+        run = runs[0].run
+        if runs[0].baseline is not run:
+            steps = max(p.stop for p in run.schedule.phases if p.kind != "continual")
+            costs = [over_seeds([r.stages_cost(m) for r in runs], ".3f") for m in METRICS]
+            rows.append([label, f"{steps:,}", *costs])
+    return markdown(["run", "steps", *(LABELS[m] for m in METRICS)], rows) if rows else ""
+
+
+def phase_table(results: list[Result]) -> str:
+    """Return speed, memory and cost of every phase, of the first seed of every run."""
+    firsts = {label: seeds[0] for label, seeds in by_label(results).items()}
+    phases = [p for result in firsts.values() for p in result.run.schedule.phases]
+    context = len({p.context_length for p in phases}) > 1
+    batch = len({p.tokens_per_step for p in phases}) > 1
+    header = ["run", "phase", "blocks that train"]
+    header += ["context"] * context + ["tokens/step"] * batch
+    header += ["tokens/s", "MFU", "peak memory", "time", "FLOPs", "time / FLOPs"]
+    rows = []
+    for label, result in firsts.items():
+        run, totals = result.run, result.run.schedule.baseline
+        for p in run.schedule.phases:
+            mfu = in_phase(run, p, "mfu")[1:]
+            peak = in_phase(run, p, "peak_memory")[:1]  # later ones include evaluations
+            seconds_per_token = 1 / speed(run, p)
+            time = seconds_per_token / (total_seconds(result.baseline) / totals.tokens)
+            flops = (p.flops / p.tokens) / (totals.flops / totals.tokens)
+            row = [label, p.name, f"{len(p.trained_blocks)} of {p.n_blocks}"]
+            row += [f"{p.context_length:,}"] * context + [f"{p.tokens_per_step:,}"] * batch
+            row.append(f"{speed(run, p):,.0f}")
+            row.append(f"{100 * np.median(mfu):.1f}%" if len(mfu) else "-")
+            row.append(f"{peak[0] / 2**30:.2f} GiB" if len(peak) else "-")
+            row += [f"{time:.3f}", f"{flops:.3f}", f"{time / flops:.2f}"]
+            rows.append(row)
+    return markdown(header, rows)
+
+
+def machine(config: plot.RunConfig) -> str:
+    if config.device_name != "cpu":
+        return f"{config.world_size} x {config.device_name}"
+    threads = config.world_size * config.threads
+    return f"{threads} thread{'s' * (threads > 1)} of {config.cpu}"
+
+
+def conditions(results: list[Result]) -> str:
+    """Return what was trained, on what data and machine, in a few sentences."""
+    baseline = results[0].baseline
+    c, totals = baseline.config, baseline.schedule.baseline
+    parameters = baseline.schedule.phases[-1].trained_parameters
+    dates = sorted({r.run.config.date for r in results})
+    return (
+        f"GPT-2 with {c.n_layer} blocks of width {c.n_embd}, {c.n_head} heads, context "
+        f"{c.block_size:,}: {parameters / 1e6:,.1f}M parameters. A baseline has {totals.steps:,} "
+        f"steps of {c.tokens_per_step:,} tokens: {totals.tokens / 1e6:,.1f}M tokens of "
+        f"`{c.data_dir}`, {totals.tokens / c.train_tokens:.2f} epochs, "
+        f"{100 * totals.tokens / PAPER_TOKENS:.3g}% of the paper's tokens. Trained on {machine(c)} "
+        f"with torch {c.torch_version}, "
+        f"{dates[0] if len(dates) == 1 else f'{dates[0]} to {dates[-1]}'}."
+    )
+
+
+HOW_TO_READ = (
+    "*Compute-matched*: the validation loss where the run has cost as much as its whole "
+    "baseline, minus the baseline's final validation loss, in nats per token. If it is "
+    "positive, the baseline is better. Losses are interpolated between evaluations. *Compute to "
+    "reach the baseline's final loss*: what the run had cost when its validation loss first "
+    "reached that value, in paper cost, FLOPs and seconds. The baseline has the same recipe and "
+    "seed. A run whose learning rate decays is compared only at its end, and only in metrics in "
+    f"which its total is within {CLOSE:.0%} of the baseline's. Seconds are the steps of each "
+    "phase times its median step time, without compilation and evaluation. With several seeds, "
+    "the first number is their mean. A dash means that there is nothing to compare."
+)
+ALT = {"figure1_loss": "training and validation loss", "figure2_hellaswag": "HellaSwag accuracy"}
+CAPTION = "*The first seed of the runs that are compared with the first baseline.*"
+STAGES = (
+    "All stages together, without continual training, as a fraction of the baseline's total. Paper "
+    "cost is the unit in which the paper states its savings."
+)
+PHASES = "Of the first seed. Time and FLOPs are per token, relative to the baseline's."
+
+
+def draw_figures(folder: Path, title: str, results: list[Result]) -> list[str]:
+    """Draw the first seed of the runs that are compared with the first baseline.
+
+    Returns:
+        The names of the figures, without their suffixes.
+    """
+    first = results[0]
+    runs = []
+    for r in results:
+        if (r.planned.seed, r.planned.against) == (first.planned.seed, first.planned.against):
+            runs.append(dataclasses.replace(r.run, name=r.planned.label))
+    config = first.run.config
+    args = plot.Args(title=f"{title}; {machine(config)}, {config.date}", out=folder)
+    return plot.draw_figures(runs, args)
+
+
+def report_study(args: ReportArgs) -> None:
+    """Write the report of a study, and its figures."""
+    study, results, missing = load_results(args.folder)
+    folder = args.folder.as_posix()
+    if not results:
+        raise UserError(
+            f"{folder}: no run has finished together with its baseline: train them with python "
+            f"study.py run {folder}"
+        )
+    names = draw_figures(args.folder, study.title, results)
+    figures = "\n\n".join([*(f"![{ALT[n]}]({n}.png)" for n in names), CAPTION])
+    head = [conditions(results), study.about.strip()]
+    if missing:
+        head.append(f"**Not finished yet:** {', '.join(run.name for run in missing)}.")
+    stages = stages_table(results)
+    page = [
+        f"# {study.title}",
+        f"*Written by `python study.py report {folder}` from the run folders beside it, which "
+        f"`python study.py run {folder}` wrote. Each config.json has the command of its run.*",
+        *head,
+        figures,
+        "## Compute-matched losses",
+        loss_table(results),
+        HOW_TO_READ,
+        *(["## Cost of the stages", STAGES, stages] if stages else []),
+        "## Phases",
+        PHASES,
+        phase_table(results),
+    ]
+    write(args.folder / "README.md", "\n\n".join(part for part in page if part) + "\n")
+    print(f"{args.folder / 'README.md'}: {len(results)} runs, {len(missing)} not finished yet")
+
+
+def main(args: RunArgs | ReportArgs) -> None:
+    if isinstance(args, RunArgs):
+        run_study(args)
+    else:
+        report_study(args)
+
+
+Command = (
+    Annotated[RunArgs, tyro.conf.subcommand("run")]
+    | Annotated[ReportArgs, tyro.conf.subcommand("report")]
+)
 
 if __name__ == "__main__":
     with report_user_errors():
-        main(tyro.cli(Args, config=(tyro.conf.FlagConversionOff,), use_underscores=True))
+        main(
+            tyro.cli(
+                Command,
+                description="Train the runs of a study, and report what they measured.",
+                config=(tyro.conf.FlagConversionOff,),
+                use_underscores=True,
+            )
+        )

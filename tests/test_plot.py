@@ -1,82 +1,140 @@
 """Figures and table, from real run folders."""
 
+import errno
 import json
+import re
+import shutil
 import xml.etree.ElementTree
 
 import matplotlib.image
 import numpy as np
 import pytest
+from conftest import metrics, script
 
 import plot
-from errors import UserError
+from stagewise.errors import UserError
 
-from conftest import metrics, script
+OPTIONS = {
+    "baseline": dict(steps=16, eval_interval=2),
+    "s4": dict(steps=16, eval_interval=2, stages=4, continual_steps="match_paper_cost"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder for the runs that `runs` trains once."""
+    return tmp_path_factory.mktemp("trained")
 
 
 @pytest.fixture
-def runs(run_train):
-    options = dict(steps=16, eval_interval=2)
-    s4 = run_train("s4", stages=4, continual_steps="equal_cost", **options)
-    return [run_train("baseline", **options), s4]
+def runs(run_train, trained, tmp_path):
+    """A baseline, and a schedule of four stages that is compute-matched in paper cost."""
+    for name, options in OPTIONS.items():
+        if not (trained / name).exists():
+            run_train(name, **options).rename(trained / name)
+        shutil.copytree(trained / name, tmp_path / name)
+    return [tmp_path / name for name in OPTIONS]
 
 
-def test_both_figures_from_real_runs(runs, tmp_path):
+def schedule_of(run):
+    return json.loads((run / "schedule.json").read_text())
+
+
+def edit(path, **changes):
+    """Change keys of a JSON file; None removes one."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def test_both_figures_and_the_table_from_real_runs(runs, tmp_path):
     result = script("plot.py", *runs, "--out", tmp_path / "plots")
     for name in ("figure1_loss", "figure2_hellaswag"):
         picture = matplotlib.image.imread(tmp_path / "plots" / f"{name}.png")
         assert picture.shape[:2] == (880, 1720) and picture[..., :3].std() > 0.05
         xml.etree.ElementTree.parse(tmp_path / "plots" / f"{name}.svg")
-    last = metrics(runs[1])[-1]
-    (row,) = [line for line in result.stdout.splitlines() if line.startswith("s4")]
-    assert row.split()[1:3] == [str(last["step"]), f"{last['tokens']:,}"] and f"{last['val_loss']:.4f}" in row
+    files = {p.name for p in (tmp_path / "plots").iterdir()}
+    assert files == {
+        f"{n}.{s}" for n in ("figure1_loss", "figure2_hellaswag") for s in ("png", "svg")
+    }
+    lines = result.stdout.splitlines()
+    assert re.split(r"  +", lines[0].strip()) == [
+        *("run", "steps", "tokens", "paper cost", "FLOPs", "minutes", "val loss"),
+        *("compute-matched (paper cost)", "acc_norm"),
+    ]
+    last, base = metrics(runs[1])[-1], schedule_of(runs[1])["baseline"]
+    (row,) = [line for line in lines if line.startswith("s4")]
+    cells = re.split(r"  +", row.strip())
+    assert cells[1:3] == [str(last["step"]), f"{last['tokens']:,}"]
+    assert cells[3] == f"{100 * last['paper_cost'] / base['paper_cost']:.1f}%"
+    assert cells[4] == f"{100 * last['flops'] / base['flops']:.1f}%"
+    assert cells[6] == f"{last['val_loss']:.4f}"
+    assert cells[8].startswith(f"{100 * last['hellaswag_acc_norm']:.1f} ± ")
 
 
-@pytest.mark.parametrize("axis", ["steps", "tokens", "cost", "flops", "hours"])
+@pytest.mark.parametrize("axis", ["steps", "tokens", "paper_cost", "flops", "hours"])
 def test_every_axis_shows_the_runs_own_numbers(runs, axis):
-    args = plot.Args(x=axis)
     loaded = [plot.load_run(r) for r in runs]
-    for run in loaded:
-        run.color = "k"
-    fig, ax = plot.draw(loaded, "val_loss", args, "loss")
+    _, ax = plot.draw(loaded, "val_loss", plot.Args(x=axis), "loss")
     rows = [row for row in metrics(runs[1]) if "val_loss" in row]
-    base = json.loads((runs[1] / "plan.json").read_text())["baseline"]
+    base = schedule_of(runs[1])["baseline"]
     expected = {
         "steps": lambda r: r["step"],
         "tokens": lambda r: r["tokens"],
-        "cost": lambda r: r["cost"] / base["cost"],
+        "paper_cost": lambda r: r["paper_cost"] / base["paper_cost"],
         "flops": lambda r: r["flops"] / base["flops"],
         "hours": lambda r: r["seconds"] / 3600,
     }[axis]
-    (line,) = [l for l in ax.lines if l.get_label() == "s4"]
+    (line,) = [line for line in ax.lines if line.get_label() == "s4"]
     np.testing.assert_allclose(line.get_xdata(), [expected(r) for r in rows])
     np.testing.assert_allclose(line.get_ydata(), [r["val_loss"] for r in rows])
 
 
 def circles(fig_ax):
-    return [l for l in fig_ax[1].lines if l.get_marker() == "o" and len(l.get_xdata())]
+    return [x for x in fig_ax[1].lines if x.get_marker() == "o" and len(x.get_xdata())]
 
 
-@pytest.mark.parametrize("equal", ["cost", "flops", "tokens"])
-def test_the_circle_is_where_the_plan_says(runs, equal):
+@pytest.mark.parametrize("match", ["paper_cost", "flops", "tokens"])
+def test_the_circle_is_at_the_compute_matched_step(runs, match):
     run = plot.load_run(runs[1])
-    run.color = "k"
-    found = circles(plot.draw([run], "val_loss", plot.Args(equal=equal), "loss"))
-    step = run.plan["equal_step"][equal]
+    found = circles(plot.draw([run], "val_loss", plot.Args(match=match), "loss"))
+    step = schedule_of(runs[1])["compute_matched_step"][match]
     (circle,) = found
     assert circle.get_xdata()[0] == pytest.approx(step, abs=0.6)
     x, y = run.curve("val_loss", "steps")
     assert circle.get_ydata()[0] == pytest.approx(np.interp(step, x, y), abs=0.05)
 
 
-def test_no_circle_before_the_budget_is_spent(run_train):
+def test_no_circle_before_the_run_is_compute_matched(run_train):
     run = plot.load_run(run_train("short", stages=4, steps=16))
-    run.color = "k"
-    assert circles(plot.draw([run], "val_loss", plot.Args(equal="cost"), "loss")) == []
+    assert circles(plot.draw([run], "val_loss", plot.Args(match="paper_cost"), "loss")) == []
+
+
+def test_a_compute_matched_run_may_end_half_of_its_last_step_early(run_train):
+    """Steps of the last phase are four times those of the baseline, and so is the rounding."""
+    ramp = dict(tokens_per_step_ramp="0:1024 50%:4096", steps=16)
+    run = plot.load_run(run_train("ramp", **ramp))
+    assert not run.is_baseline
+    end = run.relative_cost["tokens"][-1]
+    for end_cost, matched in ((1 - 1.9 / 16, True), (1 - 2.1 / 16, False)):
+        run.relative_cost["tokens"] *= end_cost / end
+        end = end_cost
+        assert (run.compute_matched_point("val_loss", "steps", "tokens") is not None) == matched
 
 
 def test_stage_boundaries(runs):
     run = plot.load_run(runs[1])
     assert run.stage_starts() == [4, 8, 12, 16] and plot.load_run(runs[0]).stage_starts() == []
+    _, ax = plot.draw([run], "val_loss", plot.Args(), "loss")
+    (ticks,) = [line for line in ax.lines if line.get_marker() == "|" and len(line.get_xdata())]
+    assert ticks.get_xdata().tolist() == [4, 8, 12, 16]
+
+
+def test_a_phase_that_a_ramp_cuts_is_no_stage_boundary(run_train):
+    ramp = "0:32 7%:64 80%:32"  # changes within stage 1 and within the continual phase
+    path = run_train("ramp", stages=2, steps=8, continual_steps=6, context_ramp=ramp)
+    names = [p["name"] for p in schedule_of(path)["phases"]]
+    assert sum(", part 2" in name for name in names) == 2
+    assert plot.load_run(path).stage_starts() == [4, 8]
 
 
 def test_a_run_that_has_only_begun_can_be_drawn(runs):
@@ -85,33 +143,128 @@ def test_a_run_that_has_only_begun_can_be_drawn(runs):
     plot.main(plot.Args(runs=tuple(runs), out=runs[0].parent / "plots"))
 
 
+def test_a_run_without_hellaswag_has_one_figure(run_train, tmp_path):
+    path = run_train("none", hellaswag_data="none", steps=4)
+    out = tmp_path / "plots"
+    out.mkdir()
+    assert plot.draw_figures([plot.load_run(path)], plot.Args(out=out)) == ["figure1_loss"]
+
+
 def test_folders_that_are_no_runs_are_refused(tmp_path, runs):
-    with pytest.raises(UserError, match="no run folder of train.py"):
+    with pytest.raises(UserError, match="config.json: cannot be read .* name a run folder"):
         plot.load_run(tmp_path)
     (runs[0] / "metrics.jsonl").write_text("")
-    with pytest.raises(UserError, match="metrics.jsonl is empty"):
+    with pytest.raises(UserError, match="metrics.jsonl: is empty"):
         plot.load_run(runs[0])
-    for damaged in ('{\n{"step": 1}\n', '[1]\n{"step": 1}\n', '{"step": 1}\n'):
-        (runs[0] / "metrics.jsonl").write_text(damaged)
-        with pytest.raises(UserError, match="damaged"):
+    for corrupted in ('{\n{"step": 1}\n', '[1]\n{"step": 1}\n', '{"step": 1}\n'):
+        (runs[0] / "metrics.jsonl").write_text(corrupted)
+        with pytest.raises(UserError, match=r"metrics.jsonl.* (is corrupted|is not a row)"):
             plot.load_run(runs[0])
+    (runs[0] / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match="metrics.jsonl: cannot be read"):
+        plot.load_run(runs[0])
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--out="):
         plot.main(plot.Args(runs=(runs[1],), out=tmp_path / "file"))
 
 
-def test_a_live_runs_half_written_row_is_left_out(runs):
-    whole = plot.load_run(runs[1]).columns["step"]
+@pytest.mark.parametrize(
+    "file, changes, named",
+    [
+        ("schedule.json", {"steps": "16"}, "steps: expected `int`"),
+        ("schedule.json", {"is_baseline": None}, "missing required field `is_baseline`"),
+        ("schedule.json", {"phases": []}, "phases: expected `array` of length >= 1"),
+        ("schedule.json", {"phases": [{"name": "x"}]}, "phases.*missing required field"),
+        ("schedule.json", {"baseline": {"steps": 1}}, "baseline: object missing required field"),
+        ("config.json", {"threads": None}, "missing required field `threads`"),
+        ("config.json", {"phase1": "script"}, "phase1: invalid enum value 'script'"),
+    ],
+)
+def test_corrupted_files_are_named(run_train, file, changes, named):
+    path = run_train("x", steps=2)
+    edit(path / file, **changes)
+    with pytest.raises(UserError, match=f"{file}: is corrupted.*{named}"):
+        plot.load_run(path)
+
+
+def test_an_option_that_a_kept_run_lacks_has_its_default(run_train):
+    path = run_train("x", steps=2)
+    edit(path / "config.json", growth=None, skip_rate=None)
+    config = plot.load_run(path).config
+    assert (config.growth, config.skip_rate, config.steps) == ("random", 0.2, 2)
+
+
+def test_a_live_runs_truncated_row_is_left_out(runs):
+    complete = plot.load_run(runs[1]).columns["step"]
     with open(runs[1] / "metrics.jsonl", "a") as f:
         f.write('{"step": 99, "lo')
-    assert plot.load_run(runs[1]).columns["step"].tolist() == whole.tolist()
+    assert plot.load_run(runs[1]).columns["step"].tolist() == complete.tolist()
 
 
-def test_a_baseline_that_goes_on_is_still_the_baseline(run_train):
+def test_a_baseline_that_continues_is_still_the_baseline(run_train):
     run = plot.load_run(run_train("longer", steps=8, continual_steps=4, eval_interval=2))
-    run.color = "k"
     figure = plot.draw([run], "val_loss", plot.Args(), "loss")
     assert run.stage_starts() == [] and circles(figure) == []
-    level = next(l for l in figure[1].lines if l.get_linestyle() == "--" and len(set(l.get_ydata())) == 1)
+    dashed = [line for line in figure[1].lines if line.get_linestyle() == "--"]
+    (level,) = [line for line in dashed if len(set(line.get_ydata())) == 1]
     x, y = run.curve("val_loss", "steps")
     assert level.get_ydata()[0] == pytest.approx(y[list(x).index(8)])
+
+
+def test_only_schedule_json_says_what_a_baseline_is(run_train):
+    """A schedule of full depth that skips blocks is none."""
+    path = run_train("skips", steps=8, skip_policy="layer_dropout", skip_rate=0.5)
+    run = plot.load_run(path)
+    assert len(run.schedule.phases) == 1 and not run.is_baseline
+    edit(path / "schedule.json", is_baseline=True)
+    assert plot.load_run(path).is_baseline
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_a_figure_that_cannot_be_written_leaves_the_former_one(runs, tmp_path, monkeypatch, suffix):
+    args = plot.Args(runs=tuple(runs), out=tmp_path / "plots")
+    plot.main(args)
+    file = args.out / f"figure1_loss.{suffix}"
+    before = {p.name: p.read_bytes() for p in args.out.iterdir()}
+    assert len(before) == 4
+
+    def full(fig, path, format, **kwargs):
+        real(fig, path, format=format, **kwargs)
+        if format == suffix:
+            path.write_bytes(path.read_bytes()[:100])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    real = matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", full)
+    with pytest.raises(UserError, match=f"{file}: cannot be written .No space left"):
+        plot.main(args)
+    assert {p.name: p.read_bytes() for p in args.out.iterdir()} == before
+
+
+def test_the_same_runs_give_the_same_files(runs, tmp_path):
+    loaded = [plot.load_run(r) for r in runs]
+    files = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        plot.draw_figures(loaded, plot.Args(out=tmp_path / name))
+        files.append({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()})
+    assert files[0] == files[1] and len(files[0]) == 4
+
+
+def test_runs_with_different_baselines_are_noted(runs, run_train, tmp_path, capsys):
+    other = run_train("other", steps=8)
+    for pair, noted in (((runs[0], runs[1]), False), ((runs[0], other), True)):
+        plot.main(plot.Args(runs=pair, out=tmp_path / "plots"))
+        assert ("different baselines" in capsys.readouterr().out) == noted
+
+
+def test_all_runs_below_out_by_default(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no runs below out/"):
+        plot.main(plot.Args())
+    (tmp_path / "out").mkdir()
+    for run in runs:
+        run.rename(tmp_path / "out" / run.name)
+    plot.main(plot.Args())
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:4]]
+    assert names == ["baseline", "s4"] and len(list((tmp_path / "plots").iterdir())) == 4

@@ -1,5 +1,6 @@
-"""An experiment from its TOML to its page and README's results, from real runs."""
+"""A study from its study.toml to its report, from real runs."""
 
+import dataclasses
 import json
 import os
 import re
@@ -12,14 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
-
-import config as cfg
-import experiment
-import report
-from checkpoint import load_checkpoint
-from errors import UserError
-
 from conftest import ROOT, arguments, metrics, script
+
+import plot
+import study
+import train
+from stagewise.checkpoint import load_checkpoint
+from stagewise.config import Config, grad_accum_steps
+from stagewise.errors import UserError
 
 TOML = """
 title = "Tiny"
@@ -34,65 +35,252 @@ seeds = [1, 2]
 options = ["--lr_schedule=wsd"]
 against = "decays"
 [runs.decays_s2]
-options = ["--lr_schedule=wsd", "--stages=2", "--continual_steps=equal_flops"]
+options = ["--lr_schedule=wsd", "--stages=2", "--continual_steps=match_flops"]
 against = "decays"
+[runs.ramp]
+options = [
+    "--stage_blocks", "2", "4", "--context_ramp=0:32 50%:64",
+    "--tokens_per_step_ramp=0:1024 38%:2048", "--skip_policy=layer_dropout",
+]
 [runs.later]
 """
-ALL = ["baseline_seed1", "baseline_seed2", "decays_s2_seed1", "decays_seed1", "s4_seed1", "s4_seed2"]
+LABELS = ("baseline", "s4", "decays", "decays_s2", "ramp")
+RUNS = ["baseline_seed1", "baseline_seed2", "decays_s2_seed1", "decays_seed1", "ramp_seed1"]
+RUNS += ["s4_seed1", "s4_seed2"]
 
 
-def write_experiment(folder, text=TOML, **options):
+def write_study(folder, text=TOML, **options):
     folder.mkdir(exist_ok=True)
     options = [a for a in arguments(folder, **options) if not a.startswith("--out_dir")]
-    (folder / "experiment.toml").write_text(text.replace("{options}", json.dumps(options)))
+    (folder / "study.toml").write_text(text.replace("{options}", json.dumps(options)))
     return folder
+
+
+@pytest.fixture
+def restored_signals():
+    handlers = {number: signal.getsignal(number) for number in study.Launcher.SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def train_here(launcher, command):
+    """Launcher.run, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command[1:])
+        train.main()
+    return 0
 
 
 @pytest.fixture(scope="module")
 def tiny(corpus, tmp_path_factory):
-    """An experiment of which all runs but `later` are there."""
+    """A study of which all runs but `later` have finished."""
     folder = tmp_path_factory.mktemp("tiny") / "tiny"
-    write_experiment(folder, data_dir=corpus, steps=16, eval_interval=4, log_interval=1, hellaswag_limit=10)
-    names = ("baseline", "s4", "decays", "decays_s2")
-    assert "all 6 runs are there" in script("experiment.py", folder, "--out", folder / "out", "--only", *names).stdout
+    write_study(folder, data_dir=corpus, steps=16, eval_interval=4, hellaswag_limit=10)
+    handlers = {number: signal.getsignal(number) for number in study.Launcher.SIGNALS}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study.Launcher, "run", train_here)
+        study.main(study.RunArgs(folder, only=LABELS, out=folder / "out"))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     return folder
 
 
 @pytest.fixture
 def copy(tiny, tmp_path):
-    """The same, to be damaged."""
+    """The same, to be changed."""
     return Path(shutil.copytree(tiny, tmp_path / "copy"))
 
 
-def value(cell: str) -> list[float]:
+def edit(path, **changes):
+    """Change keys of a JSON file; None removes one."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def write_rows(folder, rows):
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def schedule_of(folder):
+    return json.loads((folder / "schedule.json").read_text())
+
+
+def result(folder, name):
+    return next(r for r in study.load_results(folder)[1] if r.planned.name == name)
+
+
+def numbers(cell: str) -> list[float]:
     return [float(number) for number in re.findall(r"[-+]?[\d.]+", cell)]
 
 
-def rows_of(page: str, heading: str) -> dict[tuple, list[str]]:
-    """The rows of the table below a heading, by their first cell."""
+def tables(page: str, heading: str) -> list[list[str]]:
+    """The rows of the table below a heading, the header first."""
     lines = page.split(heading)[1].split("\n## ")[0].splitlines()
-    cells = [[c.strip() for c in line.strip("| ").split(" | ")] for line in lines if line.startswith("|")]
-    return {row[0]: row[1:] for row in cells[2:]}
+    rows = [line.strip("|").split("|") for line in lines if line.startswith("|")]
+    return [[cell.strip() for cell in row] for i, row in enumerate(rows) if i != 1]
 
 
-def test_runs_are_kept_and_not_trained_twice(tiny):
-    assert sorted(p.parent.name for p in tiny.glob("*/metrics.jsonl")) == ALL
-    for run in ALL:
-        assert sorted(p.name for p in (tiny / run).iterdir()) == ["config.json", "metrics.jsonl", "plan.json"]
+# --------------------------------------------------------------------------------------------------
+# study.toml
+
+
+def test_the_first_seeds_come_first(tmp_path):
+    write_study(tmp_path / "x")
+    described, runs = study.load_study(tmp_path / "x")
+    first = [f"{label}_seed1" for label in (*LABELS, "later")]
+    assert [r.name for r in runs] == [*first, "baseline_seed2", "s4_seed2"]
+    assert runs[1].options[-3:] == ("--stages=4", "--continual_steps=16", "--seed=1")
+    assert runs[1].against == "baseline"
+    assert (described.title, described.about) == ("Tiny", "What it is for.")
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        (None, "study.toml: cannot be read (No such file or directory): name a folder that has"),
+        ("title = ", "study.toml: is not a valid study: Invalid value"),
+        ("title = " + "[" * 9999, "study.toml: is not a valid study"),
+        ('title = "x"', "missing required field `runs`"),
+        ('about = "x"\nruns = {a = {}}', "missing required field `title`"),
+        ('title = "x"\nruns = 3', "runs: expected `object`, got `int`"),
+        ('title = "x"\nabuot = ""\nruns = {a = {}}', "contains unknown field `abuot`"),
+        ('title = "x"\n[runs.s4]\nseed = 1', "runs.s4: Object contains unknown field `seed`"),
+        ('title = "x"\n[runs.s4]\nseeds = 1', "runs.s4: seeds: expected `array`, got `int`"),
+        ('title = "x"\n[runs.s4]\nseeds = []', "runs.s4: seeds: expected `array` of length >= 1"),
+        ('title = "x"\n[runs.s4]\n', "runs.s4: against = 'baseline' is not a run: use one of s4"),
+        ('title = "x"\n[runs]\n', "runs: expected `object` of length >= 1"),
+        ('title = "x"\nruns = {s4 = 3}', "runs.s4: Expected `object`, got `int`"),
+        ('title = "x"\n[runs.baseline]\nseeds = ["a"]', "seeds[0]: expected `int`, got `str`"),
+        ('title = "x"\n[runs.baseline]\noptions = [1]', "options[0]: expected `str`, got `int`"),
+        ('title = "x"\n[runs."../x"]\n', r"matching regex '^\\w[\\w.-]*\\Z'"),
+        (
+            'title = "x"\n[runs.baseline]\n[runs.s4]\nseeds = [1, 2]',
+            "runs.s4: baseline has no run with seed 2 to compare with",
+        ),
+    ],
+)
+def test_a_file_that_is_no_study_is_refused(tmp_path, text, named):
+    if text is not None:
+        (tmp_path / "study.toml").write_text(text)
+    with pytest.raises(UserError, match=re.escape(named)):
+        study.load_study(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["small_cpu", "gpt2_124m"])
+def test_the_studies_of_this_repository_make_schedules(name, corpus):
+    _, runs = study.load_study(ROOT / "results" / name)
+    configs = study.check_runs(runs, (f"data_dir={corpus}",))
+    expected = {"baseline", "s4", "s8", "s12", "s4_released_code", "baseline_modern", "s4_modern"}
+    assert {r.label for r in runs} >= expected
+    assert all(grad_accum_steps(c, c.tokens_per_step, 1) >= 1 for c in configs.values())
+
+
+# --------------------------------------------------------------------------------------------------
+# run
+
+
+def test_finished_runs_are_kept(tiny):
+    assert sorted(p.parent.name for p in tiny.glob("*/metrics.jsonl")) == RUNS
+    for run in RUNS:
+        files = sorted(p.name for p in (tiny / run).iterdir())
+        assert files == ["config.json", "metrics.jsonl", "schedule.json"]
         assert metrics(tiny / run) == metrics(tiny / "out" / run)
-        assert [r["step"] for r in metrics(tiny / run)] == list(range(json.loads((tiny / run / "plan.json").read_text())["steps"] + 1))
+        steps = [row["step"] for row in metrics(tiny / run)]
+        assert steps == list(range(schedule_of(tiny / run)["steps"] + 1))
     assert json.loads((tiny / "s4_seed2" / "config.json").read_text())["seed"] == 2
-    again = script("experiment.py", tiny, "--out", tiny / "out", "--only", "s4_seed1")
-    assert again.stdout.splitlines() == [f"all 1 runs are there: python report.py {tiny}"]
 
 
+def run_only(folder, *names, monkeypatch, **options):
+    """Run a study in which no run may be trained."""
+    monkeypatch.setattr(study.Launcher, "run", lambda self, command: pytest.fail("was trained"))
+    study.main(study.RunArgs(folder, only=names, out=folder / "out", **options))
+
+
+def test_finished_runs_are_not_trained_again(copy, monkeypatch, capsys, restored_signals):
+    run_only(copy, *LABELS, monkeypatch=monkeypatch)
+    end = f"all 7 runs have finished; report: python study.py report {copy}"
+    assert capsys.readouterr().out.splitlines() == [end]
+
+
+def test_an_option_newer_than_a_kept_run_has_its_default(copy, monkeypatch, restored_signals):
+    """Its config.json lacks the option: the run is finished with the default, and with no other."""
+    for folder in (copy, copy / "out"):
+        edit(folder / "s4_seed1" / "config.json", growth=None, skip_rate=None, dropout=None)
+    run_only(copy, "s4_seed1", monkeypatch=monkeypatch)
+    with pytest.raises(
+        UserError, match="was trained with growth=random, but growth=stack is asked"
+    ):
+        run_only(copy, "s4_seed1", monkeypatch=monkeypatch, options=("growth=stack",))
+    # All options at once: every one has a default.
+    for folder in (copy, copy / "out"):
+        path = folder / "baseline_seed1" / "config.json"
+        content = json.loads(path.read_text())
+        defaults = json.loads(json.dumps(dataclasses.asdict(Config())))
+        kept = {k: v for k, v in content.items() if k not in defaults or defaults[k] != v}
+        assert len(kept) < len(content)
+        path.write_text(json.dumps(kept))
+    run_only(copy, "baseline_seed1", monkeypatch=monkeypatch)
+    assert len(study.load_results(copy)[1]) == 7
+
+
+def test_runs_continue_with_their_own_options_only(copy, monkeypatch, restored_signals):
+    for option in ("checkpoint_interval=7", "max_skipped_steps=3", "timeout=30"):
+        run_only(copy, "s4_seed1", monkeypatch=monkeypatch, options=(option,))
+    with pytest.raises(UserError, match="with learning_rate=0.001, but learning_rate=1.0 is asked"):
+        run_only(copy, "s4_seed1", monkeypatch=monkeypatch, options=("learning_rate=1",))
+    shutil.rmtree(copy / "s4_seed1")  # only out/ has it
+    with pytest.raises(UserError, match="out/s4_seed1: was trained with learning_rate=0.001"):
+        run_only(copy, "s4_seed1", monkeypatch=monkeypatch, options=("learning_rate=1",))
+
+
+def test_a_run_that_fails_ends_the_study(tmp_path, corpus, monkeypatch, restored_signals):
+    folder = write_study(tmp_path / "x", data_dir=corpus)
+    monkeypatch.setattr(study.Launcher, "run", lambda self, command: 0)  # and nothing was trained
+    with pytest.raises(UserError, match="baseline_seed1: train.py ended with status 0"):
+        study.main(study.RunArgs(folder, out=tmp_path / "out"))
+    monkeypatch.setattr(study.Launcher, "run", lambda self, command: 75)  # not told to stop by us
+    with pytest.raises(UserError, match="baseline_seed1: train.py ended with status 75"):
+        study.main(study.RunArgs(folder, out=tmp_path / "out"))
+
+
+def test_mistakes_are_found_before_anything_is_trained(corpus, tmp_path, monkeypatch):
+    folder = write_study(tmp_path / "bad", data_dir=corpus, n_head=3)
+
+    def refused(message, *options, **kwargs):
+        with pytest.raises(UserError, match=message):
+            run_only(folder, *options, monkeypatch=monkeypatch, **kwargs)
+
+    refused("n_embd=32 must be a multiple of n_head=3")
+    refused("--only s5: the runs are baseline_seed1, s4_seed1", "s5")
+    with pytest.raises(UserError, match="no run has finished together with its baseline"):
+        study.main(study.ReportArgs(folder))
+    write_study(folder, data_dir=corpus)
+    refused("--options seed=3: the study sets this option itself", options=("seed=3",))
+    refused("batch_size=7 does not divide", options=("batch_size=7",))
+    refused("must be a multiple of block_size=64 x 3 processes", processes=3)
+    ramp = "tokens_per_step_ramp=0:2048"
+    for option in ("stages=2", "continual_steps=4", "skip_policy=layer_dropout", ramp):
+        refused("^baseline: runs are compared with it, so it must train", options=(option,))
+
+
+def test_mistakes_are_one_line_on_the_command_line(tmp_path):
+    refused = script("study.py", "run", tmp_path, check=False)
+    assert refused.returncode == 1 and refused.stderr.startswith("error: ")
+    assert len(refused.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "SIGINT", "minutes", "torchrun"])
-def test_an_experiment_that_is_stopped_saves_and_goes_on(corpus, tmp_path, how):
-    folder = write_experiment(tmp_path / "x", data_dir=corpus, steps=4000, eval_interval=4000, log_interval=1)
+def test_a_study_that_is_stopped_saves_and_continues(corpus, tmp_path, how):
+    options = dict(data_dir=corpus, steps=4000, eval_interval=4000, log_interval=1)
+    folder = write_study(tmp_path / "x", **options)
     out = tmp_path / "out" / "baseline_seed1"
-    command = [sys.executable, "experiment.py", str(folder), "--out", str(tmp_path / "out"), "--only", "baseline"]
-    command += {"minutes": ["--minutes", "0.15"], "torchrun": ["--processes", "2"]}.get(how, [])
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "study.py", "run", str(folder), "--out", str(tmp_path / "out")]
+    command += ["--only", "baseline"]
+    command += {"minutes": ["--minutes", "0.2"], "torchrun": ["--processes", "2"]}.get(how, [])
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=env)
     if how != "minutes":
         deadline = time.monotonic() + 100
         while not (out / "metrics.jsonl").exists() or len(metrics(out)) < 3:
@@ -100,125 +288,186 @@ def test_an_experiment_that_is_stopped_saves_and_goes_on(corpus, tmp_path, how):
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM if how == "torchrun" else signal.Signals[how])
     said, _ = process.communicate(timeout=100)
-    assert process.returncode == 75 and "2 of 2 runs are to come, the same command goes on" in said
+    assert process.returncode == 75
+    assert "stopped with 2 of 2 runs unfinished; continue with the same command" in said
     assert not (folder / "baseline_seed1").exists()
-    if how == "SIGTERM":  # on from where it stopped, a little
+    if how == "SIGTERM":  # continues where it stopped, for a while
         step = load_checkpoint(out)["step"]
-        config = json.loads((out / "config.json").read_text())
-        for changed, named in ((5, "was trained with tokens_per_step=1024, but now tokens_per_step=2048"), (0, None)):
-            options = ["tokens_per_step=2048"] if changed else []
-            result = script(*command[1:], "--minutes=0.2", *(["--options", *options] if options else []), check=False)
-            assert (named in result.stderr and result.returncode == 1) if named else result.returncode == 75
-        assert load_checkpoint(out)["step"] > step and config["steps"] == 4000
+        refused = script(*command[1:], "--options", "tokens_per_step=2048", check=False)
+        assert "was trained with tokens_per_step=1024, but tokens_per_step=2048" in refused.stderr
+        assert refused.returncode == 1
+        assert script(*command[1:], "--minutes=0.5", check=False).returncode == 75
+        assert load_checkpoint(out)["step"] > step
 
 
-def test_checkpoints_may_be_discarded(corpus, tmp_path):
-    folder = write_experiment(tmp_path / "one", data_dir=corpus, steps=2)
-    script("experiment.py", folder, "--out", tmp_path / "out", "--only", "baseline_seed1", "--discard_checkpoints=True")
-    assert (folder / "baseline_seed1" / "metrics.jsonl").exists() and not list(tmp_path.rglob("checkpoints"))
+@pytest.mark.slow
+def test_a_study_runs_from_the_command_line(corpus, tmp_path):
+    folder = write_study(tmp_path / "one", data_dir=corpus, steps=8)
+    command = ["study.py", "run", folder, "--out", tmp_path / "out", "--only", "baseline"]
+    first = script(*command, "--discard_checkpoints=True")
+    assert "baseline_seed2, 2 of 2" in first.stdout and "all 2 runs have finished" in first.stdout
+    assert len(list(folder.glob("*/metrics.jsonl"))) == 2
+    assert not list(tmp_path.rglob("checkpoints"))
+    second = script("study.py", "report", folder)
+    assert "README.md: 2 runs, 6 not finished yet" in second.stdout
+    page = (folder / "README.md").read_text()
+    assert "![training and validation loss](figure1_loss.png)" in page
+    assert "## Cost of the stages" not in page  # baselines alone have none
 
 
-def test_the_page_says_what_the_runs_measured(tiny):
-    """Against the definitions, computed plainly from metrics.jsonl and plan.json: seeds apart, straight lines between evaluations."""
-    script("report.py", tiny)
+# --------------------------------------------------------------------------------------------------
+# report
+
+
+def test_the_report_says_what_the_runs_measured(tiny):
+    """Against the definitions, computed plainly from metrics.jsonl and schedule.json."""
+    study.main(study.ReportArgs(tiny))
     page = (tiny / "README.md").read_text()
-    assert "**Not run yet:** later_seed1." in page and "Trained on 1 thread of" in page
-    row = rows_of(page, "## Losses at equal cost")["s4"]
+    assert "**Not finished yet:** later_seed1." in page and "Trained on 1 thread of" in page
+    assert "A baseline has 16 steps of 1,024 tokens: 0.0M tokens of" in page
+    header, *rows = tables(page, "## Compute-matched losses")
+    assert header == [
+        *("run", "seeds", "val loss at the end", "compute-matched, paper cost"),
+        *("compute-matched, FLOPs", "compute-matched, seconds"),
+        "compute to reach the baseline's final loss (fraction of its total)",
+        "acc_norm at the end",
+    ]
+    losses = {row[0]: row[1:] for row in rows}
+    assert list(losses) == list(LABELS)
+    row = losses["s4"]
     baselines = [metrics(tiny / f"baseline_seed{seed}") for seed in (1, 2)]
     runs = [metrics(tiny / f"s4_seed{seed}") for seed in (1, 2)]
-    assert value(row[0]) == [1, 2]
-    assert value(row[1]) == pytest.approx([statistics.mean(r[-1]["val_loss"] for r in runs), *(r[-1]["val_loss"] for r in runs)], abs=6e-5)
-    for cell, currency in ((row[2], "cost"), (row[3], "flops")):
+    assert numbers(row[0]) == [1, 2]
+    ends = [r[-1]["val_loss"] for r in runs]
+    assert numbers(row[1]) == pytest.approx([statistics.mean(ends), *ends], abs=6e-5)
+    for cell, metric in ((row[2], "paper_cost"), (row[3], "flops")):
         differences = []
         for run, base in zip(runs, baselines):
-            budget, at = base[-1][currency], [r for r in run if "val_loss" in r]
-            after = next(i for i, r in enumerate(at) if r[currency] >= budget)
+            budget, at = base[-1][metric], [r for r in run if "val_loss" in r]
+            after = next(i for i, r in enumerate(at) if r[metric] >= budget)
             a, b = at[after - 1], at[after]
-            share = (budget - a[currency]) / (b[currency] - a[currency])
-            differences.append(a["val_loss"] + share * (b["val_loss"] - a["val_loss"]) - base[-1]["val_loss"])
-        assert value(cell) == pytest.approx([statistics.mean(differences), *differences], abs=6e-5)
-    losses = rows_of(page, "## Losses at equal cost")
+            part = (budget - a[metric]) / (b[metric] - a[metric])
+            loss = a["val_loss"] + part * (b["val_loss"] - a["val_loss"])
+            differences.append(loss - base[-1]["val_loss"])
+        assert numbers(cell) == pytest.approx(
+            [statistics.mean(differences), *differences], abs=6e-5
+        )
     assert losses["baseline"][2:5] == ["+0.0000 (+0.0000, +0.0000)"] * 3
+    assert losses["baseline"][5] == "1.00, 1.00, 1.00"
     ends = [metrics(tiny / f"{name}_seed1")[-1]["val_loss"] for name in ("decays", "decays_s2")]
-    assert value(losses["decays_s2"][3]) == pytest.approx([ends[1] - ends[0]], abs=6e-5) and losses["decays_s2"][5] == "-, -, -"
+    assert numbers(losses["decays_s2"][3]) == pytest.approx([ends[1] - ends[0]], abs=6e-5)
+    assert losses["decays_s2"][5] == "-, -, -"
     last = [r[-1] for r in runs]
-    assert value(row[6]) == pytest.approx([100 * statistics.mean(r["hellaswag_acc_norm"] for r in last),
-                                           100 * last[0]["hellaswag_acc_norm_stderr"]], abs=0.06)  # fmt: skip
-    stages = rows_of(page, "## What the stages cost")["s4"]
-    plan = json.loads((tiny / "s4_seed1" / "plan.json").read_text())
-    for cell, currency in ((stages[1], "cost"), (stages[2], "flops")):
-        assert value(cell)[0] == pytest.approx(plan["phases"][-2]["cumulative"][currency], abs=6e-4)
-    table = [line.strip("| ").split(" | ") for line in page.split("## Every phase")[1].splitlines() if line.startswith("| s4 ")]
-    assert [row[1] for row in table] == [p["name"] for p in plan["phases"]]
-    assert [row[2] for row in table[:4]] == ["1 of 1", "1 of 1", "1 of 2", "2 of 2"]
-    for row, p in zip(table, plan["phases"]):
-        per_step = (p["flops"] / (p["stop"] - p["start"])) / (plan["baseline"]["flops"] / plan["baseline"]["steps"])
-        assert float(row[7]) == pytest.approx(per_step, abs=6e-4)
-        assert float(row[8]) == pytest.approx(float(row[6]) / per_step, abs=0.01)
+    mean = 100 * statistics.mean(r["hellaswag_acc_norm"] for r in last)
+    error = 100 * last[0]["hellaswag_acc_norm_stderr"]
+    assert numbers(row[6]) == pytest.approx([mean, error], abs=0.06)
+
+
+def test_the_report_says_what_the_stages_cost(tiny):
+    study.main(study.ReportArgs(tiny))
+    header, *rows = tables((tiny / "README.md").read_text(), "## Cost of the stages")
+    assert header == ["run", "steps", "paper cost", "FLOPs", "seconds"]
+    stages = {row[0]: row[1:] for row in rows}
+    assert list(stages) == ["s4", "decays_s2", "ramp"]
+    schedule = schedule_of(tiny / "s4_seed1")
+    assert stages["s4"][0] == "16"
+    for cell, metric in ((stages["s4"][1], "paper_cost"), (stages["s4"][2], "flops")):
+        expected = schedule["phases"][-2]["cumulative"][metric]
+        assert numbers(cell)[0] == pytest.approx(expected, abs=6e-4)
+    ramp = schedule_of(tiny / "ramp_seed1")
+    fraction = ramp["total"]["paper_cost"] / ramp["baseline"]["paper_cost"]
+    assert numbers(stages["ramp"][1]) == pytest.approx([fraction], abs=6e-4)
+
+
+def test_the_report_lists_every_phase_at_its_own_cost(tiny):
+    study.main(study.ReportArgs(tiny))
+    header, *rows = tables((tiny / "README.md").read_text(), "## Phases")
+    assert header == [
+        *("run", "phase", "blocks that train", "context", "tokens/step", "tokens/s", "MFU"),
+        *("peak memory", "time", "FLOPs", "time / FLOPs"),
+    ]
+    base = metrics(tiny / "baseline_seed1")
+    base_speed = statistics.median(r["tokens_per_second"] for r in base[2:])
+    for label in ("s4", "ramp"):
+        schedule = schedule_of(tiny / f"{label}_seed1")
+        mine = [dict(zip(header, row)) for row in rows if row[0] == label]
+        assert [row["phase"] for row in mine] == [p["name"] for p in schedule["phases"]]
+        measured = metrics(tiny / f"{label}_seed1")
+        for row, p in zip(mine, schedule["phases"]):
+            inside = [r for r in measured if p["start"] + 1 < r["step"] <= p["stop"]]
+            speed = statistics.median(r["tokens_per_second"] for r in inside)
+            assert row["blocks that train"] == f"{len(p['trained_blocks'])} of {p['n_blocks']}"
+            assert row["context"] == str(p["context_length"])
+            assert row["tokens/step"] == f"{p['tokens_per_step']:,}"
+            assert row["tokens/s"] == f"{speed:,.0f}"
+            totals = schedule["baseline"]
+            flops = (p["flops"] / p["tokens"]) / (totals["flops"] / totals["tokens"])
+            assert float(row["FLOPs"]) == pytest.approx(flops, abs=6e-4)
+            assert float(row["time"]) == pytest.approx(base_speed / speed, abs=6e-4)
+            ratio = base_speed / speed / flops
+            assert float(row["time / FLOPs"]) == pytest.approx(ratio, abs=6e-3)
+    ramp = {(r[3], r[4]) for r in rows if r[0] == "ramp"}
+    assert ramp == {("32", "1,024"), ("32", "2,048"), ("64", "2,048")}
 
 
 def test_seconds_leave_out_the_first_row_of_a_phase(copy):
-    """It may have compilation in it: here, an hour."""
-    one = lambda: next(m for m in report.load(copy)[1] if m.run.name == "s4_seed1")  # noqa: E731
-    before = one()
-    rows = metrics(copy / "s4_seed1")
-    for row in rows:
-        if row["step"] in {p["start"] + 1 for p in before.plot.plan["phases"]}:
-            row["tokens_per_second"] = 1024 / 3600
-    (copy / "s4_seed1" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    after = one()
-    assert after.step_seconds == before.step_seconds and after.plot.columns["seconds"][-1] < 60
-    total = 0.0
-    for phase in after.plot.plan["phases"]:
-        inside = [r["tokens_per_second"] for r in rows if phase["start"] + 1 < r["step"] <= phase["stop"]]
-        total += (phase["stop"] - phase["start"]) * 1024 / statistics.median(inside)
-    assert after.plot.columns["seconds"][-1] == pytest.approx(total)
-    base = statistics.median(r["tokens_per_second"] for r in metrics(copy / "baseline_seed1")[2:])
-    assert after.plot.plan["baseline"]["seconds"] == pytest.approx(16 * 1024 / base)
+    """It may include compilation: here, an hour."""
+    for name in ("s4_seed1", "ramp_seed1"):
+        before = result(copy, name)
+        rows = metrics(copy / name)
+        phases = schedule_of(copy / name)["phases"]
+        for row in rows:
+            if row["step"] in {p["start"] + 1 for p in phases}:
+                row["tokens_per_second"] = 1024 / 3600
+        write_rows(copy / name, rows)
+        after = result(copy, name)
+        seconds = after.run.relative_cost["seconds"]
+        assert seconds.tolist() == before.run.relative_cost["seconds"].tolist()
+        total = 0.0
+        for p in phases:
+            inside = [r for r in rows if p["start"] + 1 < r["step"] <= p["stop"]]
+            speed = statistics.median(r["tokens_per_second"] for r in inside)
+            total += (p["stop"] - p["start"]) * p["tokens_per_step"] / speed
+        assert study.total_seconds(after.run) == pytest.approx(total) and total < 60
+        base = metrics(copy / "baseline_seed1")[2:]
+        base_total = 16 * 1024 / statistics.median(r["tokens_per_second"] for r in base)
+        assert seconds[-1] == pytest.approx(total / base_total)
 
 
-def test_catching_up_is_the_first_cost_at_the_baselines_loss(tiny):
-    _, measured, _ = report.load(tiny)
-    one, base = (next(m for m in measured if m.run.name == name) for name in ("s4_seed1", "baseline_seed1"))
-    assert base.catches_up("cost") == pytest.approx(1)
+def test_cost_to_the_baselines_loss_is_where_the_loss_first_reaches_it(tiny):
+    one, base = result(tiny, "s4_seed1"), result(tiny, "baseline_seed1")
+    assert base.cost_to_baseline_loss("paper_cost") == pytest.approx(1)
     at = [r for r in metrics(tiny / "s4_seed1") if "val_loss" in r]
     target = metrics(tiny / "baseline_seed1")[-1]["val_loss"]
-    found = one.catches_up("flops")
+    found = one.cost_to_baseline_loss("flops")
     if min(r["val_loss"] for r in at) > target:
         assert found is None
-        target = one.baseline.plot.columns["val_loss"][-1] = at[3]["val_loss"] + 1e-9  # give it one to reach
-        found = one.catches_up("flops")
+        # Give it one to reach.
+        target = one.baseline.columns["val_loss"][-1] = at[3]["val_loss"] + 1e-9
+        found = one.cost_to_baseline_loss("flops")
     after = next(i for i, r in enumerate(at) if r["val_loss"] <= target)
-    share = (at[after - 1]["val_loss"] - target) / (at[after - 1]["val_loss"] - at[after]["val_loss"])
-    spent = at[after - 1]["flops"] + share * (at[after]["flops"] - at[after - 1]["flops"])
-    assert found == pytest.approx(spent / metrics(tiny / "baseline_seed1")[-1]["flops"])
+    above, below = at[after - 1], at[after]
+    part = (above["val_loss"] - target) / (above["val_loss"] - below["val_loss"])
+    cost = above["flops"] + part * (below["flops"] - above["flops"])
+    assert found == pytest.approx(cost / metrics(tiny / "baseline_seed1")[-1]["flops"])
 
 
-def test_a_rate_that_decays_is_judged_at_its_end_alone(tiny):
-    one = next(m for m in report.load(tiny)[1] if m.run.name == "decays_s2_seed1")
-    assert one.at_equal("flops") == one.last_loss == metrics(tiny / "decays_s2_seed1")[-1]["val_loss"]
-    budget = one.plot.plan["baseline"]["flops"]
-    for spent, comparable in ((0.97, False), (0.985, True), (1.015, True), (1.03, False)):
-        one.plot.plan["baseline"]["flops"] = one.plot.columns["flops"][-1] / spent
-        assert (one.at_equal("flops") is not None) == comparable
-    one.plot.plan["baseline"]["flops"] = budget
-    one.config["lr_schedule"] = "constant"
-    assert one.at_equal("flops") is not None
+def test_a_run_whose_rate_decays_is_compared_only_at_its_end(tiny):
+    one = result(tiny, "decays_s2_seed1")
+    end = metrics(tiny / "decays_s2_seed1")[-1]["val_loss"]
+    assert one.compute_matched_loss("flops") == one.final_loss == end
+    cost = one.run.relative_cost["flops"]
+    cost /= cost[-1]
+    for total, comparable in ((0.97, False), (0.985, True), (1.015, True), (1.03, False)):
+        one.run.relative_cost["flops"] = total * cost
+        assert (one.compute_matched_loss("flops") is not None) == comparable
+    one.run.config = dataclasses.replace(one.run.config, lr_schedule="constant")
+    assert one.compute_matched_loss("flops") is not None
 
 
-def test_readme_is_written_between_its_markers_only(tiny, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results -->\nformer text\n<!-- end of results -->\nafter\n")
-    script("report.py", tiny, "--readme", readme)
-    text = readme.read_text()
-    assert text.startswith("before\n<!-- results -->\n\n") and text.endswith("\n\n<!-- end of results -->\nafter\n")
-    assert "former text" not in text and f"![training and validation loss]({os.path.relpath(tiny, tmp_path)}/figure1_loss.png)" in text and "| s4 | 1, 2 |" in text
-    script("report.py", tiny, "--readme", readme)
-    assert readme.read_text() == text
-    readme.write_text("nothing\n")
-    refused = script("report.py", tiny, "--readme", readme, check=False)
-    assert refused.returncode == 1 and "has no <!-- results --> ... <!-- end of results -->" in refused.stderr
-    assert readme.read_text() == "nothing\n"
+def test_options_that_may_differ_exist():
+    keys = {field.name for field in dataclasses.fields(plot.RunConfig)}
+    assert keys > study.METHOD | study.RECIPE and not study.METHOD & study.RECIPE
 
 
 @pytest.mark.parametrize(
@@ -227,103 +476,72 @@ def test_readme_is_written_between_its_markers_only(tiny, tmp_path):
         ("s4_seed1", "tokens_per_step", 1, True),
         ("s4_seed1", "learning_rate", 1, True),
         ("s4_seed1", "eval_tokens", 1, True),
+        ("s4_seed1", "init_weights", "gpt2", True),
         ("s4_seed1", "device_name", "another", True),
         ("baseline_seed2", "device_name", "another", True),
         ("decays_seed1", "n_embd", 1, True),
         ("decays_seed1", "hellaswag_limit", 3, True),
-        ("s4_seed1", "phase1", "script", False),
+        ("s4_seed1", "phase1", "released_code", False),
+        ("s4_seed1", "growth", "stack", False),
         ("s4_seed1", "date", "2020-01-01", False),
+        ("s4_seed1", "bias", None, False),  # missing: the default, which the others have
+        ("s4_seed1", "n_layer", None, True),  # missing: not what the others have
+        ("s4_seed1", "of_another_version", 1, False),
     ],
 )
 def test_runs_under_other_conditions_are_not_compared(copy, run, key, other, refused):
-    path = copy / run / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {key: other}))
+    edit(copy / run / "config.json", **{key: other})
     if refused:
         with pytest.raises(UserError, match=f"{key} is .* under the same conditions"):
-            report.load(copy)
+            study.load_results(copy)
     else:
-        assert len(report.load(copy)[1]) == 6
+        assert len(study.load_results(copy)[1]) == 7
 
 
 def test_an_unfinished_run_is_not_reported(copy):
-    path = copy / "s4_seed2" / "metrics.jsonl"
-    path.write_text("".join(line + "\n" for line in path.read_text().splitlines()[:-1]))
-    _, measured, missing = report.load(copy)
-    assert len(measured) == 5 and [r.name for r in missing] == ["later_seed1", "s4_seed2"]
+    write_rows(copy / "s4_seed2", metrics(copy / "s4_seed2")[:-1])
+    _, results, missing = study.load_results(copy)
+    assert len(results) == 6 and [r.name for r in missing] == ["later_seed1", "s4_seed2"]
+    shutil.rmtree(copy / "decays_seed1")  # a baseline
+    _, results, missing = study.load_results(copy)
+    names = ["decays_seed1", "decays_s2_seed1", "later_seed1", "s4_seed2"]
+    assert len(results) == 4 and [r.name for r in missing] == names
+
+
+def test_what_is_no_baseline_is_not_compared_with(copy):
+    edit(copy / "baseline_seed1" / "schedule.json", is_baseline=False)
+    with pytest.raises(UserError, match="^baseline: runs are compared with it, so it must train"):
+        study.load_results(copy)
+    totals = schedule_of(copy / "baseline_seed1")["baseline"]
+    longer = totals | {"steps": 20, "flops": totals["flops"] + 1}
+    edit(copy / "baseline_seed1" / "schedule.json", is_baseline=True, baseline=longer)
+    with pytest.raises(UserError, match="^baseline: runs are compared with it, so it must train"):
+        study.load_results(copy)
 
 
 @pytest.mark.parametrize(
-    "file, change, named",
+    "file, changes, named",
     [
-        ("config.json", lambda c: {k: v for k, v in c.items() if k != "threads"}, "config.json: lacks threads"),
-        ("plan.json", lambda p: {k: v for k, v in p.items() if k != "tokens_per_step"}, "plan.json: lacks tokens_per_step"),
-        ("plan.json", lambda p: {k: v for k, v in p.items() if k != "steps"}, "plan.json is damaged"),
+        ("config.json", {"threads": None}, "config.json: .*missing required field `threads`"),
+        ("schedule.json", {"steps": None}, "schedule.json: .*missing required field `steps`"),
+        ("schedule.json", {"phases": {}}, "schedule.json: .*phases: expected `array`"),
     ],
 )
-def test_damaged_runs_are_named(copy, file, change, named):
-    path = copy / "s4_seed1" / file
-    path.write_text(json.dumps(change(json.loads(path.read_text()))))
-    result = script("report.py", copy, check=False)
-    assert result.returncode == 1 and named in result.stderr and "Traceback" not in result.stderr
-    with pytest.raises(UserError, match="less than two rows"):
-        rows = [r for r in metrics(copy / "baseline_seed1") if r["step"] in (0, 16)]
-        (copy / "baseline_seed1" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-        report.load(copy)
+def test_corrupted_runs_are_named(copy, file, changes, named):
+    edit(copy / "s4_seed1" / file, **changes)
+    with pytest.raises(UserError, match=named):
+        study.main(study.ReportArgs(copy))
 
 
-def test_the_order_is_that_of_importance(tmp_path):
-    write_experiment(tmp_path / "x")
-    _, runs = experiment.load_experiment(tmp_path / "x")
-    first = ["baseline_seed1", "s4_seed1", "decays_seed1", "decays_s2_seed1", "later_seed1"]
-    assert [r.name for r in runs] == first + ["baseline_seed2", "s4_seed2"]
-    assert runs[1].options[-3:] == ("--stages=4", "--continual_steps=16", "--seed=1") and runs[1].against == "baseline"
+def test_a_phase_needs_two_rows(copy):
+    rows = [r for r in metrics(copy / "baseline_seed1") if r["step"] in (0, 16)]
+    write_rows(copy / "baseline_seed1", rows)
+    with pytest.raises(UserError, match="baseline_seed1: .* has fewer than two rows"):
+        study.load_results(copy)
 
 
-@pytest.mark.parametrize(
-    "text, named",
-    [
-        (None, "experiment.toml: No such file or directory: name a folder that has an experiment.toml"),
-        ("title = ", "is no TOML"),
-        ('title = "x"', "lacks runs"),
-        ('title = "x"\nruns = 3', "runs must be a dict"),
-        ('title = "x"\n[runs.s4]\nseed = 1', "runs.s4: seed is none of options, seeds, against"),
-        ('title = "x"\n[runs.s4]\nseeds = 1', "runs.s4: seeds must be a list"),
-        ('title = "x"\n[runs.s4]\n', "runs.s4: against = 'baseline' is none of the runs: s4"),
-        ('title = "x"\n[runs]\n', "has no runs"),
-        ('title = "x"\nruns = {s4 = 3}', "runs.s4: must be a table"),
-        ('title = "x"\n[runs.baseline]\nseeds = ["a"]', "runs.baseline: seeds must be whole numbers"),
-        ('title = "x"\n[runs.baseline]\noptions = [1]', "runs.baseline: options must be strings"),
-        ('title = "x"\n[runs."../x"]\n', "'../x' is no name for a run"),
-        ('title = "x"\n[runs.baseline]\n[runs.s4]\nseeds = [1, 2]', "runs.s4: seeds: baseline has no run with seed 2 to compare with"),
-    ],
-)
-def test_a_file_that_is_no_experiment_is_refused(tmp_path, text, named):
-    if text is not None:
-        (tmp_path / "experiment.toml").write_text(text)
-    with pytest.raises(UserError, match=re.escape(named)):
-        experiment.load_experiment(tmp_path)
-
-
-def test_mistakes_are_found_before_anything_is_trained(corpus, tmp_path):
-    folder = write_experiment(tmp_path / "bad", data_dir=corpus, n_head=3)
-
-    def refused(*options, script_name="experiment.py"):
-        result = script(script_name, folder, *options, check=False)
-        assert result.returncode == 1 and "Traceback" not in result.stderr and "baseline_seed1, 1 of" not in result.stdout
-        return result.stderr
-
-    assert "n_embd=32 must be a multiple of n_head=3" in refused()
-    assert "--only s5: the runs are baseline_seed1, s4_seed1" in refused("--only", "s5")
-    assert "no run is finished beside its baseline" in refused(script_name="report.py")
-    write_experiment(folder, data_dir=corpus)
-    assert "--options seed=3: is the experiment's own to choose" in refused("--options", "seed=3")
-    assert "baseline: others are compared with it, so it must be a baseline, but it has 4 phases" in refused("--options", "stages=2")
-
-
-@pytest.mark.parametrize("name", ["small_cpu", "gpt2_124m"])
-def test_the_experiments_of_this_repository_make_plans(name, corpus):
-    _, runs = experiment.load_experiment(ROOT / "results" / name)
-    configs = experiment.check_runs(runs, (f"data_dir={corpus}",))
-    assert {r.label for r in runs} >= {"baseline", "s4", "s8", "s12", "s4_script", "baseline_modern", "s4_modern"}
-    assert all(cfg.micro_steps(config, 1) >= 1 for config in configs.values())
+def test_a_report_that_cannot_be_written_is_an_error(copy):
+    (copy / "README.md").unlink(missing_ok=True)
+    (copy / "README.md").mkdir()
+    with pytest.raises(UserError, match="README.md: cannot be written"):
+        study.main(study.ReportArgs(copy))
