@@ -1,39 +1,47 @@
 """Tokenize a corpus into shards for train.py.
 
-    python fineweb.py                                  FineWeb-Edu's 10B-token sample, GPT-2 BPE, to data/fineweb_edu
-    python fineweb.py --source PATH --out DIR          local parquet, jsonl or txt (a file or a folder), column `text`
-    python fineweb.py --source stdlib --out DIR        the embedded corpus: Python's own standard library, as bytes
+    python fineweb.py                              FineWeb-Edu's 10B-token sample, with GPT-2's BPE
+    python fineweb.py --source PATH --out DIR      local parquet, jsonl or txt, a file or a folder
+    python fineweb.py --source stdlib --out DIR    the built-in corpus: Python's standard library
 
-Every document begins with <|endoftext|>. The first shard is for validation. DIR gets the shards (format: see data.py) and
-meta.json; the embedded corpus also hellaswag.jsonl, a task of HellaSwag's form made of its held-out part.
+Every document begins with <|endoftext|>. The first tokens are for validation: one shard, but at
+most a tenth of the corpus. DIR gets the shards (format: see stagewise/data.py) and meta.json. The
+built-in corpus also has hellaswag.jsonl, a task in HellaSwag's format made from its validation
+documents.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
 import random
 import re
-import shutil
 import signal
+import sys
 import sysconfig
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import filelock
 import numpy as np
 import tiktoken
 import tyro
 from tqdm import tqdm
 
-from data import get_tokenizer, write_shard
-from errors import UserError, first_line, report_user_errors
-from files import sha256
+from stagewise.data import get_tokenizer, open_shard, write_shard
+from stagewise.errors import UserError, first_line, report_user_errors
+from stagewise.fileio import fsync, sha256
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
 DOCUMENTS_AT_A_TIME = 64
+# In DIR.partial: shows that this script made the folder, and is locked while it is written.
+LOCK = ".fineweb.lock"
 
 
 @dataclass
@@ -41,74 +49,123 @@ class Args:
     """Tokenize a corpus into shards for train.py."""
 
     source: str = FINEWEB
-    """The FineWeb-Edu data set, a local file or folder (parquet, jsonl, txt), or "stdlib", Python's own library."""
+    """The FineWeb-Edu data set; "stdlib", Python's standard library; or a local file or folder:
+    parquet or jsonl with a column `text`, or txt."""
     out: Path | None = None
-    """Folder to write; it must not exist yet. Default: data/NAME after the source."""
+    """Folder to create; default: data/NAME, named after the source.
+    Nothing appears there before the corpus is complete.
+    An interrupted run cannot be resumed: start it again."""
     subset: str = "sample-10BT"
     """Subset of FineWeb-Edu."""
     tokenizer: str | None = None
-    """tiktoken encoding, or "bytes". Default: gpt2, for the standard library bytes."""
+    """A tiktoken encoding, or "bytes". Default: gpt2; for the standard library, bytes."""
     shard_tokens: int = 100_000_000
-    """Tokens a shard. A corpus of less than two shards gives its first tenth to validation."""
+    """Tokens per shard. Validation gets one shard, but at most a tenth of the corpus."""
     processes: int = os.cpu_count() or 1
-    """Processes that tokenize."""
+    """Number of processes that tokenize."""
+
+
+# --------------------------------------------------------------------------------------------------
+# sources
 
 
 def stdlib_documents() -> list[tuple[str, str]]:
-    """(name, text) of the running interpreter's standard-library sources, in a fixed shuffled order.
+    """Return (name, text) of the running interpreter's standard library, in a fixed random order.
 
-    Without tests, installed packages and the generated tables of `encodings`.
+    Tests, installed packages and the generated tables of `encodings` are left out.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "__pycache__"}
-    paths = sorted(p for p in root.rglob("*.py") if not skip.intersection(p.relative_to(root).parts))
+    skip = {
+        "test",
+        "tests",
+        "idle_test",
+        "site-packages",
+        "dist-packages",
+        "encodings",
+        "__pycache__",
+    }
+    paths = sorted(
+        p for p in root.rglob("*.py") if not skip.intersection(p.relative_to(root).parts)
+    )
     random.Random(0).shuffle(paths)
-    return [(str(p.relative_to(root)), text) for p in paths if (text := p.read_text("utf-8", "replace"))]
+    return [
+        (str(p.relative_to(root)), text) for p in paths if (text := p.read_text("utf-8", "replace"))
+    ]
 
 
 def load_source(source: str, subset: str):
-    """A Hugging Face data set with a column `text`, from the hub or from local files.
+    """Return a Hugging Face data set with the column `text`, from the Hub or from local files.
 
-    Raises UserError where the files are of no known kind, unreadable, or without the column.
+    Raises:
+        UserError: if the files are unreadable, not of one known format, or lack the column.
     """
-    import datasets  # slow to import, and the embedded corpus does without
+    import datasets  # slow to import, and the built-in corpus does not need it
 
     if source == FINEWEB:
         try:
             return datasets.load_dataset(FINEWEB, name=subset, split="train").select_columns("text")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{FINEWEB} ({subset}) could not be loaded: {first_line(error)}") from None
+        except Exception as error:  # of the Hub, of its HTTP library, of the disk
+            raise UserError(
+                f"{FINEWEB} ({subset}) could not be loaded ({first_line(error)}): check the "
+                "connection and --subset, or name a local --source"
+            ) from None
     datasets.disable_progress_bars()
     path = Path(source)
     builders = {".parquet": "parquet", ".jsonl": "json", ".txt": "text"}
     files = sorted(p for p in path.rglob("*") if p.suffix in builders) if path.is_dir() else [path]
-    kinds = {p.suffix for p in files}
-    if len(kinds) != 1 or not kinds <= builders.keys():
-        raise UserError(f"--source={source}: needs files of one kind of {', '.join(builders)}; found {sorted(kinds) or 'none'}")
-    builder = builders[kinds.pop()]
+    suffixes = {p.suffix for p in files}
+    if len(suffixes) != 1 or not suffixes <= builders.keys():
+        raise UserError(
+            f"--source={source}: needs files of one format out of {', '.join(builders)}; found "
+            f"{', '.join(sorted(suffixes)) or 'none'}"
+        )
+    builder = builders[suffixes.pop()]
     options = {"sample_by": "document"} if builder == "text" else {}
     try:
-        loaded = datasets.load_dataset(builder, data_files=[str(p) for p in files], split="train", **options)
-    except Exception as error:  # the readers of three formats fail in many ways on a damaged file
-        raise UserError(f"--source={source}: cannot be read as {builder}: {first_line(error.__cause__ or error)}") from None
-    if "text" not in loaded.column_names or loaded.features["text"].dtype not in ("string", "large_string"):
-        raise UserError(f"--source={source}: needs a column `text` of strings; it has {loaded.column_names}")
+        loaded = datasets.load_dataset(
+            builder, data_files=[str(p) for p in files], split="train", **options
+        )
+    except Exception as error:  # the readers of three formats fail in many ways on a corrupted file
+        raise UserError(
+            f"--source={source}: cannot be read as {builder} "
+            f"({first_line(error.__cause__ or error)}): fix or remove the corrupted file"
+        ) from None
+    text = loaded.features.get("text")
+    if getattr(text, "dtype", None) not in ("string", "large_string"):
+        raise UserError(
+            f"--source={source}: needs a column `text` of strings; it has {loaded.column_names}"
+        )
     return loaded.select_columns("text")
 
 
-def tokenized(read: Callable[[int, int], list[str]], total: int, encoding: tiktoken.Encoding, processes: int) -> Iterator[tuple]:
-    """(number of documents, their tokens as uint16), in the order of the documents.
+# --------------------------------------------------------------------------------------------------
+# tokenizing
 
-    read(start, stop) gives the documents of a range. Workers read for themselves, so that only tokens pass between
-    processes; what is in flight is bounded. Raises UserError on a document that is no text, or when a worker is killed.
+
+def tokenize_documents(
+    read: Callable[[int, int], list[str]], total: int, encoding: tiktoken.Encoding, processes: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (number of documents, their tokens as uint16), in the order of the documents.
+
+    The worker processes read the documents themselves, so that only tokens pass between processes,
+    and the number of results in flight is bounded.
+
+    Args:
+        read: read(start, stop) returns the documents of a range; it runs in the workers.
+        total: number of documents.
+
+    Raises:
+        UserError: if a document is not text, or a worker is killed.
     """
-    # Forked, so that the workers have the tokenizer and the memory map of the documents without a copy.
+    # Forked, so that the workers share the tokenizer and the memory map of the documents.
     fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, fork, initializer=_begin_worker, initargs=(read, encoding)) as pool:
-        ranges = ((start, min(start + DOCUMENTS_AT_A_TIME, total)) for start in range(0, total, DOCUMENTS_AT_A_TIME))
-        futures = deque()
+    with ProcessPoolExecutor(
+        processes, fork, initializer=_init_worker, initargs=(read, encoding)
+    ) as pool:
+        futures: deque[tuple[int, Future[np.ndarray]]] = deque()
         try:
-            for start, stop in ranges:
+            for start in range(0, total, DOCUMENTS_AT_A_TIME):
+                stop = min(start + DOCUMENTS_AT_A_TIME, total)
                 futures.append((stop - start, pool.submit(_tokenize, start, stop)))
                 if len(futures) > 4 * processes:
                     n, future = futures.popleft()
@@ -116,13 +173,28 @@ def tokenized(read: Callable[[int, int], list[str]], total: int, encoding: tikto
             for n, future in futures:
                 yield n, future.result()
         except BrokenProcessPool:
-            raise UserError("a process that tokenizes was killed, for lack of memory perhaps: use fewer --processes") from None
+            raise UserError(
+                "a tokenizing process was killed, perhaps because memory ran out: use fewer "
+                "--processes"
+            ) from None
 
 
-def _begin_worker(*shared):
+_shared: tuple  # in a worker process: read, encoding
+
+
+def _init_worker(*shared):
     global _shared
     _shared = shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent():
+    """End this worker if the main process is killed: it would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
 
 
 def _tokenize(start, stop):
@@ -130,134 +202,253 @@ def _tokenize(start, stop):
     try:
         texts = read(start, stop)
     except UnicodeDecodeError as error:
-        raise UserError(f"one of the documents {start:,} to {stop - 1:,} is not UTF-8 ({error}): convert the source") from None
+        raise UserError(
+            f"one of the documents {start:,} to {stop - 1:,} is not UTF-8 ({error}): convert the "
+            "source"
+        ) from None
     if None in texts:
-        raise UserError(f"document {start + texts.index(None):,}: its `text` is null: remove it from the source")
+        raise UserError(
+            f"document {start + texts.index(None):,}: its `text` is null: remove it from the source"
+        )
     parts, end_of_text = [], np.array([encoding.eot_token])
     for text in texts:
         parts += [end_of_text, encoding.encode_to_numpy(text, disallowed_special=())]
     return np.concatenate(parts, dtype=np.uint16, casting="unsafe")
 
 
+# --------------------------------------------------------------------------------------------------
+# writing
+
+
 class ShardWriter:
-    """Cuts a stream of tokens into shards of `shard_tokens`; the first is for validation. A thread writes them."""
+    """Cuts a stream of tokens into shards of `shard_tokens`. A thread writes them.
+
+    The first shard is for validation. `finish` cuts it to a tenth of all tokens if it has more; the
+    rest of it becomes the last training shard.
+
+    Attributes:
+        shards: the entries of meta.json; complete after `finish`.
+    """
 
     def __init__(self, folder: Path, name: str, shard_tokens: int):
-        self.folder, self.name, self.shard_tokens, self.shards = folder, name, shard_tokens, []
-        self.full = None  # a shard that waits: until the one after it is full, it is open how much validation gets
-        self.buffer, self.used = np.empty(shard_tokens, dtype=np.uint16), 0
-        self.thread, self.writing = ThreadPoolExecutor(1), None
+        self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
+        self.shards: list[dict[str, Any]] = []
+        self._buffer, self._used = np.empty(shard_tokens, dtype=np.uint16), 0
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._thread.shutdown()
 
     def add(self, tokens: np.ndarray) -> None:
         while len(tokens):
-            part = tokens[: self.shard_tokens - self.used]
-            self.buffer[self.used : self.used + len(part)] = part
-            self.used += len(part)
+            part = tokens[: self.shard_tokens - self._used]
+            self._buffer[self._used : self._used + len(part)] = part
+            self._used += len(part)
             tokens = tokens[len(part) :]
-            if self.used == self.shard_tokens:
-                if self.full is not None:
-                    self._write(self.full)
-                self.full, self.buffer, self.used = self.buffer, np.empty_like(self.buffer), 0
+            if self._used == self.shard_tokens:
+                self._append(self._buffer)
+                self._buffer, self._used = np.empty_like(self._buffer), 0
 
-    def close(self) -> None:
-        """Write what is left. A corpus of less than two shards gives its first tenth to validation."""
-        rest = [self.buffer[: self.used]] if self.full is None else [self.full, self.buffer[: self.used]]
-        if not self.shards:
-            rest = np.concatenate(rest)
-            rest = [rest[: len(rest) // 10], rest[len(rest) // 10 :]]
-        for tokens in rest:
-            if len(tokens):
-                self._write(tokens)
-        self.wait()
+    def finish(self) -> None:
+        """Write the remaining tokens; return when all shards are on the disk."""
+        if self._used:
+            self._append(self._buffer[: self._used])
+        self._wait()
+        n_val = sum(shard["tokens"] for shard in self.shards) // 10
+        if self.shards and n_val < self.shards[0]["tokens"]:
+            first = np.array(open_shard(self.folder / self.shards[0]["file"]))
+            self._write(self.shards[0], first[:n_val])
+            self._append(first[n_val:])
+            self._wait()
 
-    def wait(self) -> None:
-        if self.writing:
-            self.writing.result()
-
-    def _write(self, tokens):
-        self.wait()
+    def _append(self, tokens):
         split = "train" if self.shards else "val"
-        path = self.folder / f"{self.name}_{split}_{len(self.shards):06d}.bin"
-        self.shards.append({"file": path.name, "split": split, "tokens": len(tokens)})
-        self.writing = self.thread.submit(self._to_disk, path, tokens, self.shards[-1])
+        file = f"{self.name}_{split}_{len(self.shards):06d}.bin"
+        self.shards.append({"file": file, "split": split})
+        self._write(self.shards[-1], tokens)
 
-    @staticmethod
-    def _to_disk(path, tokens, shard):
+    def _write(self, shard, tokens):
+        self._wait()
+        self._writing = self._thread.submit(self._write_now, shard, tokens)
+
+    def _wait(self):
+        if self._writing:
+            self._writing.result()
+
+    def _write_now(self, shard, tokens):
+        path = self.folder / shard["file"]
         write_shard(path, tokens)
-        shard["sha256"] = sha256(path)
+        shard |= {"tokens": len(tokens), "sha256": sha256(path)}
 
 
-def continuation_task(held_out: list[tuple[str, str]], others: str, n_examples: int, seed: int = 0) -> list[dict]:
-    """Examples of HellaSwag's form: how does this line end? The true end of a line of a document, among three of others.
+@contextlib.contextmanager
+def atomic_folder(out: Path) -> Iterator[Path]:
+    """Yield the new folder OUT.partial; rename it to `out` at the end, or remove it after an error.
 
-    held_out: (name, text) of documents; `others`, all other text, has none of the passages. A context has 100
-    characters and stops at a space, where the scorer puts one; an ending has 8 to 32.
+    OUT.partial is locked meanwhile. Files that a killed process left in it are removed.
+
+    Raises:
+        UserError: if `out` exists; if OUT.partial is in use by another process, or was not created
+            by this function; or if either cannot be written.
+    """
+    partial = out.with_name(out.name + ".partial")
+    lock = _lock(partial, out)
+    try:
+        if out.exists():
+            raise UserError(f"--out={out} already exists: choose another folder, or remove it")
+        left = [path for path in partial.iterdir() if path.name != LOCK]
+        if left:
+            print(f"{partial}: removing the files of an interrupted run", file=sys.stderr)
+        for path in left:
+            path.unlink()
+        yield partial
+        for path in (*partial.iterdir(), partial):
+            fsync(path)
+        # With the lock in it: nobody else may lock the folder until it has its final name.
+        partial.rename(out)
+        (out / LOCK).unlink()
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            for path in partial.iterdir():
+                path.unlink()
+            partial.rmdir()
+        if isinstance(error, OSError):
+            raise _cannot_be_written(out, error) from None
+        if isinstance(error, KeyboardInterrupt):
+            print(f"\n{out} was not written: start again from the beginning", file=sys.stderr)
+        raise
+    finally:
+        lock.release()
+
+
+def _lock(partial: Path, out: Path) -> filelock.FileLock:
+    lock = filelock.FileLock(partial / LOCK, timeout=0)
+    try:
+        partial.mkdir(parents=True, exist_ok=(partial / LOCK).is_file())
+        lock.acquire()
+    except FileExistsError:
+        raise UserError(
+            f"{partial} exists, but fineweb.py did not create it: rename or remove it, or choose "
+            "another --out"
+        ) from None
+    except filelock.Timeout:
+        raise UserError(
+            f"--out={out}: another fineweb.py is writing it: wait for it, or choose another --out"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        raise _cannot_be_written(out, error) from None
+    return lock
+
+
+def _cannot_be_written(out, error):
+    return UserError(f"--out={out}: cannot be written ({first_line(error)}): choose another folder")
+
+
+# --------------------------------------------------------------------------------------------------
+# the built-in corpus's task
+
+
+def continuation_task(
+    held_out: list[tuple[str, str]], others: str, n_examples: int, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Return up to `n_examples` examples in HellaSwag's format: how does this line end?
+
+    The wrong endings are the ends of lines in other documents. A context has 100 characters and
+    stops at a space, which the scorer puts before an ending; an ending has 8 to 32 characters.
+
+    Args:
+        held_out: (name, text) of the documents that the examples come from.
+        others: all other text; passages that occur in it are not used.
     """
     rng = random.Random(seed)
-    cuts = []  # (name, context, ending)
+    passages = []  # (name, context, ending)
     for name, text in held_out:
-        places = [m for m in re.finditer(r"(?<=\S) (\S[^\n]{7,31})(?=\n)", text) if m.start() >= 100]
-        for m in rng.sample(places, min(len(places), 24)):
+        matches = [
+            m for m in re.finditer(r"(?<=\S) (\S[^\n]{7,31})(?=\n)", text) if m.start() >= 100
+        ]
+        for m in rng.sample(matches, min(len(matches), 24)):
             if text[m.start() - 100 : m.end()] not in others:
-                cuts.append((name, text[m.start() - 100 : m.start()], m[1]))
-    rng.shuffle(cuts)
+                passages.append((name, text[m.start() - 100 : m.start()], m[1]))
+    rng.shuffle(passages)
     examples = []
-    for i, (name, context, ending) in enumerate(cuts[:n_examples]):
-        wrong = [other for document, _, other in cuts if document != name]
+    for i, (name, context, ending) in enumerate(passages[:n_examples]):
+        wrong = [other for document, _, other in passages if document != name]
         if len(wrong) < 3:
             break
         endings, label = rng.sample(wrong, 3), rng.randrange(4)
         endings.insert(label, ending)
-        examples.append({"ind": i, "activity_label": name, "ctx": context, "split": "val", "label": label, "endings": endings})
+        examples.append(
+            {
+                "ind": i,
+                "activity_label": name,
+                "ctx": context,
+                "split": "val",
+                "label": label,
+                "endings": endings,
+            }
+        )
     return examples
 
 
 def write_continuation_task(path: Path, documents: list[tuple[str, str]], val_tokens: int) -> None:
-    """1,000 examples from the documents that lie wholly in the first `val_tokens` bytes of the corpus."""
+    """Write 1,000 examples made from the documents that end within the first `val_tokens` bytes."""
     ends = np.cumsum([1 + len(text.encode()) for _, text in documents])
     n = int(np.searchsorted(ends, val_tokens, side="right"))
     others = "\n".join(text for _, text in documents[n:])
-    path.write_text("".join(json.dumps(e) + "\n" for e in continuation_task(documents[:n], others, 1000)))
+    examples = continuation_task(documents[:n], others, 1000)
+    path.write_text("".join(json.dumps(e) + "\n" for e in examples))
 
 
 def main(args: Args) -> None:
     stdlib = args.source == "stdlib"
-    name = "fineweb_edu" if args.source == FINEWEB else "stdlib" if stdlib else Path(args.source).stem
+    name = (
+        "fineweb_edu" if args.source == FINEWEB else "stdlib" if stdlib else Path(args.source).stem
+    )
     out = args.out or Path("data") / name
     if not 2 <= args.shard_tokens < 2**31:
-        raise UserError(f"--shard_tokens={args.shard_tokens} must lie between 2 and 2**31 - 1, what a shard's header can say")
+        raise UserError(
+            f"--shard_tokens={args.shard_tokens} must be between 2 and 2**31 - 1, the most that a "
+            "shard's header can express"
+        )
     if args.processes < 1:
         raise UserError(f"--processes={args.processes} must be at least 1")
     if args.source not in (FINEWEB, "stdlib") and not Path(args.source).exists():
-        raise UserError(f"--source={args.source}: no such file or folder; give a path, {FINEWEB} or stdlib")
-    if out.exists():
-        raise UserError(f"--out={out} exists already: choose another folder, or remove it first")
+        raise UserError(
+            f"--source={args.source}: no such file or folder: give a path, {FINEWEB} or stdlib"
+        )
     encoding = get_tokenizer(args.tokenizer or ("bytes" if stdlib else "gpt2"))
     if encoding.n_vocab > 2**16:
-        raise UserError(f"--tokenizer={args.tokenizer} has {encoding.n_vocab:,} tokens; the shards hold ids below 65,536")
+        raise UserError(
+            f"--tokenizer={args.tokenizer} has {encoding.n_vocab:,} tokens, but shards hold ids "
+            "below 65,536: choose another"
+        )
 
-    documents = stdlib_documents() if stdlib else load_source(args.source, args.subset)
-    total = len(documents)
+    with atomic_folder(out) as folder, ShardWriter(folder, name, args.shard_tokens) as writer:
+        documents: Any = stdlib_documents() if stdlib else load_source(args.source, args.subset)
+        total = len(documents)
 
-    def read(start, stop):
-        return [text for _, text in documents[start:stop]] if stdlib else documents[start:stop]["text"]
+        def read(start, stop):
+            if stdlib:
+                return [text for _, text in documents[start:stop]]
+            return documents[start:stop]["text"]
 
-    # Written beside the final name and moved when whole: an interrupted run never looks like a corpus.
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    writer = ShardWriter(partial, name, args.shard_tokens)
-    try:
-        partial.mkdir(parents=True)
         n_tokens = 0
         with tqdm(total=total, unit="doc", desc=f"tokenizing {name}") as bar:
-            for n_documents, tokens in tokenized(read, total, encoding, args.processes):
+            for n_documents, tokens in tokenize_documents(read, total, encoding, args.processes):
                 writer.add(tokens)
                 n_tokens += len(tokens)
                 bar.set_postfix(tokens=f"{n_tokens:,}", refresh=False)
                 bar.update(n_documents)
         if n_tokens < 20:
-            raise UserError(f"--source={args.source}: only {n_tokens} tokens, too little for a training and a validation shard")
-        writer.close()
+            raise UserError(
+                f"--source={args.source}: only {n_tokens} tokens, too few for a training and a "
+                "validation shard"
+            )
+        writer.finish()
         meta = {
             "source": f"{args.source} {args.subset}" if args.source == FINEWEB else args.source,
             "tokenizer": encoding.name,
@@ -267,17 +458,14 @@ def main(args: Args) -> None:
             "tokens": n_tokens,
             "shards": writer.shards,
         }
-        (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        n_val = writer.shards[0]["tokens"]
         if stdlib:
-            write_continuation_task(partial / "hellaswag.jsonl", documents, val_tokens=writer.shards[0]["tokens"])
-        partial.rename(out)
-    except OSError as error:
-        raise UserError(f"--out={out}: cannot be written ({error.strerror}): name another folder") from None
-    finally:
-        writer.thread.shutdown()
-        shutil.rmtree(partial, ignore_errors=True)
-    val = sum(s["tokens"] for s in writer.shards if s["split"] == "val")
-    print(f"{out}: {n_tokens - val:,} training and {val:,} validation tokens in {len(writer.shards)} shards, {total:,} documents")
+            write_continuation_task(folder / "hellaswag.jsonl", documents, val_tokens=n_val)
+    print(
+        f"{out}: {n_tokens - n_val:,} training and {n_val:,} validation tokens in "
+        f"{len(writer.shards)} shards, {total:,} documents"
+    )
 
 
 if __name__ == "__main__":

@@ -2,17 +2,16 @@
 
     python hellaswag.py CHECKPOINT [--data FILE]
 
-The metrics are those of build-nanogpt, completion style: context and " " + ending are tokenized apart, each ending's loss is
-the cross entropy of its own tokens given all before.
+The metrics are build-nanogpt's, completion style: the context and " " + ending are tokenized
+separately, and an ending's loss is the cross entropy of its own tokens given all tokens before.
 
-    acc       share of examples whose true ending has the lowest summed loss
+    acc       fraction of examples whose true ending has the lowest summed loss
     acc_norm  the same with the lowest mean loss per token
 
-Any file of HellaSwag's form works: JSON lines with `ctx`, `endings` (two or more) and `label`. The official validation set
-is downloaded once where no file is named.
+Any file in HellaSwag's format works: JSON lines with `ctx`, `endings` (two or more) and `label`.
+The official validation set is downloaded once if no file is named.
 """
 
-import json
 import math
 import os
 import sys
@@ -20,195 +19,276 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-import requests
 import tiktoken
 import torch
 import torch.distributed as dist
 import tyro
+from msgspec import Meta
 from tqdm import tqdm
 
-from checkpoint import load_checkpoint, model_from
-from data import get_tokenizer
-from device import autocast, pick_device
-from errors import UserError, first_line, report_user_errors
-from files import sha256
-from model import token_losses
+from model import GPT
+from stagewise.checkpoint import load_checkpoint
+from stagewise.data import get_tokenizer
+from stagewise.device import autocast, pick_device
+from stagewise.errors import UserError, first_line, report_user_errors
+from stagewise.fileio import decode_json, fsync, sha256
+from stagewise.loss import token_losses
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # 10,042 examples
 PAUSES = (1, 2, 4, 8)  # seconds before each further attempt
-INSTEAD = "try again, or name a file of its form with --hellaswag_data (train.py; none goes without) or --data (hellaswag.py)"
+ALTERNATIVE = (
+    "try again, or name a file in HellaSwag's format with --hellaswag_data (train.py; none skips "
+    "HellaSwag) or --data (hellaswag.py)"
+)
 DEFAULT_PATH = Path(__file__).parent / "data" / "hellaswag_val.jsonl"
-BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # positions in a forward pass; measured on a CPU, a choice for GPUs
+# Positions in a forward pass. Measured on a CPU; the size for a GPU has not been measured.
+BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
+
+
+# --------------------------------------------------------------------------------------------------
+# files
 
 
 def task_file(option: str, data_dir: str) -> Path | None:
-    """The file that train.py's option hellaswag_data means: DEFAULT_PATH, which `download` fills, where the corpus has none."""
+    """Return the file that train.py's option hellaswag_data means, None for "none".
+
+    "auto" is the corpus's own task if it has one, otherwise DEFAULT_PATH, which `download` writes.
+    """
     if option == "none":
         return None
+    if option != "auto":
+        return Path(option)
     own = Path(data_dir) / "hellaswag.jsonl"
-    return Path(option) if option != "auto" else own if own.exists() else DEFAULT_PATH
+    return own if own.exists() else DEFAULT_PATH
 
 
 def download(path: Path = DEFAULT_PATH) -> Path:
-    """Download the official validation set to `path` unless it is there.
+    """Download the official validation set to `path` unless it exists, and return `path`.
 
-    A connection that breaks is taken up again where it broke, after PAUSES. Nothing stands
-    under `path` before its sha256 is right. Raises UserError where all fails.
+    The file appears there only after its sha256 has been checked.
+
+    Raises:
+        UserError: if all attempts fail, or the file cannot be written.
     """
     if path.exists():
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A name of its own: several machines may share the folder.
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name) as f:
-            wrong = _fetch(f)
-            for pause in PAUSES:
-                if wrong is None:
-                    break
-                print(f"HellaSwag: {wrong}; trying again", file=sys.stderr)
-                time.sleep(pause)
-                wrong = _fetch(f)
-            if wrong:
-                raise UserError(f"HellaSwag could not be downloaded from {URL} ({wrong}): {INSTEAD}")
-            os.fsync(f.fileno())
-            os.chmod(f.name, 0o644)
-            os.link(f.name, path)
-    except FileExistsError:  # another process was faster
-        pass
+        # In a folder of its own: machines that share data/ may download at the same time.
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            partial = Path(folder, path.name)
+            _download_verified(partial)
+            fsync(partial)
+            partial.replace(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}): {INSTEAD}") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}): {ALTERNATIVE}") from None
     return path
 
 
-def _fetch(f) -> str | None:
-    """Append the rest of the file to `f`; returns what went wrong, None where nothing did."""
-    have = f.seek(0, os.SEEK_END)
-    try:
-        headers = {"Accept-Encoding": "identity"}  # a range of a compressed answer would be of its compressed bytes
-        if have:
-            headers["Range"] = f"bytes={have}-"
-        with requests.get(URL, stream=True, timeout=30, headers=headers) as response:
-            if response.status_code != 206:  # not the rest alone
+def _download_verified(path):
+    """Download URL to `path` until its sha256 is right.
+
+    huggingface_hub resumes a connection that breaks or stalls, and gives up after 5 attempts
+    without data. Retried here, after PAUSES: what it does not retry, and a wrong sha256.
+    """
+    # Slow to import, and most runs do without.
+    import httpx2
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import http_get
+
+    # By default it writes 10 MiB at a time, most of this file, and loses what it has not written.
+    constants.DOWNLOAD_CHUNK_SIZE = 2**16
+    given_up = (httpx2.ConnectError, httpx2.TimeoutException, httpx2.RemoteProtocolError)
+    # Not compressed: a range of a compressed response would be of its compressed bytes.
+    headers = {"Accept-Encoding": "identity"}
+    with open(path, "wb") as f:
+        for pause in (*PAUSES, None):
+            size = f.seek(0, os.SEEK_END)
+            try:
+                http_get(URL, f, resume_size=size, headers=headers, displayed_filename=path.name)
+                f.flush()
+                digest = sha256(path)
+                if digest == SHA256:
+                    return
+                wrong = f"its sha256 is {digest[:12]}..., not {SHA256[:12]}..."
                 f.truncate(0)
-                have = f.seek(0)
-            response.raise_for_status()
-            total = have + int(response.headers.get("content-length", 0)) or None
-            with tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=DEFAULT_PATH.name) as bar:
-                for chunk in response.iter_content(1 << 16):
-                    bar.update(f.write(chunk))
-    except requests.RequestException as error:
-        return f"{type(error).__name__}: {first_line(error)}"
-    f.flush()
-    digest = sha256(f.name)
-    if digest != SHA256:
-        f.truncate(0)
-        return f"it arrived damaged, sha256 {digest[:12]}"
+            except httpx2.HTTPError as error:
+                wrong = f"{type(error).__name__}: {first_line(error)}"
+                if isinstance(error, given_up):
+                    break
+            except OSError as error:
+                if error.errno is not None:  # of the disk
+                    raise
+                wrong = f"{type(error).__name__}: {first_line(error)}"
+                f.truncate(0)
+            if pause is not None:
+                print(f"HellaSwag: {wrong}; retrying", file=sys.stderr)
+                time.sleep(pause)
+    raise UserError(f"HellaSwag could not be downloaded from {URL} ({wrong}): {ALTERNATIVE}")
+
+
+NonEmpty = Annotated[str, Meta(min_length=1)]
+
+
+@dataclass
+class _Line:
+    """A line of the file; there may be more fields."""
+
+    ctx: NonEmpty
+    endings: Annotated[list[NonEmpty], Meta(min_length=2)]
+    label: int | Annotated[str, Meta(pattern="^[0-9]{1,9}$")]  # a string in the Hub's copy
 
 
 @dataclass(frozen=True)
 class Example:
+    """A tokenized example."""
+
     context: list[int]
     endings: list[list[int]]
-    label: int
+    label: int  # index of the true ending
 
 
-def load_examples(path: str | Path, encoding: tiktoken.Encoding, block_size: int, limit: int = 0) -> list[Example]:
-    """Tokenized examples of a file of HellaSwag's form; the first `limit` where that is not 0.
+def load_examples(
+    path: str | Path, encoding: tiktoken.Encoding, block_size: int, limit: int = 0
+) -> list[Example]:
+    """Return the tokenized examples of a file in HellaSwag's format.
 
-    Raises UserError naming the line that is not of this form, or has an ending that does not fit into `block_size`.
+    Args:
+        limit: if not 0, only the first `limit` examples.
+
+    Raises:
+        UserError: naming the first line that is not in this format, or has an ending of more than
+            `block_size` tokens; or if the file cannot be read or has no examples.
     """
-    examples = []
+    examples: list[Example] = []
     try:
-        lines = Path(path).read_text("utf-8").split("\n")  # not splitlines(), which also cuts at U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): name a file of HellaSwag's JSON lines") from None
-    for number, line in enumerate(lines, start=1):
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}): name a file in HellaSwag's format"
+        ) from None
+    for number, text in enumerate(lines, start=1):
         if limit and len(examples) == limit:
             break
-        if not line.strip():
+        if not text.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            example = json.loads(line)
+            line = decode_json(text, _Line)
         except ValueError as error:
-            raise UserError(f"{where}: is no JSON ({error}): mend or remove the line") from None
-        if not isinstance(example, dict):
-            raise UserError(f"{where}: must be an object with ctx, endings and label")
-        context, endings, label = example.get("ctx"), example.get("endings"), example.get("label")
-        if not isinstance(context, str) or not context:
-            raise UserError(f"{where}: `ctx` must be a non-empty string")
-        if not isinstance(endings, list) or len(endings) < 2 or not all(isinstance(e, str) and e for e in endings):
-            raise UserError(f"{where}: `endings` must be two or more non-empty strings")
-        if isinstance(label, str) and label.isdecimal():  # as in the copy on the Hugging Face hub
-            label = int(label)
-        if type(label) is not int or not 0 <= label < len(endings):
-            raise UserError(f"{where}: `label` must be the number of an ending, 0 to {len(endings) - 1}")
-        tokens = [encoding.encode_ordinary(" " + ending) for ending in endings]
-        longest = max(map(len, tokens))
+            raise UserError(f"{where}: {error}: fix or remove the line") from None
+        label = int(line.label)
+        if not 0 <= label < len(line.endings):
+            raise UserError(
+                f"{where}: label: expected the index of an ending, 0 to {len(line.endings) - 1}, "
+                f"got {label}: fix or remove the line"
+            )
+        endings = [encoding.encode_ordinary(" " + ending) for ending in line.endings]
+        longest = max(map(len, endings))
         if longest > block_size:
-            raise UserError(f"{where}: an ending of {longest} tokens does not fit into block_size={block_size}")
-        examples.append(Example(encoding.encode_ordinary(context), tokens, label))
+            raise UserError(
+                f"{where}: an ending of {longest} tokens does not fit into "
+                f"block_size={block_size}: shorten it, or use a model with a longer context"
+            )
+        examples.append(Example(encoding.encode_ordinary(line.ctx), endings, label))
     if not examples:
-        raise UserError(f"{path}: holds no examples")
+        raise UserError(f"{path}: has no examples: name a file in HellaSwag's format")
     return examples
 
 
-def pack(rows, T: int, width: int) -> tuple[np.ndarray, ...]:
-    """A batch of packed rows: each a context, its endings but for their last tokens, padding.
+# --------------------------------------------------------------------------------------------------
+# scoring
 
-    rows: (context, endings, number of the first ending) each. Returns int64 arrays
 
-        idx, positions, seen_until (B, T)   tokens, their places in their texts, and up to where in the row they are seen
-        at (M,)                             where, in the flattened batch, something is predicted
-        targets (M, width)                  what, for each ending that is predicted there: all begin at the same place
-        which, columns, owners (N,)         for every ending token, its place in targets, and the number of its ending
+def pack(
+    rows: list[tuple[list[int], list[list[int]], int]], T: int, width: int
+) -> tuple[np.ndarray, ...]:
+    """Return a batch of packed rows: a context, its endings without their last tokens, padding.
+
+    Args:
+        rows: (context, endings, id of the first ending) each; ids count up within a row.
+        T: length of the longest row.
+        width: the most endings of a row.
+
+    Returns:
+        int64 arrays, with M positions where something is predicted and N tokens of all endings:
+
+        - idx (B, T): tokens.
+        - positions (B, T): their positions in their texts.
+        - visible_until (B, T): the end of the part of the row that sees them.
+        - predict_at (M,): the positions where something is predicted, in the flattened batch.
+        - targets (M, width): what is predicted there; at the end of a context the first tokens of
+          all endings.
+        - target_rows, target_columns, ending_ids (N,): for every token of an ending, its place in
+          `targets`, and the id of its ending.
     """
     idx, positions = np.zeros((2, len(rows), T), dtype=np.int64)
-    # A context is seen by its whole row, an ending by itself, padding, which comes last, by nobody else.
-    seen_until = np.full((len(rows), T), T)
-    at, tokens, columns, owners = [], [], [], []
-    for b, (context, endings, first) in enumerate(rows):
-        n = begin = len(context)
+    # A context is seen by its whole row, an ending by itself, and padding comes last.
+    visible_until = np.full((len(rows), T), T)
+    predict_at: list[int] = []
+    tokens: list[int] = []
+    target_columns: list[int] = []
+    ending_ids: list[int] = []
+    for b, (context, endings, first_id) in enumerate(rows):
+        n = start = len(context)
         idx[b, :n], positions[b, :n] = context, range(n)
         for column, ending in enumerate(endings):
-            end = begin + len(ending) - 1
-            idx[b, begin:end], positions[b, begin:end] = ending[:-1], range(n, n + end - begin)
-            seen_until[b, begin:end] = end
-            at += [b * T + n - 1, *range(b * T + begin, b * T + end)]
+            end = start + len(ending) - 1
+            idx[b, start:end], positions[b, start:end] = ending[:-1], range(n, n + end - start)
+            visible_until[b, start:end] = end
+            predict_at += [b * T + n - 1, *range(b * T + start, b * T + end)]
             tokens += ending
-            columns += [column] * len(ending)
-            owners += [first + column] * len(ending)
-            begin = end
-    at, which = np.unique(at, return_inverse=True)
-    targets = np.zeros((len(at), width), dtype=np.int64)
-    targets[which, columns] = tokens
-    return idx, positions, seen_until, at, targets, which, np.array(columns), np.array(owners)
+            target_columns += [column] * len(ending)
+            ending_ids += [first_id + column] * len(ending)
+            start = end
+    unique, target_rows = np.unique(predict_at, return_inverse=True)
+    targets = np.zeros((len(unique), width), dtype=np.int64)
+    targets[target_rows, target_columns] = tokens
+    columns, ids = np.array(target_columns), np.array(ending_ids)
+    return idx, positions, visible_until, unique, targets, target_rows, columns, ids
 
 
 @torch.no_grad()
-def ending_losses(model, examples: list[Example], batch_tokens: int | None = None, rank=0, world_size=1, progress=False):
-    """Summed loss in nats and number of tokens of every ending: two float64 arrays (examples, most endings).
+def ending_losses(
+    model: GPT,
+    examples: list[Example],
+    batch_tokens: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the summed loss in nats and the number of tokens of every ending.
 
-    Ragged rows are filled with inf losses and counts of 1. A row is an example: its context once, then its endings, each of
-    which sees the context and itself. Rows are sorted by length and batched up to `batch_tokens` (BATCH_TOKENS) positions; the
-    head runs only where an ending is scored. Every rank scores its share of the rows and all get all results. Contexts
-    too long for the model lose their beginning.
+    A row of a batch is an example: its context once, then its endings, each of which sees the
+    context and itself. The head runs only where an ending is scored. Contexts that are too long for
+    the model lose their beginning.
+
+    Args:
+        batch_tokens: positions in a forward pass; default BATCH_TOKENS.
+        rank, world_size: every rank scores a share of the rows, and all get all results.
+        progress: whether to show a progress bar.
+
+    Returns:
+        Two float64 arrays (examples, most endings of an example). Where an example has fewer
+        endings, the losses are inf and the counts 1.
     """
     block_size, device = model.config.block_size, model.lm_head.weight.device
     batch_tokens = batch_tokens or BATCH_TOKENS[device.type]
     width = max(len(e.endings) for e in examples)
     counts = np.ones((len(examples), width))
-    rows = []  # (context, endings, number of the first of them in the flattened results)
+    rows = []
     for i, e in enumerate(examples):
-        counts[i, : len(e.endings)] = list(map(len, e.endings))
-        if len(e.context) + max(map(len, e.endings)) <= block_size + 1:  # the last token is only predicted
+        lengths = [len(ending) for ending in e.endings]
+        counts[i, : len(lengths)] = lengths
+        if len(e.context) + max(lengths) <= block_size + 1:  # the last token is only predicted
             rows.append((e.context, e.endings, i * width))
-        else:  # each ending leaves another part of the context
-            rows += [(e.context[len(t) - block_size - 1 :], [t], i * width + j) for j, t in enumerate(e.endings)]
+        else:  # each ending leaves room for a different part of the context
+            for j, ending in enumerate(e.endings):
+                rows.append((e.context[len(ending) - block_size - 1 :], [ending], i * width + j))
 
     def length(row):
         context, endings, _ = row
@@ -222,26 +302,31 @@ def ending_losses(model, examples: list[Example], batch_tokens: int | None = Non
             T = length(rows[start])
             batch = rows[start : start + max(1, batch_tokens // T)]
             start += len(batch)
-            arrays = (torch.from_numpy(array) for array in pack(batch, T, width))
-            idx, positions, seen_until, at, targets, which, columns, owners = (t.to(device) for t in arrays)
-            i = torch.arange(T, device=device)
-            mask = (i[:, None] >= i) & (i[:, None] < seen_until[:, None, None])  # (B, 1, T, T)
-            x = model.hidden(idx, positions, mask).flatten(0, 1)[at]
-            sums.index_add_(0, owners, token_losses(x, model.lm_head.weight, targets)[which, columns].double())
+            arrays = (torch.from_numpy(array).to(device) for array in pack(batch, T, width))
+            idx, positions, visible_until, predict_at, targets, *places, ending_ids = arrays
+            t = torch.arange(T, device=device)
+            mask = (t[:, None] >= t) & (t[:, None] < visible_until[:, None, None])  # (B, 1, T, T)
+            x = model.hidden(idx, positions, mask).flatten(0, 1)[predict_at]
+            losses = token_losses(x, model.lm_head.weight, targets)[*places]
+            sums.index_add_(0, ending_ids, losses.double())
             bar.update(len(batch))
     if world_size > 1:
         dist.all_reduce(sums)
-    sums = sums.view(len(examples), width).cpu().numpy()
+    result = sums.view(len(examples), width).cpu().numpy()
     for i, example in enumerate(examples):
-        sums[i, len(example.endings) :] = math.inf
-    return sums, counts
+        result[i, len(example.endings) :] = math.inf
+    return result, counts
 
 
-def evaluate(model, examples: list[Example], **options) -> dict[str, float]:
-    """acc and acc_norm of a model in eval mode, with their standard errors (of the mean, sample variance)."""
+def evaluate(model: GPT, examples: list[Example], **options: Any) -> dict[str, float]:
+    """Return the scores of a model in eval mode: n, acc, acc_norm, acc_stderr, acc_norm_stderr.
+
+    The standard errors are those of the mean, from the sample variance. See `ending_losses` for the
+    options.
+    """
     sums, counts = ending_losses(model, examples, **options)
     labels = np.array([e.label for e in examples])
-    result = {"n": len(examples)}
+    result: dict[str, float] = {"n": len(examples)}
     for name, losses in (("acc", sums), ("acc_norm", sums / counts)):
         accuracy = float((losses.argmin(1) == labels).mean())
         result[name] = accuracy
@@ -254,32 +339,37 @@ class Args:
     """Score a checkpoint on HellaSwag."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A run folder, one of its checkpoints, or gpt2, gpt2-medium, gpt2-large, gpt2-xl from the Hugging Face hub."""
+    """A run folder, one of its checkpoints, or a model from the Hugging Face Hub:
+    gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
     data: Path | None = None
-    """File of HellaSwag's JSON lines; default: the one that the run used, or the official validation set, downloaded once."""
+    """File in HellaSwag's format.
+    Default: the file that the run used, or else the official validation set, downloaded once."""
     limit: int = 0
-    """Score only the first examples; 0 is all."""
+    """Score only the first examples; 0 scores all."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of matrix products; auto is bfloat16 where the GPU has it."""
+    """Precision of matrix products; auto is bfloat16 on GPUs that support it."""
 
 
 def main(args: Args) -> None:
+    if args.limit < 0:
+        raise UserError(f"--limit={args.limit} must not be negative")
     device = pick_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint)
-    model = model_from(checkpoint, device).eval()
+    model = GPT.from_weights(checkpoint["model_config"], checkpoint["model"], device).eval()
     encoding = get_tokenizer(checkpoint["tokenizer"])
-    run = checkpoint["config"]
-    path = args.data or task_file(run["hellaswag_data"], run["data_dir"]) or DEFAULT_PATH
+    config = checkpoint["config"]
+    path = args.data or task_file(config["hellaswag_data"], config["data_dir"]) or DEFAULT_PATH
     if path == DEFAULT_PATH:
         download()
     examples = load_examples(path, encoding, model.config.block_size, args.limit)
     with autocast(device, args.dtype):
-        r = evaluate(model, examples, progress=True)
-    print(f"step {checkpoint['step']}, {checkpoint['n_blocks']} blocks, {r['n']} examples of {path}")
+        scores = evaluate(model, examples, progress=True)
+    model_name = f"step {checkpoint['step']}, {checkpoint['n_blocks']} blocks"
+    print(f"{model_name}, {len(examples)} examples of {path}")
     for name in ("acc", "acc_norm"):
-        print(f"{name:8s} {r[name]:.4f} +- {r[name + '_stderr']:.4f}")
+        print(f"{name:8s} {scores[name]:.4f} +- {scores[name + '_stderr']:.4f}")
 
 
 if __name__ == "__main__":

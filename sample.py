@@ -1,6 +1,6 @@
-"""Text from a checkpoint.
+"""Sample text from a checkpoint.
 
-    python sample.py CHECKPOINT [--prompt "..."] [--max_new_tokens 200] [--num_samples 3]
+python sample.py CHECKPOINT [--prompt "..."] [--max_new_tokens 200] [--num_samples 3]
 """
 
 from dataclasses import dataclass
@@ -10,10 +10,11 @@ from typing import Literal
 import torch
 import tyro
 
-from checkpoint import load_checkpoint, model_from
-from data import get_tokenizer
-from device import autocast, pick_device
-from errors import UserError, report_user_errors
+from model import GPT
+from stagewise.checkpoint import load_checkpoint
+from stagewise.data import get_tokenizer
+from stagewise.device import autocast, pick_device
+from stagewise.errors import UserError, report_user_errors
 
 
 @dataclass
@@ -21,41 +22,53 @@ class Args:
     """Sample text from a checkpoint."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A run folder, one of its checkpoints, or gpt2, gpt2-medium, gpt2-large, gpt2-xl from the Hugging Face hub."""
+    """A run folder, one of its checkpoints, or a model from the Hugging Face Hub:
+    gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
     prompt: str = ""
-    """Text to go on from; empty begins a document."""
+    """Text to continue; if empty, a new document starts."""
     num_samples: int = 3
-    """Texts to draw."""
+    """Number of texts."""
     max_new_tokens: int = 200
-    """Tokens to add to each."""
+    """Tokens to generate for each."""
     temperature: float = 0.8
-    """Below 1 bolder, above 1 wilder; 0 takes the likeliest token."""
+    """Below 1 is more conservative, above 1 more random; 0 always takes the most likely token."""
     top_k: int = 200
-    """Draw from the k likeliest tokens only."""
+    """Sample from the k most likely tokens only."""
     seed: int = 1337
-    """Seed of the draws."""
+    """Random seed."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of matrix products; auto is bfloat16 where the GPU has it."""
+    """Precision of matrix products; auto is bfloat16 on GPUs that support it."""
 
 
 def main(args: Args) -> None:
-    if args.temperature < 0 or min(args.top_k, args.num_samples, args.max_new_tokens) < 1:
-        raise UserError("temperature must not be negative; top_k, num_samples and max_new_tokens must be at least 1")
+    for name in ("num_samples", "max_new_tokens", "top_k"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
+    # Logits divided by less could overflow; NaN fails the comparison.
+    if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
+        raise UserError(f"--temperature={args.temperature} must be 0, or between 0.01 and 100")
     if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed={args.seed} must lie between 0 and 2**63 - 1")
+        raise UserError(f"--seed={args.seed} must be between 0 and 2**63 - 1")
     device = pick_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint)
-    model = model_from(checkpoint, device).eval()
+    model = GPT.from_weights(checkpoint["model_config"], checkpoint["model"], device).eval()
     encoding = get_tokenizer(checkpoint["tokenizer"])
-    prompt = [encoding.eot_token] + encoding.encode_ordinary(args.prompt)
+    prompt = [encoding.eot_token, *encoding.encode_ordinary(args.prompt)]
     idx = torch.tensor([prompt] * args.num_samples, device=device)
     generator = torch.Generator(device).manual_seed(args.seed)
     with autocast(device, args.dtype):
-        out = model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, encoding.n_vocab, generator)
-    for i, tokens in enumerate(out.tolist()):
-        print(f"--- sample {i + 1}\n{encoding.decode(tokens[1:])}")
+        out = model.generate(
+            idx,
+            args.max_new_tokens,
+            args.temperature,
+            args.top_k,
+            n_vocab=encoding.n_vocab,
+            generator=generator,
+        )
+    for i, tokens in enumerate(out.tolist(), start=1):
+        print(f"--- sample {i}\n{encoding.decode(tokens[1:])}")
 
 
 if __name__ == "__main__":

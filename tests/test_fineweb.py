@@ -1,26 +1,32 @@
-"""Corpora: the embedded one, and local files of every kind."""
+"""Corpora: the built-in one, local files, how they are cut into shards, interrupted runs."""
 
 import hashlib
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, script
 
 import fineweb
-from data import get_tokenizer, load_meta, open_shard
-from errors import UserError
-
-from conftest import script
+from stagewise.data import get_tokenizer, load_meta, open_shard
+from stagewise.errors import UserError
 
 TEXTS = ["First document.\nTwo lines.", "Second — with ünïcode.", "Third " * 40, "", "Last"]
 
 
-def tokens_of(folder):
-    return np.concatenate([open_shard(folder / shard["file"]) for shard in load_meta(folder)["shards"]])
+def read_corpus(folder, first_shard_was_cut=False):
+    """The tokens in the order of the documents."""
+    parts = [open_shard(folder / shard["file"]) for shard in load_meta(folder)["shards"]]
+    if first_shard_was_cut:  # its rest is listed last
+        parts.insert(1, parts.pop())
+    return np.concatenate(parts)
 
 
 def stream(texts):
@@ -50,124 +56,312 @@ def run(monkeypatch, tmp_path, source, **options):
     return tmp_path / "out"
 
 
-def test_the_embedded_corpus_is_the_standard_library(corpus):
+# --------------------------------------------------------------------------------------------------
+# sources
+
+
+def test_built_in_corpus_is_the_standard_library(corpus):
     meta = load_meta(corpus)
     assert (meta["source"], meta["tokenizer"], meta["vocab_size"]) == ("stdlib", "bytes", 257)
-    tokens = tokens_of(corpus)
-    assert len(tokens) == meta["tokens"] > 1_000_000 and (tokens == 256).sum() == meta["documents"]
+    tokens = read_corpus(corpus)
+    assert len(tokens) == meta["tokens"] > 1_000_000
+    assert (tokens == 256).sum() == meta["documents"]
     text = get_tokenizer("bytes").decode([t for t in tokens if t != 256])
     for name in ("argparse.py", "json/decoder.py"):
         assert Path(sysconfig.get_paths()["stdlib"], name).read_text() in text
     val, train = meta["shards"]
-    assert (val["split"], train["split"]) == ("val", "train") and val["tokens"] == meta["tokens"] // 10
+    assert (val["split"], train["split"]) == ("val", "train")
+    assert val["tokens"] == meta["tokens"] // 10
     for shard in meta["shards"]:
-        assert hashlib.sha256((corpus / shard["file"]).read_bytes()).hexdigest() == shard["sha256"]
+        digest = hashlib.sha256((corpus / shard["file"]).read_bytes()).hexdigest()
+        assert digest == shard["sha256"]
+    assert {p.name for p in corpus.iterdir()} == {
+        "hellaswag.jsonl",
+        "meta.json",
+        "stdlib_train_000001.bin",
+        "stdlib_val_000000.bin",
+    }
 
 
-def test_the_continuation_task_is_true_to_held_out_files(corpus):
+def test_continuation_task_is_made_of_held_out_documents(corpus):
+    def text_of(split):
+        tokens = open_shard(next(corpus.glob(f"*_{split}_*"))).tolist()
+        return bytes(t for t in tokens if t != 256).decode("utf-8", "ignore")
+
     examples = [json.loads(line) for line in (corpus / "hellaswag.jsonl").read_text().splitlines()]
     assert len(examples) > 300
-    val = bytes(t for t in open_shard(next(corpus.glob("*_val_*"))).tolist() if t != 256).decode("utf-8", "ignore")
-    train = bytes(t for t in open_shard(next(corpus.glob("*_train_*"))).tolist() if t != 256).decode("utf-8", "ignore")
+    val, train = text_of("val"), text_of("train")
     documents = dict(fineweb.stdlib_documents())
-    for example in examples:
+    for example in examples[::5]:
         true = example["ctx"] + " " + example["endings"][example["label"]] + "\n"
         assert true in val and true in documents[example["activity_label"]]
         assert true[:-1] not in train
-        assert len(example["endings"]) == 4 and all(8 <= len(e) <= 32 and "\n" not in e for e in example["endings"])
+        assert len(example["endings"]) == 4
+        assert all(8 <= len(e) <= 32 and "\n" not in e for e in example["endings"])
     labels = np.bincount([e["label"] for e in examples])
     assert (labels > len(examples) / 6).all()
+
+
+def test_continuation_task_is_empty_if_the_held_out_documents_are_too_short():
+    held_out = [("a", "x" * 100 + " and this is how it ends\n")]
+    assert fineweb.continuation_task(held_out, "", 10) == []
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".txt"])
 def test_local_files(monkeypatch, tmp_path, suffix):
     source = write(tmp_path / f"corpus{suffix}")
     out = run(monkeypatch, tmp_path, source)
-    assert tokens_of(out).tolist() == stream(TEXTS[:1] if suffix == ".txt" else TEXTS)
-    assert sorted(p.name for p in out.iterdir()) == ["corpus_train_000001.bin", "corpus_val_000000.bin", "meta.json"]
+    assert read_corpus(out).tolist() == stream(TEXTS[:1] if suffix == ".txt" else TEXTS)
+    assert {p.name for p in out.iterdir()} == {
+        "corpus_train_000001.bin",
+        "corpus_val_000000.bin",
+        "meta.json",
+    }
 
 
-def test_a_folder_is_read_in_the_order_of_names_and_cut_into_shards(monkeypatch, tmp_path):
+def test_folder_is_read_in_the_order_of_file_names(monkeypatch, tmp_path):
     source = tmp_path / "many"
     source.mkdir()
     for i, part in enumerate((TEXTS[:2], TEXTS[2:])):
         write(source / f"part{i}.jsonl", part)
     out = run(monkeypatch, tmp_path, source, shard_tokens=100)
-    meta = load_meta(out)
-    assert [s["tokens"] for s in meta["shards"][:-1]] == [100] * (len(stream(TEXTS)) // 100)
-    assert [s["split"] for s in meta["shards"]] == ["val"] + ["train"] * (len(meta["shards"]) - 1)
-    assert tokens_of(out).tolist() == stream(TEXTS)
-
-
-@pytest.mark.parametrize("n, sizes", [(50, [5, 45]), (100, [10, 90]), (199, [19, 180]), (200, [100, 100]), (301, [100, 100, 100, 1])])
-def test_less_than_two_shards_give_a_tenth_to_validation(tmp_path, n, sizes):
-    writer = fineweb.ShardWriter(tmp_path, "x", shard_tokens=100)
-    for part in np.array_split(np.arange(n, dtype=np.uint16), 7):
-        writer.add(part)
-    writer.close()
-    assert [s["tokens"] for s in writer.shards] == sizes and [s["split"] for s in writer.shards[:2]] == ["val", "train"]
-    assert np.concatenate([open_shard(tmp_path / s["file"]) for s in writer.shards]).tolist() == list(range(n))
+    shards = load_meta(out)["shards"]
+    n = len(stream(TEXTS))
+    assert 300 < n < 400
+    assert [s["tokens"] for s in shards] == [n // 10, 100, 100, n - 300, 100 - n // 10]
+    assert [s["split"] for s in shards] == ["val"] + ["train"] * 4
+    assert read_corpus(out, first_shard_was_cut=True).tolist() == stream(TEXTS)
 
 
 def test_many_documents_keep_their_order(monkeypatch, tmp_path):
-    """More than are handed to a process at a time."""
-    texts = [f"document {i} " * (i % 7 + 1) for i in range(2500)]
+    texts = [f"document {i} " * (i % 7 + 1) for i in range(40 * fineweb.DOCUMENTS_AT_A_TIME - 1)]
     out = run(monkeypatch, tmp_path, write(tmp_path / "x.jsonl", texts))
-    assert tokens_of(out).tolist() == stream(texts)
-
-
-def test_a_killed_worker_ends_in_a_message_and_not_in_a_wait():
-    with pytest.raises(UserError, match="was killed, .* use fewer --processes"):
-        list(fineweb.tokenized(lambda start, stop: os.kill(os.getpid(), signal.SIGKILL), 1000, get_tokenizer("bytes"), 2))
+    assert read_corpus(out).tolist() == stream(texts)
 
 
 @pytest.mark.parametrize(
-    "name, content, named",
+    "name, content, message",
     [
         ("a.jsonl", '{"text": "fine"}\n{"text": \n', "cannot be read as json"),
-        ("a.jsonl", '{"body": "no text"}\n', r"needs a column `text` of strings; it has \['body'\]"),
+        (
+            "a.jsonl",
+            '{"body": "no text"}\n',
+            r"needs a column `text` of strings; it has \['body'\]",
+        ),
         ("a.jsonl", '{"text": 3}\n', "needs a column `text` of strings"),
+        ("a.jsonl", '{"text": ["a"]}\n', "needs a column `text` of strings"),
         ("a.jsonl", '{"text": "a"}\n{"text": null}\n', "document 1: its `text` is null"),
         ("a.jsonl", '{"text": "too short"}\n', "only 10 tokens"),
         ("a.jsonl", "", "a.jsonl"),
         ("a.jsonl", b'{"text": "\xff"}\n', "documents 0 to 0 is not UTF-8"),
         ("a.parquet", "not parquet", "cannot be read as parquet"),
-        ("a.csv", "text\nx", "needs files of one kind of .parquet, .jsonl, .txt"),
+        ("a.csv", "text\nx", "one format out of .parquet, .jsonl, .txt; found .csv"),
     ],
 )
-def test_bad_sources_are_refused_by_name(monkeypatch, tmp_path, name, content, named):
+def test_bad_source(monkeypatch, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(UserError, match=message):
         run(monkeypatch, tmp_path, tmp_path / name)
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    assert not list(tmp_path.glob("out*"))
 
 
-def test_an_existing_folder_a_missing_source_and_a_large_vocabulary_are_refused(monkeypatch, tmp_path):
-    with pytest.raises(UserError, match="no such file or folder"):
-        run(monkeypatch, tmp_path, tmp_path / "nothing")
-    with pytest.raises(UserError, match="what a shard's header can say"):
-        run(monkeypatch, tmp_path, "stdlib", shard_tokens=2**31)
-    with pytest.raises(UserError, match="--out=/proc/x: cannot be written"):
-        run(monkeypatch, tmp_path, "stdlib", out=Path("/proc/x"))
-    (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="exists already"):
-        run(monkeypatch, tmp_path, "stdlib")
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(source="/nowhere"), "--source=/nowhere: no such file or folder"),
+        (dict(shard_tokens=2**31), "the most that a shard's header can express"),
+        (dict(shard_tokens=1), "must be between 2 and"),
+        (dict(processes=0), "--processes=0 must be at least 1"),
+        (dict(tokenizer="o200k"), "tokenizer 'o200k' is unknown"),
+        (dict(out=Path("/proc/x")), "--out=/proc/x: cannot be written"),
+        (dict(out=Path("/dev/null/x")), "--out=/dev/null/x: cannot be written"),
+    ],
+)
+def test_bad_options(monkeypatch, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        run(monkeypatch, tmp_path, **{"source": "stdlib"} | options)
 
 
-def test_a_held_out_part_too_small_for_the_task_gives_an_empty_one():
-    assert fineweb.continuation_task([("a", "x" * 100 + " and this is how it ends\n")], "", 10) == []
+@pytest.mark.slow
+def test_killed_worker_is_an_error():
+    def read(start, stop):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(UserError, match="was killed, .* use fewer --processes"):
+        list(fineweb.tokenize_documents(read, 1000, get_tokenizer("bytes"), 2))
 
 
-def test_a_second_try_after_an_interrupted_one_begins_anew(monkeypatch, tmp_path):
-    partial = tmp_path / "out.partial"
-    partial.mkdir()
-    (partial / "corpus_train_000007.bin").write_text("left over")
-    out = run(monkeypatch, tmp_path, write(tmp_path / "corpus.txt"))
-    assert not partial.exists() and not list(out.glob("*7.bin"))
-
-
-def test_from_the_command_line(tmp_path):
-    result = script("fineweb.py", "--source", "stdlib", "--out", tmp_path / "x", "--shard_tokens", "3_000_000")
-    assert "validation tokens in" in result.stdout
-    result = script("fineweb.py", "--source", tmp_path / "none", check=False)
+def test_command_line(tmp_path):
+    result = script(
+        "fineweb.py", "--source=stdlib", f"--out={tmp_path / 'x'}", "--shard_tokens=3_000_000"
+    )
+    n_train, n_val, n_shards = re.search(
+        r"x: ([\d,]+) training and ([\d,]+) validation tokens in (\d+) shards", result.stdout
+    ).groups()
+    meta = load_meta(tmp_path / "x")
+    assert int(n_val.replace(",", "")) == meta["tokens"] // 10 < 3_000_000
+    assert int(n_train.replace(",", "")) == meta["tokens"] - meta["tokens"] // 10
+    assert int(n_shards) == len(meta["shards"]) > 3
+    result = script("fineweb.py", f"--source={tmp_path / 'none'}", check=False)
     assert result.returncode == 1 and result.stderr.startswith("error: --source=")
+
+
+# --------------------------------------------------------------------------------------------------
+# shards
+
+
+@pytest.mark.parametrize(
+    "n, sizes",
+    [
+        (50, [5, 45]),
+        (99, [9, 90]),
+        (100, [10, 90]),
+        (101, [10, 1, 90]),
+        (150, [15, 50, 85]),
+        (230, [23, 100, 30, 77]),
+        (950, [95] + 8 * [100] + [50, 5]),
+        (999, [99] + 8 * [100] + [99, 1]),
+        (1000, 10 * [100]),
+        (1001, 10 * [100] + [1]),
+        (1200, 12 * [100]),
+    ],
+)
+@pytest.mark.parametrize("n_parts", [1, 7])
+def test_validation_gets_one_shard_but_at_most_a_tenth(tmp_path, n, sizes, n_parts):
+    with fineweb.ShardWriter(tmp_path, "x", shard_tokens=100) as writer:
+        for part in np.array_split(np.arange(n, dtype=np.uint16), n_parts):
+            writer.add(part)
+        writer.finish()
+    assert [s["tokens"] for s in writer.shards] == sizes
+    assert writer.shards[0]["tokens"] == min(100, n // 10)
+    assert [s["split"] for s in writer.shards] == ["val"] + ["train"] * (len(sizes) - 1)
+    assert [s["file"] for s in writer.shards] == [
+        f"x_{s['split']}_{i:06d}.bin" for i, s in enumerate(writer.shards)
+    ]
+    assert {p.name for p in tmp_path.iterdir()} == {s["file"] for s in writer.shards}
+    for shard in writer.shards:
+        digest = hashlib.sha256((tmp_path / shard["file"]).read_bytes()).hexdigest()
+        assert digest == shard["sha256"]
+    parts = [open_shard(tmp_path / s["file"]).tolist() for s in writer.shards]
+    if n < 1000:  # the rest of the first shard is listed last
+        parts.insert(1, parts.pop())
+    assert sum(parts, []) == list(range(n))
+
+
+# --------------------------------------------------------------------------------------------------
+# interrupted and simultaneous runs
+
+# Runs fineweb.py, but stops in the middle of tokenizing until a line arrives on stdin.
+PAUSED = """
+import sys
+import fineweb
+original = fineweb.tokenize_documents
+def paused(*args):
+    results = original(*args)
+    yield next(results)
+    print("paused", flush=True)
+    sys.stdin.readline()
+    yield from results
+fineweb.tokenize_documents = paused
+with fineweb.report_user_errors():
+    args = fineweb.Args("stdlib", fineweb.Path(sys.argv[1]), processes=2, shard_tokens=100_000)
+    fineweb.main(args)
+"""
+
+
+def start_paused(out):
+    process = subprocess.Popen(
+        [sys.executable, "-c", PAUSED, out],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "paused\n"
+    return process
+
+
+def inodes(folder):
+    return {p.name: p.stat().st_ino for p in folder.iterdir()}
+
+
+def test_two_processes_with_the_same_out(monkeypatch, tmp_path):
+    first = start_paused(tmp_path / "out")
+    try:
+        partial = tmp_path / "out.partial"
+        before = inodes(partial)
+        assert len(before) > 3 and not (tmp_path / "out").exists()
+        with pytest.raises(UserError, match="another fineweb.py is writing it"):
+            run(monkeypatch, tmp_path, "stdlib")
+        assert before.items() <= inodes(partial).items()  # a thread may still write the last shard
+        first.communicate("continue\n")
+        assert first.returncode == 0
+    finally:
+        first.kill()
+    documents = fineweb.stdlib_documents()
+    assert read_corpus(tmp_path / "out").tolist() == stream(text for _, text in documents)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_interrupted_run_starts_again(monkeypatch, tmp_path, capsys, number):
+    process = start_paused(tmp_path / "out")
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=20)  # waits for the worker processes too
+    left = (tmp_path / "out.partial").exists()
+    assert left == (number != signal.SIGINT) and not (tmp_path / "out").exists()
+    assert ("out was not written: start again" in stderr) == (number == signal.SIGINT)
+    out = run(monkeypatch, tmp_path, write(tmp_path / "corpus.txt"))
+    assert read_corpus(out).tolist() == stream(TEXTS[:1])
+    assert {p.name for p in out.iterdir()} == {
+        "corpus_train_000001.bin",
+        "corpus_val_000000.bin",
+        "meta.json",
+    }
+    assert not (tmp_path / "out.partial").exists()
+    assert ("removing the files of an interrupted run" in capsys.readouterr().err) == left
+
+
+def test_existing_out_is_not_touched(monkeypatch, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="already exists"):
+        run(monkeypatch, tmp_path, "stdlib")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("file", ["thesis.txt", ".lock", None])
+def test_users_own_partial_folder_is_not_touched(monkeypatch, tmp_path, file):
+    partial = tmp_path / "out.partial"
+    if file:
+        partial.mkdir()
+        (partial / file).write_text("years of work")
+    else:
+        partial.write_text("years of work")
+    with pytest.raises(UserError, match=r"out.partial exists, but fineweb.py did not create it"):
+        run(monkeypatch, tmp_path, "stdlib")
+    assert (partial / file if file else partial).read_text() == "years of work"
+    assert not (tmp_path / "out").exists()
+
+
+def test_full_disk(monkeypatch, tmp_path):
+    def write_shard(path, tokens):
+        path.write_bytes(b"a part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fineweb, "write_shard", write_shard)
+    with pytest.raises(UserError, match="cannot be written .*No space left on device"):
+        run(monkeypatch, tmp_path, "stdlib")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_out_that_appears_meanwhile_is_not_overwritten(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="cannot be written"), fineweb.atomic_folder(out) as folder:
+        (folder / "new").write_text("new")
+        out.mkdir()
+        (out / "file").write_text("old")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (out / "file").read_text() == "old"

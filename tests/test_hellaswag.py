@@ -1,26 +1,31 @@
-"""Scoring: batched against one by one, and bad files."""
+"""HellaSwag: batched scores against those of one example at a time, bad files, downloads."""
 
+import contextlib
 import hashlib
 import http.server
+import io
 import json
 import math
+import socket
+import struct
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import SHARED_DATA, TINY, script
+from huggingface_hub import file_download
 from torch.nn import functional as F
 
 import hellaswag
-from data import get_tokenizer
-from errors import UserError
 from benchmarks.scoring import one_by_one
 from hellaswag import Example, ending_losses, evaluate, load_examples
 from model import GPT, GPTConfig
-
-from conftest import SHARED_DATA, TINY, script
+from stagewise.data import get_tokenizer
+from stagewise.errors import UserError
 
 BYTES = get_tokenizer("bytes")
 
@@ -40,40 +45,54 @@ def examples(corpus):
     return load_examples(corpus / "hellaswag.jsonl", BYTES, 64, limit=60)
 
 
-def test_batched_scores_are_the_one_by_one_scores(model, examples):
+# --------------------------------------------------------------------------------------------------
+# scoring
+
+
+def test_batched_scores_equal_those_of_one_example_at_a_time(model, examples):
     sums, counts = ending_losses(model, examples)
     assert sums.shape == (60, 4)
     for example, s, c in zip(examples, sums, counts):
         summed, mean = one_by_one(model, example)
         np.testing.assert_allclose(s, summed, rtol=1e-5)
         np.testing.assert_allclose(s / c, mean, rtol=1e-5)
-    r = evaluate(model, examples)
+    scores = evaluate(model, examples)
     labels = [e.label for e in examples]
     for name, which in (("acc", 0), ("acc_norm", 1)):
-        right = [one_by_one(model, e)[which].argmin().item() == label for e, label in zip(examples, labels)]
-        assert r[name] == np.mean(right)
-        assert r[f"{name}_stderr"] == pytest.approx(np.std(right, ddof=1) / math.sqrt(60))
+        correct = [
+            one_by_one(model, e)[which].argmin().item() == label
+            for e, label in zip(examples, labels)
+        ]
+        assert scores[name] == np.mean(correct)
+        stderr = np.std(correct, ddof=1) / math.sqrt(60)
+        assert scores[f"{name}_stderr"] == pytest.approx(stderr)
 
 
-def test_acc_goes_by_the_sum_and_acc_norm_by_the_mean(model, examples):
-    """On examples where the two choose different endings, relabelled with the choice of one of them."""
-    by_sum, by_mean = zip(*(tuple(losses.argmin().item() for losses in one_by_one(model, e)) for e in examples))
+def test_acc_uses_the_sum_and_acc_norm_the_mean(model, examples):
+    """On examples where the two choose different endings, relabelled with the choice of one."""
+    by_sum, by_mean = zip(
+        *(tuple(losses.argmin().item() for losses in one_by_one(model, e)) for e in examples)
+    )
     differ = [(e, s, m) for e, s, m in zip(examples, by_sum, by_mean) if s != m]
     assert len(differ) > 3
     for chosen, expected in ((1, (1.0, 0.0)), (2, (0.0, 1.0))):
-        r = evaluate(model, [Example(row[0].context, row[0].endings, row[chosen]) for row in differ])
-        assert (r["acc"], r["acc_norm"]) == expected
+        relabelled = [Example(row[0].context, row[0].endings, row[chosen]) for row in differ]
+        scores = evaluate(model, relabelled)
+        assert (scores["acc"], scores["acc_norm"]) == expected
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, 1000, 10**6])
-def test_the_batch_size_does_not_matter(model, examples, batch_tokens):
-    np.testing.assert_allclose(ending_losses(model, examples, batch_tokens=batch_tokens)[0], ending_losses(model, examples)[0], rtol=1e-5)
+def test_scores_do_not_depend_on_the_batch_size(model, examples, batch_tokens):
+    sums, _ = ending_losses(model, examples, batch_tokens=batch_tokens)
+    np.testing.assert_allclose(sums, ending_losses(model, examples)[0], rtol=1e-5)
 
 
 def test_ranks_share_the_rows(model, examples, monkeypatch):
-    monkeypatch.setattr(hellaswag.dist, "all_reduce", lambda tensor: None)  # what each rank has before they are added up
+    # Leaves each rank with its own part of the sums.
+    monkeypatch.setattr(hellaswag.dist, "all_reduce", lambda tensor: None)
     a, b = (ending_losses(model, examples, rank=rank, world_size=2)[0] for rank in (0, 1))
-    assert ((a == 0) != (b == 0)).all() and abs((a == 0).sum() - (b == 0).sum()) <= 1
+    assert ((a == 0) != (b == 0)).all()
+    assert abs((a == 0).sum() - (b == 0).sum()) <= 1
     np.testing.assert_allclose(a + b, ending_losses(model, examples)[0], rtol=1e-5)
 
 
@@ -81,12 +100,14 @@ def test_ragged_endings_and_long_contexts(model):
     long = Example(list(range(200)), [[1, 2], [3], [4, 5, 6]], 1)
     short = Example([7], [[8] * 64, [9]], 0)
     sums, counts = ending_losses(model, [long, short])
-    assert counts.tolist() == [[2, 1, 3], [64, 1, 1]] and sums[1, 2] == math.inf and np.isfinite(sums[:, :2]).all()
+    assert counts.tolist() == [[2, 1, 3], [64, 1, 1]]
+    assert sums[1, 2] == math.inf and np.isfinite(sums[:, :2]).all()
     for i, example in enumerate((long, short)):
-        np.testing.assert_allclose(sums[i, : len(example.endings)], one_by_one(model, example)[0], rtol=1e-5)
+        expected = one_by_one(model, example)[0]
+        np.testing.assert_allclose(sums[i, : len(example.endings)], expected, rtol=1e-5)
 
 
-def test_a_model_that_knows_the_answers_gets_all_right(model):
+def test_model_that_knows_the_answers_gets_all_right(model):
     """It expects every number to be followed by the next one."""
 
     class Counter(torch.nn.Module):
@@ -100,150 +121,283 @@ def test_a_model_that_knows_the_answers_gets_all_right(model):
         endings = [[i + 10, i + 11], [i + 3], [i + 20, i + 5, i + 6]]
         endings.insert(i % 4, [i + 1, i + 2])
         examples.append(Example([5, i], endings, i % 4))
-    assert evaluate(Counter(), examples) == {"n": 20, "acc": 1.0, "acc_stderr": 0.0, "acc_norm": 1.0, "acc_norm_stderr": 0.0}
+    scores = evaluate(Counter(), examples)
+    assert scores == {"n": 20, "acc": 1, "acc_stderr": 0, "acc_norm": 1, "acc_norm_stderr": 0}
 
 
-# --- files
+# --------------------------------------------------------------------------------------------------
+# files
 
 
 def write(path, *lines):
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    path.write_text(
+        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    )
     return path
 
 
 GOOD = {"ind": 1, "ctx": "A man", "endings": ["sits.", "flies."], "label": 1}
 
 
-def test_any_file_of_the_form_is_read(tmp_path):
-    (a, b) = load_examples(write(tmp_path / "x.jsonl", GOOD, "", GOOD | {"label": "0", "more": None}), BYTES, 64)
+def test_any_file_in_the_format_is_read(tmp_path):
+    path = write(tmp_path / "x.jsonl", GOOD, "", GOOD | {"label": "0", "more": None})
+    a, b = load_examples(path, BYTES, 64)
     assert a == Example(list(b"A man"), [list(b" sits."), list(b" flies.")], 1) and b.label == 0
-    assert len(load_examples(tmp_path / "x.jsonl", BYTES, 64, limit=1)) == 1
+    assert len(load_examples(path, BYTES, 64, limit=1)) == 1
     odd = GOOD | {"ctx": "A\u2028B\u0085"}  # line separators, but not of JSON lines
-    (tmp_path / "y.jsonl").write_text(json.dumps(odd, ensure_ascii=False), encoding="utf-8")
-    assert load_examples(tmp_path / "y.jsonl", BYTES, 64)[0].context == list("A\u2028B\u0085".encode())
+    path.write_text(json.dumps(odd, ensure_ascii=False), encoding="utf-8")
+    assert load_examples(path, BYTES, 64)[0].context == list("A\u2028B\u0085".encode())
 
 
 @pytest.mark.parametrize(
-    "line, named",
+    "line, message",
     [
-        ('{"ctx": "x', "is no JSON"),
-        ("[1]", "must be an object"),
-        (GOOD | {"ctx": ""}, "`ctx`"),
-        (GOOD | {"ctx": None}, "`ctx`"),
-        (GOOD | {"endings": ["one"]}, "`endings`"),
-        (GOOD | {"endings": "four"}, "`endings`"),
-        (GOOD | {"endings": ["a", 3]}, "`endings`"),
-        (GOOD | {"label": 2}, "`label` must be the number of an ending, 0 to 1"),
-        (GOOD | {"label": True}, "`label`"),
-        (GOOD | {"label": ""}, "`label`"),
-        (GOOD | {"endings": ["x" * 64, "y"]}, "an ending of 65 tokens does not fit into block_size=64"),
+        ('{"ctx": "x', "truncated"),
+        ('{"ctx": x}', "malformed"),
+        ("[1]", "[Ee]xpected `object`, got `array`"),
+        ({"ctx": "A man", "label": 1}, "missing required field `endings`"),
+        (GOOD | {"ctx": ""}, "ctx: expected `str` of length >= 1"),
+        (GOOD | {"ctx": None}, "ctx: expected `str`, got `null`"),
+        (GOOD | {"endings": ["one"]}, "endings: expected `array` of length >= 2"),
+        (GOOD | {"endings": "four"}, "endings: expected `array`, got `str`"),
+        (GOOD | {"endings": ["a", 3]}, r"endings\[1\]: expected `str`, got `int`"),
+        (GOOD | {"endings": ["a", ""]}, r"endings\[1\]: expected `str` of length >= 1"),
+        (GOOD | {"label": 2}, "label: expected the index of an ending, 0 to 1, got 2"),
+        (GOOD | {"label": -1}, "label: expected the index of an ending, 0 to 1, got -1"),
+        (GOOD | {"label": 10**30}, "label: "),
+        (GOOD | {"label": "9" * 5000}, "label: "),
+        (GOOD | {"label": True}, "label: expected `int | str`, got `bool`"),
+        (GOOD | {"label": 1.5}, "label: "),
+        (GOOD | {"label": ""}, "label: "),
+        (
+            GOOD | {"endings": ["x" * 64, "y"]},
+            "an ending of 65 tokens does not fit into block_size=64",
+        ),
     ],
 )
-def test_bad_lines_are_refused_by_number(tmp_path, line, named):
-    with pytest.raises(UserError, match=f"x.jsonl, line 2: .*{named}"):
+def test_errors_name_the_line(tmp_path, line, message):
+    with pytest.raises(UserError, match=f"x.jsonl, line 2: .*{message}"):
         load_examples(write(tmp_path / "x.jsonl", GOOD, line), BYTES, 64)
 
 
-def test_missing_binary_and_empty_files_are_refused(tmp_path):
-    for content, named in ((None, "cannot be read"), (b"\xff\xfe\x00", "cannot be read"), (b"\n", "holds no examples")):
-        if content is not None:
-            (tmp_path / "x").write_bytes(content)
-        with pytest.raises(UserError, match=named):
+def test_line_that_is_not_utf8(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b'\n{"ctx": "\xff\xfe", "endings": ["a", "b"]}\n')
+    with pytest.raises(UserError, match="x.jsonl, line 2: .*[uU]nicode|utf-8|UTF-8"):
+        load_examples(path, BYTES, 64)
+
+
+def test_missing_binary_and_empty_files(tmp_path):
+    with pytest.raises(UserError, match="x: cannot be read .No such file"):
+        load_examples(tmp_path / "x", BYTES, 64)
+    with pytest.raises(UserError, match="cannot be read .Is a directory"):
+        load_examples(tmp_path, BYTES, 64)
+    for content, message in ((b"\xff\xfe\x00", "x, line 1: "), (b"\n", "has no examples")):
+        (tmp_path / "x").write_bytes(content)
+        with pytest.raises(UserError, match=message):
             load_examples(tmp_path / "x", BYTES, 64)
 
 
-def test_a_download_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(hellaswag, "PAUSES", (0, 0))
-    monkeypatch.setattr(hellaswag, "URL", "http://127.0.0.1:9/hellaswag_val.jsonl")  # nothing listens there
-    with pytest.raises(UserError, match="could not be downloaded .* name a file of its form with --hellaswag_data"):
+# --------------------------------------------------------------------------------------------------
+# downloads
+
+CONTENT = bytes(range(256)) * 4000
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(hellaswag, "PAUSES", (0, 0, 0, 0))
+    monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda seconds: None))
+
+
+@pytest.fixture
+def serve(monkeypatch, no_pauses):
+    """serve(respond): URL is a server that calls respond(handler, first byte that is wanted)."""
+    with contextlib.ExitStack() as stack:
+
+        def start(respond, content=CONTENT):
+            class Handler(http.server.BaseHTTPRequestHandler):
+                def do_GET(self):
+                    assert self.headers["Accept-Encoding"] == "identity"
+                    respond(self, int(self.headers.get("Range", "bytes=0-")[6:-1]))
+
+                def log_message(self, *args):
+                    pass
+
+            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+            stack.callback(server.server_close)
+            stack.callback(server.shutdown)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{server.server_port}/x")
+            monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(content).hexdigest())
+            return server
+
+        yield start
+
+
+def send(handler, start, part=None):
+    """Respond with CONTENT from byte `start` on, or announce it and send `part` instead."""
+    handler.send_response(206 if start else 200)
+    handler.send_header("Content-Length", str(len(CONTENT) - start))
+    if start:
+        handler.send_header("Content-Range", f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}")
+    handler.end_headers()
+    handler.wfile.write(CONTENT[start:] if part is None else part)
+
+
+def reset(handler):
+    """Close the connection with a TCP reset."""
+    handler.wfile.flush()
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.connection.close()
+    handler.wfile = handler.rfile = io.BytesIO()
+
+
+def test_failed_download_leaves_nothing(tmp_path, monkeypatch, no_pauses):
+    monkeypatch.setattr(hellaswag, "URL", "http://127.0.0.1:9/x")  # nothing listens there
+    with pytest.raises(
+        UserError, match="could not be downloaded .*ConnectError.* name a file .* --hellaswag_data"
+    ):
         hellaswag.download(tmp_path / "d" / "x.jsonl")
     assert not list((tmp_path / "d").iterdir())
 
 
-def test_a_download_is_checked_and_kept(tmp_path, monkeypatch):
-    """Against a real server of this machine."""
-    monkeypatch.setattr(hellaswag, "PAUSES", (0, 0))
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b"content")
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{server.server_port}/x")
-    with pytest.raises(UserError, match="arrived damaged"):
+def test_download_appears_only_with_the_right_checksum(tmp_path, serve):
+    server = serve(lambda handler, start: send(handler, start), content=b"something else")
+    with pytest.raises(UserError, match="its sha256 is .*, not"):
         hellaswag.download(tmp_path / "x.jsonl")
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(b"content").hexdigest())
+    server.shutdown()
+    server = serve(lambda handler, start: send(handler, start))
     with ThreadPoolExecutor(4) as several:  # as machines that share a folder do
-        assert {p.read_bytes() for p in several.map(hellaswag.download, [tmp_path / "x.jsonl"] * 4)} == {b"content"}
+        paths = several.map(hellaswag.download, [tmp_path / "x.jsonl"] * 4)
+        assert all(path.read_bytes() == CONTENT for path in paths)
     assert [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]
     server.shutdown()
-    assert hellaswag.download(tmp_path / "x.jsonl").read_bytes() == b"content"  # without the server
-    server.server_close()
+    assert hellaswag.download(tmp_path / "x.jsonl").read_bytes() == CONTENT  # without the server
 
 
-def test_a_download_goes_on_where_it_broke(tmp_path, monkeypatch, capsys):
-    """A server that answers 503, closes the connection half-way, sends wrong bytes, knows no ranges, and at last does its work."""
-    content = bytes(range(256)) * 4000
-    half = len(content) // 2
-    asked = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            begin = int(self.headers.get("Range", "bytes=0-")[6:-1])
-            asked.append(begin)
-            turn = len(asked)
-            if turn == 1:
-                return self.send_error(503)
-            ranged = begin and turn != 5
-            part = content[begin:] if ranged else content
-            self.send_response(206 if ranged else 200)
-            self.send_header("Content-Length", str(len(part)))
-            self.end_headers()
-            if turn in (2, 4):
-                part = part[: half if turn == 2 else half // 2]  # and closes
-            elif turn == 3:
-                part = part[:-1] + b"x"
-            self.wfile.write(part)
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{server.server_port}/x")
-    monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(content).hexdigest())
-    monkeypatch.setattr(hellaswag, "PAUSES", (0, 0, 0, 0))
-    assert hellaswag.download(tmp_path / "x.jsonl").read_bytes() == content
-    assert asked[:2] == [0, 0] and 0 < asked[2] <= half
-    assert asked[3] == 0 and 0 < asked[4] <= half // 2  # the third ended in wrong bytes, so the fourth began anew
-    assert capsys.readouterr().err.count("trying again") == 4 and [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]
-    server.shutdown()
-    server.server_close()
+def test_existing_file_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(hellaswag, "URL", "http://127.0.0.1:9/x")
+    (tmp_path / "x.jsonl").write_text("mine")
+    assert hellaswag.download(tmp_path / "x.jsonl").read_text() == "mine"
 
 
-@pytest.mark.skipif(not (SHARED_DATA / "hellaswag").exists(), reason="needs the real validation set in shared/data/hellaswag")
-def test_the_real_validation_set(monkeypatch):
+def test_download_continues_where_the_connection_broke(tmp_path, serve, capsys):
+    starts = []
+    half = len(CONTENT) // 2
+    responses = [
+        lambda handler, start: handler.send_error(503),
+        lambda handler, start: send(handler, start, CONTENT[:half]),  # and closes
+        lambda handler, start: handler.send_error(503),
+        lambda handler, start: (
+            send(handler, start, CONTENT[start : half + 200_000]),
+            reset(handler),
+        ),
+        lambda handler, start: send(handler, start, CONTENT[start:-1] + b"x"),
+        lambda handler, start: send(handler, start, CONTENT[:200_000]),
+        lambda handler, start: send(handler, 0, CONTENT[:300_000]),  # does not support ranges
+        lambda handler, start: send(handler, start),
+    ]
+
+    def respond(handler, start):
+        assert not (tmp_path / "x.jsonl").exists()
+        starts.append(start)
+        responses[len(starts) - 1](handler, start)
+
+    serve(respond)
+    assert hellaswag.download(tmp_path / "x.jsonl").read_bytes() == CONTENT
+    assert [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]
+    chunk = 2**16  # what is received is written in chunks
+    first, second, third, fourth, fifth, sixth, seventh, last = starts
+    assert first == second == 0
+    assert third == fourth and half - chunk < third <= half
+    assert fourth <= fifth <= half + 200_000  # a reset may discard what was sent before it
+    assert sixth == 0
+    assert 200_000 - chunk < seventh <= 200_000
+    assert 300_000 - chunk < last <= 300_000
+    assert capsys.readouterr().err.count("; retrying") == 4
+
+
+def test_download_continues_when_the_server_stalls(tmp_path, serve, monkeypatch):
+    monkeypatch.setattr(file_download.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    starts = []
+
+    def respond(handler, start):
+        starts.append(start)
+        if len(starts) == 1:
+            send(handler, start, CONTENT[:500_000])
+            time.sleep(1)
+        else:
+            send(handler, start)
+
+    serve(respond)
+    assert hellaswag.download(tmp_path / "x.jsonl").read_bytes() == CONTENT
+    assert len(starts) == 2 and starts[1] > 0
+
+
+def test_download_gives_up(tmp_path, serve):
+    starts = []
+
+    def respond(handler, start):
+        starts.append(start)
+        handler.send_error(503)
+
+    serve(respond)
+    with pytest.raises(UserError, match="could not be downloaded .*503"):
+        hellaswag.download(tmp_path / "x.jsonl")
+    assert starts == [0] * 5 and not list(tmp_path.iterdir())
+
+
+def test_download_to_a_folder_that_cannot_be_written(serve):
+    serve(lambda handler, start: send(handler, start))
+    with pytest.raises(UserError, match="/proc/x.jsonl: cannot be written"):
+        hellaswag.download(hellaswag.Path("/proc/x.jsonl"))
+
+
+def test_full_disk(tmp_path, serve, monkeypatch):
+    def fsync(path):
+        raise OSError(28, "No space left on device")
+
+    serve(lambda handler, start: send(handler, start))
+    monkeypatch.setattr(hellaswag, "fsync", fsync)
+    with pytest.raises(UserError, match="x.jsonl: cannot be written .No space left"):
+        hellaswag.download(tmp_path / "x.jsonl")
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------------------
+# the official task, the command
+
+
+@pytest.mark.skipif(not (SHARED_DATA / "hellaswag").exists(), reason="needs the validation set")
+def test_official_validation_set(monkeypatch):
     """Its known size and GPT-2 BPE statistics."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED_DATA / "tiktoken_cache"))
-    examples = load_examples(SHARED_DATA / "hellaswag" / "hellaswag_val_text.jsonl", get_tokenizer("gpt2"), 1024)
+    examples = load_examples(
+        SHARED_DATA / "hellaswag" / "hellaswag_val_text.jsonl", get_tokenizer("gpt2"), 1024
+    )
     assert len(examples) == 10_042 and all(len(e.endings) == 4 for e in examples)
     assert np.mean([len(e.context) for e in examples]) == pytest.approx(45.4, abs=0.05)
     assert np.mean([len(t) for e in examples for t in e.endings]) == pytest.approx(29.3, abs=0.05)
 
 
-def test_from_the_command_line(corpus, run_train):
+def test_command_line(corpus, run_train, capsys):
     out = run_train("run", steps=2)
-    result = script("hellaswag.py", out, "--data", corpus / "hellaswag.jsonl", "--limit", "10", "--device", "cpu")
+    task = corpus / "hellaswag.jsonl"
+    result = script("hellaswag.py", out, f"--data={task}", "--limit=10", "--device=cpu")
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-    assert f"acc_norm {last['hellaswag_acc_norm']:.4f} +- {last['hellaswag_acc_norm_stderr']:.4f}" in result.stdout
-    result = script("hellaswag.py", out, "--limit", "10", "--device", "cpu")  # the task that the run used
-    assert f"10 examples of {corpus / 'hellaswag.jsonl'}" in result.stdout
-    result = script("hellaswag.py", corpus, check=False)
-    assert result.returncode == 1 and "no checkpoint there" in result.stderr and "Traceback" not in result.stderr
+    score, stderr = last["hellaswag_acc_norm"], last["hellaswag_acc_norm_stderr"]
+    assert f"acc_norm {score:.4f} +- {stderr:.4f}" in result.stdout
+    capsys.readouterr()
+    hellaswag.main(hellaswag.Args(out, limit=10, device="cpu"))  # the task that the run used
+    assert capsys.readouterr().out == result.stdout
+    assert f"10 examples of {task}" in result.stdout
+    with pytest.raises(UserError, match="--limit=-1 must not be negative"):
+        hellaswag.main(hellaswag.Args(out, limit=-1))
+
+
+def test_errors_are_one_line(tmp_path):
+    result = script("hellaswag.py", tmp_path, check=False)
+    assert result.returncode == 1 and "has no checkpoint" in result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
