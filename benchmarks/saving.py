@@ -1,10 +1,13 @@
-"""How long does training wait for a checkpoint? Steps and saves by turns, of a model with AdamW's moments.
+"""How long does training wait for a checkpoint?
 
     python benchmarks/saving.py [--sequences 1] [--rounds 4]
 
-A step here is one micro-step, forward, backward and update: what a real step has at the very least.
+Steps and saves alternate, of a model with AdamW's state. A step has one micro-batch, forward,
+backward and update: the shortest that a real step can be.
 """
 
+import dataclasses
+import functools
 import itertools
 import statistics
 import sys
@@ -17,27 +20,28 @@ import torch
 import tyro
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import config as cfg
-from bench import machine, synchronize, write_report
-from checkpoint import CheckpointWriter
-from device import autocast, pick_device
-from errors import UserError, report_user_errors
-from model import GPT, GPTConfig
-from train import make_optimizer, update
+import train
+from benchmarks.common import machine, synchronize, write_report
+from cost import make_schedules
+from model import GPT
+from stagewise.checkpoint import CheckpointWriter
+from stagewise.config import Config
+from stagewise.device import autocast, pick_device
+from stagewise.errors import UserError, report_user_errors
 
 
 @dataclass
 class Args:
-    """Time steps of GPT-2 124M, the waiting for a checkpoint, and steps while it is being written."""
+    """Time steps of GPT-2 124M, the wait for a checkpoint, and steps while it is being written."""
 
     sequences: int = 1
-    """Sequences of a step."""
+    """Sequences per step."""
     block_size: int = 1024
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
     rounds: int = 4
-    """Checkpoints; the first also makes room for the copy."""
+    """Checkpoints; the first one also allocates memory for the copy."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     json: Path = Path("out/bench/saving.json")
@@ -46,10 +50,18 @@ class Args:
 
 def main(args: Args) -> None:
     device = pick_device(args.device)
-    model = GPT(GPTConfig(block_size=args.block_size), device=device)
-    optimizer = make_optimizer(model, cfg.Config())
+    if min(args.sequences, args.block_size, args.rounds) < 1:
+        raise UserError("--sequences, --block_size and --rounds must be at least 1")
+    config = Config(block_size=args.block_size)
+    model_config = train.make_model_config(config, 50304)
+    schedule, _ = make_schedules(config, model_config)
+    model = GPT(model_config, device=device)
+    optimizer = train.enter_phase(model, {}, schedule.phases[0], config)
     tokens = torch.randint(50257, (args.sequences, args.block_size))
     batches = itertools.repeat((tokens, tokens))
+    precision = autocast(device, "auto")
+    state = train.run_state(config, model_config, schedule, n_windows=1, tokenizer="gpt2")
+    state |= {"seconds": 0.0, "loss_history": {}, "n_blocks": model.n_blocks}
 
     def timed(action):
         synchronize(device)
@@ -58,26 +70,32 @@ def main(args: Args) -> None:
         synchronize(device)
         return time.perf_counter() - start
 
-    step = lambda: update(model, optimizer, batches, 1, autocast(device, "auto"), 1.0)  # noqa: E731
-    quiet, stalls, writing, writes = [], [], [], []
+    def step():
+        train.train_step(model, optimizer, batches, 1, precision, 1.0)
+
+    times: dict[str, list[float]] = {
+        name: [] for name in ("step", "wait", "step_while_writing", "until_written")
+    }
     with tempfile.TemporaryDirectory(dir=".") as folder:
         writer = CheckpointWriter(Path(folder), 1, set())
         step()
         for i in tqdm(range(args.rounds), desc="rounds"):
-            quiet.append(timed(step))
+            times["step"].append(timed(step))
+            save = functools.partial(writer.save, model, optimizer, state | {"step": i})
             start = time.perf_counter()
-            stalls.append(timed(lambda: writer.save(model, optimizer, {"step": i})))
-            writing.append(timed(step))
+            times["wait"].append(timed(save))
+            times["step_while_writing"].append(timed(step))
             writer.wait()
-            writes.append(time.perf_counter() - start)
+            times["until_written"].append(time.perf_counter() - start)
         writer.close()
         if writer.failure:
-            raise UserError(f"{writer.failure}: make room")
-    result = {"parameters": model.num_params(), "tokens_of_a_step": args.sequences * args.block_size}
-    result |= {"step": quiet, "stall": stalls, "step_while_writing": writing, "until_written": writes}
-    for name in ("step", "stall", "step_while_writing", "until_written"):
-        print(f"{name.replace('_', ' '):20s} median {statistics.median(result[name]):7.2f} s, first {result[name][0]:7.2f} s")
-    write_report(args.json, {"machine": machine(device)} | result)
+            raise UserError(f"{writer.failure}: free some space in the current folder")
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        print(f"{name.replace('_', ' '):20s} median {median:7.2f} s, first {seconds[0]:7.2f} s")
+    sizes = {"parameters": model.num_params(), "tokens_per_step": tokens.numel()}
+    report = {"machine": machine(device), "args": dataclasses.asdict(args)}
+    write_report(args.json, report | sizes | times)
 
 
 if __name__ == "__main__":

@@ -1,434 +1,570 @@
-"""How fast is a training step, phase by phase, and beside its peers?
+"""How long does a training step take, in every phase and in other implementations?
 
-    python bench.py [configs/A.py configs/B.py ...] [--key=value ...]          every phase of a plan; train.py's own options
-    python bench.py configs/gpt2_124m.py --peer nanogpt=DIR --peer build_nanogpt=DIR --peer hf
+    python benchmarks/step.py [configs/A.py configs/B.py ...] [--key=value ...]
+    python benchmarks/step.py configs/gpt2_124m.py --peer nanogpt=DIR --peer hf
 
-Every update is train.py's own (`train.update`), on random tokens read from a shard on disk. A first pass grows the model
-through the plan, as a run does, and notes memory and compilation. Then all contenders take turns, round by round, and
-medians are taken over the rounds; a ratio is the median of the ratios within a round, so that a machine whose speed drifts
-slows both sides alike.
+The options are train.py's and a few more. Phases are entered by `train.enter_phase` and steps made
+by `train.train_step`, on batches of `train.train_batches` with random tokens. A first pass grows
+the model through the schedule, as a run does, and records memory and compilation. Then all
+candidates are timed in turn, round after round. A ratio is the median of the ratios within each
+round, so that a drift of the machine's speed affects both sides alike.
 """
 
-import ast
 import contextlib
 import dataclasses
-import datetime
-import importlib.util
-import json
-import os
-import platform
+import functools
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 import tyro
+from msgspec import Meta
+from tabulate import tabulate
 from torch._dynamo.utils import compilation_time_metrics, counters
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-import config as cfg
-import schedule
-import train
-from data import Prefetch, Shards, TrainOrder, write_shard
-from device import autocast, cpu_name, device_name, peak_flops, peak_memory, pick_device, reset_peak_memory
-from errors import UserError, report_user_errors
-from model import GPT, GPTConfig
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-MATMUL = {"cuda": 8192, "cpu": 2048}  # side of the square matrix product that a step is held against
-BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
-VARIANTS = ("none", "blocks", "model", "erf", *BACKENDS)
+import train
+from benchmarks.common import (
+    load_definitions,
+    machine,
+    synchronize,
+    transformers_gpt2,
+    write_report,
+)
+from cost import cost_per_token, make_schedules
+from model import GPT, CausalSelfAttention, GPTConfig
+from schedule import Phase, Schedule, Step
+from stagewise.config import (
+    Config,
+    Positive,
+    Real,
+    grad_accum_steps,
+    load_config,
+    padded_vocab_size,
+)
+from stagewise.data import Prefetch, Shards, TrainOrder, write_shard
+from stagewise.device import autocast, peak_flops, peak_memory, pick_device, reset_peak_memory
+from stagewise.distributed import Ranks
+from stagewise.errors import UserError, did_you_mean, report_user_errors
+
+MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}  # of the square matrices whose product is timed
+COMPILE = ("none", "blocks", "model")
+MIN_SKIPPING_STEPS = 8  # in a trial of a phase that skips blocks, whose steps differ
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+CUDA_ONLY = ("cudnn", "efficient")
+VARIANTS = (*COMPILE, "erf", *BACKENDS)
+PEERS = {"nanogpt": "model.py", "build_nanogpt": "train_gpt2.py", "hf": ""}  # the model's file
 
 
 @dataclass(frozen=True)
-class BenchConfig(cfg.Config):
-    """Time every phase of a plan, and peers, by turns.
+class BenchmarkConfig(Config):
+    """Time a step of every phase of a schedule, and of other implementations.
 
-    python bench.py [configs/A.py configs/B.py ...] [--key=value ...]: train.py's options, and those of the bench. Where there is
-    a GPU, the defaults are GPT-2 124M in 4 stages, else a small model.
+    python benchmarks/step.py [configs/A.py configs/B.py ...] [--key=value ...]: train.py's options,
+    and those of the benchmark. The default is GPT-2 124M in 4 stages on a GPU, a small model on a
+    CPU.
     """
 
-    prog: ClassVar[str] = "bench.py"
-    rounds: int = 7
-    """Rounds in which every contender has its turn."""
-    min_seconds: float = 0.5
-    """A turn takes as many updates as fill this time, at least one."""
-    n_vocab: int = 50257
-    """Vocabulary of the random tokens; padded up to a multiple of 64."""
+    prog: ClassVar[str] = "benchmarks/step.py"
+    rounds: Positive = 7
+    """Rounds; each candidate has one trial per round."""
+    min_seconds: Real = 0.5
+    """A trial makes as many steps as take this long, at least one."""
+    n_vocab: Annotated[int, Meta(ge=1, le=2**16)] = 50257
+    """Vocabulary of the random tokens; padded to a multiple of 64."""
     peer: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """nanogpt=DIR or build_nanogpt=DIR, a checkout of it, or hf, transformers' GPT-2; the same update of the whole model."""
+    """Other implementations, which train all of the model: nanogpt=DIR or build_nanogpt=DIR, a
+    checkout of it, or hf, transformers' GPT-2."""
     peer_batch_size: tuple[int, ...] = ()
-    """Micro-batches to time peers with; default: batch_size."""
+    """Micro-batches with which peers are timed; default: batch_size."""
     variant: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Baseline in another way: --compile=none, blocks or model; erf, nanoGPT's GELU; flash, cudnn or efficient attention."""
-    json: Path = Path("out/bench/train.json")
+    """Changes of the baseline: none, blocks or model, as for compile; erf, nanoGPT's GELU; flash,
+    cudnn or efficient, the backend of attention."""
+    json: Path = Path("out/bench/step.json")
     """File of the results."""
 
 
 @dataclass
-class Contender:
-    """Something to time. `enter` prepares it for a turn and returns the function that makes one update."""
+class Candidate:
+    """Something to time.
 
-    enter: Callable[[], Callable[[], None]]
-    tokens: int  # of an update
-    seconds: list[float] = dataclasses.field(default_factory=list)  # of an update, one entry a round
-    waits: list[float] = dataclasses.field(default_factory=list)  # share of the time spent waiting for data, likewise
+    The steps of a trial are spread evenly over the candidate's phase, because each may be different
+    work if blocks are skipped. A position in [0, 1) says where in the phase a step is.
+    """
+
+    enter: Callable[[], Callable[[float], object]]  # prepare a trial; return what makes a step
+    tokens: int  # per step
+    flops_per_token: Callable[[float], float]  # of the step at a position
+    batches: Prefetch | None = None
+    min_steps: int = 1
+    n_steps: int = 1  # per trial
+    seconds: list[float] = field(default_factory=list)  # per step, one entry per round
+    waits: list[float] = field(default_factory=list)  # fraction of the time, likewise
+
+    def positions(self) -> list[float]:
+        """Return where the steps of a trial are."""
+        return [i / self.n_steps for i in range(self.n_steps)]
 
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
 
-    def ratio(self, other: "Contender") -> float:
-        """Median over the rounds of this one's seconds a token by another's."""
-        return statistics.median(a / b for a, b in zip(self.seconds, other.seconds)) * other.tokens / self.tokens
+    @property
+    def mean_flops(self) -> float:
+        """FLOPs per token, the mean over the steps of a trial."""
+        return statistics.fmean(map(self.flops_per_token, self.positions()))
+
+    def ratio(self, other: "Candidate") -> float:
+        """Return the median over the rounds of this candidate's time per token by the other's."""
+        ratios = [a / b for a, b in zip(self.seconds, other.seconds)]
+        return statistics.median(ratios) * other.tokens / self.tokens
 
 
 def main() -> None:
-    config = cfg.load_config(sys.argv[1:], config=defaults(on_gpu=torch.cuda.is_available()))
-    check(config)
+    config = load_config(sys.argv[1:], defaults(on_gpu=torch.cuda.is_available()))
     device = pick_device(config.device)
-    shape = config.model(cfg.vocab_size(config, {"vocab_size": config.n_vocab}))
-    plan, baseline = cfg.make_plans(config, shape)
-    micro_steps = cfg.micro_steps(config, world_size=1)
-    precision = autocast(device, config.dtype)
-    phases = [baseline.phases[0], *(p for p in plan.phases if p.name != "baseline")]
+    check_options(config, device)
+    model_config = train.make_model_config(
+        config, padded_vocab_size({"vocab_size": config.n_vocab})
+    )
+    schedule, baseline = make_schedules(config, model_config)
+    phases = {"baseline": baseline.phases[0]}
+    if schedule.phases != baseline.phases:
+        phases |= {p.name: p for p in schedule.phases}
+    for phase in phases.values():
+        grad_accum_steps(config, phase.tokens_per_step, world_size=1)
 
     with tempfile.TemporaryDirectory() as folder:
-        batches = random_batches(Path(folder), config, device)
-        first = first_pass(config, shape, plan, batches, micro_steps, precision, device)
-        contenders = phase_contenders(config, shape, phases, batches, micro_steps, precision, device)
+        bench = Benchmark(config, model_config, device, random_data(Path(folder), config))
+        first = first_pass(bench, schedule)
+        # Variants compile graphs of their own for the code of a block. Beyond its limit, dynamo
+        # would run them uncompiled.
+        torch._dynamo.config.recompile_limit = 1000
+        candidates = phase_candidates(bench, phases)
         for name in config.variant:
-            contenders[name] = variant(name, config, shape, batches, micro_steps, precision, device)
+            candidates[name] = variant(bench, name, phases["baseline"])
         for option in config.peer:
             for batch_size in config.peer_batch_size or (config.batch_size,):
-                sized = dataclasses.replace(config, batch_size=batch_size)
-                own = Prefetch(iter(batches)) if batch_size == config.batch_size else random_batches(Path(folder), sized, device)
-                name = option.split("=")[0] + (f", micro-batch {batch_size}" if config.peer_batch_size else "")
-                contenders[name] = peer(option, sized, shape, own, precision, device)
-        product, product_flops = matrix_product(precision, device)
-        contenders["matrix product"] = product
-        take_turns(contenders, config.rounds, config.min_seconds, device, batches)
+                sized = dataclasses.replace(
+                    bench, config=dataclasses.replace(config, batch_size=batch_size)
+                )
+                name = option.partition("=")[0]
+                if config.peer_batch_size:
+                    name += f", micro-batch {batch_size}"
+                candidates[name] = peer(sized, option, phases["baseline"])
+        matmul = matrix_product(bench)
+        time_candidates([*candidates.values(), matmul], config.rounds, config.min_seconds, device)
 
-    report = summarize(config, shape, phases, contenders, first, product_flops, device)
+    report = summarize(bench, phases, candidates, matmul, first)
     print(table(report))
     write_report(config.json, report)
 
 
-def defaults(on_gpu: bool) -> BenchConfig:
-    common = dict(stages=4, steps=64, grad_clip=1.0)
+def defaults(on_gpu: bool) -> BenchmarkConfig:
+    """Return the options of the benchmark that a machine can run in minutes."""
+    common: dict[str, Any] = dict(stages=4, steps=64, grad_clip=1.0)
     if on_gpu:
-        return BenchConfig(batch_size=32, **common)
-    # A few million parameters on bytes: products of matrices dominate, and an update takes a second.
-    small = dict(n_layer=8, n_head=4, n_embd=256, block_size=256, n_vocab=257, tokens_per_step=4096, batch_size=8)
-    return BenchConfig(compile="none", **small, **common)
+        return BenchmarkConfig(batch_size=32, **common)
+    # A few million parameters on bytes: matrix products dominate, and a step takes a second.
+    small: dict[str, Any] = dict(n_layer=8, n_head=4, n_embd=256, block_size=256, n_vocab=257)
+    return BenchmarkConfig(tokens_per_step=4096, batch_size=8, compile="none", **small, **common)
 
 
-def check(config: BenchConfig) -> None:
+def check_options(config: BenchmarkConfig, device: torch.device) -> None:
+    """Raise UserError if something cannot be timed."""
     for name in config.variant:
         if name not in VARIANTS:
-            raise UserError(f"--variant={name} is unknown: use {', '.join(VARIANTS)}")
+            raise UserError(f"--variant={name} is unknown{did_you_mean(name, VARIANTS)}")
+        if name in CUDA_ONLY and device.type != "cuda":
+            raise UserError(f"--variant={name} needs a CUDA GPU: use --variant=flash")
+    compiled = {config.compile, *config.variant} & {"blocks", "model"}
+    if compiled and device.type == "cpu":
+        train.check_compiler(min(compiled))
     for option in config.peer:
         name, _, folder = option.partition("=")
         if name not in PEERS:
-            raise UserError(f"--peer={option}: is none of {', '.join(PEERS)}")
+            raise UserError(f"--peer={option} is unknown{did_you_mean(name, PEERS)}")
         if PEERS[name] and not (folder and Path(folder, PEERS[name]).is_file()):
-            raise UserError(f"--peer={option}: {PEERS[name]} is not in {folder or 'DIR'!r}; give a checkout, --peer {name}=DIR")
-    if config.rounds < 1:
-        raise UserError(f"--rounds={config.rounds} must be at least 1")
+            raise UserError(
+                f"--peer={option}: {PEERS[name]} is not in {folder or 'DIR'!r}: name a checkout, "
+                f"--peer {name}=DIR"
+            )
     for batch_size in config.peer_batch_size:
-        cfg.micro_steps(dataclasses.replace(config, batch_size=batch_size), world_size=1)
+        if batch_size < 1:
+            raise UserError(f"--peer_batch_size={batch_size} must be at least 1")
+        sized = dataclasses.replace(config, batch_size=batch_size)
+        grad_accum_steps(sized, config.tokens_per_step, world_size=1)
 
 
-def random_batches(folder: Path, config: BenchConfig, device: torch.device) -> Prefetch:
-    """Endless (inputs, targets) of random tokens, each (B, T), read as train.py reads them."""
-    n = config.block_size * max(256, config.batch_size) + 1
+def random_data(folder: Path, config: BenchmarkConfig) -> Shards:
+    """Return a shard of random tokens."""
+    n = config.block_size * max(256, config.batch_size, *config.peer_batch_size) + 1
     tokens = np.random.RandomState(0).randint(config.n_vocab, size=n).astype(np.uint16)
     write_shard(folder / "random.bin", tokens)
-    meta = {"vocab_size": config.n_vocab, "shards": [{"file": "random.bin", "split": "train", "tokens": n}]}
-    data = Shards(folder, "train", config.block_size, meta)
-    order = TrainOrder(len(data), config.seed, config.batch_size)
-
-    def batches():
-        step = 0
-        while True:
-            tensors = map(torch.from_numpy, data.read(order.windows(step, 0, config.batch_size)))
-            yield [t.pin_memory() if device.type == "cuda" else t for t in tensors]
-            step += 1
-
-    return Prefetch(batches())
+    shard = {"file": "random.bin", "split": "train", "tokens": n}
+    meta = {"vocab_size": config.n_vocab, "shards": [shard]}
+    return Shards(folder, "train", config.block_size, meta)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# contenders
+# --------------------------------------------------------------------------------------------------
+# candidates
 
 
-def first_pass(config, shape: GPTConfig, plan: schedule.Plan, batches, micro_steps, precision, device) -> dict[str, dict]:
-    """Grow through the plan as a run does; for each phase its peak memory, and what it compiled."""
+@dataclass(frozen=True)
+class Benchmark:
+    """What all candidates have in common."""
+
+    config: BenchmarkConfig
+    model_config: GPTConfig
+    device: torch.device
+    data: Shards
+
+    @property
+    def precision(self) -> torch.autocast:
+        return autocast(self.device, self.config.dtype)
+
+    def batches(self, phase: Phase) -> Prefetch:
+        """Return an endless stream of the micro-batches of a phase, as `train` reads them."""
+        endless = Schedule((dataclasses.replace(phase, start=0, stop=2**40),))
+        order = TrainOrder(len(self.data), self.config.seed)
+        return Prefetch(
+            train.train_batches(self.data, order, endless, 0, self.config, Ranks(), self.device)
+        )
+
+    def model(self, n_blocks: int | None = None, compile: str | None = None) -> GPT:
+        """Return a model with `n_blocks`, compiled as `compile` says; default: the options."""
+        model = GPT(self.model_config, n_blocks=n_blocks, seed=self.config.seed, device=self.device)
+        how = compile or self.config.compile
+        if how != "none":
+            model.compile_regions(whole=how == "model")
+        return model
+
+    def step(self, model, optimizer, phase: Phase, batches: Prefetch, position: float) -> None:
+        """Make one step of `phase`."""
+        train.train_step(
+            model,
+            optimizer,
+            batches,
+            grad_accum_steps(self.config, phase.tokens_per_step, world_size=1),
+            self.precision,
+            self.config.grad_clip,
+            step_at(phase, position).residual_scales,
+        )
+
+    def candidate(self, phase: Phase, enter: Callable[[], tuple[Any, Any]]) -> Candidate:
+        """Return a candidate for steps of `phase` with the model and optimizer of `enter`."""
+        batches = self.batches(phase)
+
+        def enter_trial():
+            model, optimizer = enter()
+            return lambda position: self.step(model, optimizer, phase, batches, position)
+
+        def flops(position):
+            return cost_per_token(step_at(phase, position), "flops", self.model_config)
+
+        min_steps = MIN_SKIPPING_STEPS if phase.skip else 1
+        return Candidate(enter_trial, phase.tokens_per_step, flops, batches, min_steps)
+
+
+def step_at(phase: Phase, position: float) -> Step:
+    """Return what runs and trains in the step at `position` in [0, 1) of a phase."""
+    return Schedule((phase,)).at(phase.start + int(position * phase.n_steps))
+
+
+def first_pass(bench: Benchmark, schedule: Schedule) -> dict[str, dict]:
+    """Grow through the schedule as a run does; return peak memory and compilation by phase."""
     torch._dynamo.reset()
     result = {}
-    model, optimizer = GPT(shape, n_blocks=plan.phases[0].n_blocks, device=device), None
-    if config.compile != "none":
-        model.compile_regions(whole=config.compile == "model")
-    for phase in tqdm(plan.phases, desc="memory and compilation", unit="phase"):
-        model.grow(phase.n_blocks, config.seed)
-        model.set_phase(phase)
-        optimizer = train.make_optimizer(model, config, optimizer)
+    model = bench.model(schedule.phases[0].n_blocks)
+    optimizer_state: dict = {}
+    for phase in tqdm(schedule.phases, desc="memory and compilation", unit="phase"):
+        optimizer = train.enter_phase(model, optimizer_state, phase, bench.config)
+        optimizer_state = optimizer.state
+        batches = bench.batches(phase)
         counters.clear()
         compilation_time_metrics.clear()
-        for _ in range(2):
-            reset_peak_memory(device)
-            train.update(model, optimizer, batches, micro_steps, precision, config.grad_clip)
-            synchronize(device)
+        for position in (0, 1 - 1 / phase.n_steps):
+            reset_peak_memory(bench.device)
+            bench.step(model, optimizer, phase, batches, position)
+            synchronize(bench.device)
         result[phase.name] = {
-            "peak_memory": peak_memory(device),
+            "peak_memory": peak_memory(bench.device),
             "compile_seconds": sum(compilation_time_metrics.get("_compile.compile_inner", [])),
             "graphs": counters["stats"]["unique_graphs"],
         }
     return result
 
 
-def phase_contenders(config, shape, phases, batches, micro_steps, precision, device) -> dict[str, Contender]:
-    """A contender for each phase; phases in which the same blocks run and the same ones train share one."""
-    model = GPT(shape, device=device)
-    if config.compile != "none":
-        model.compile_regions(whole=config.compile == "model")
-    blocks, moments = model.transformer.h, None
+def phase_candidates(bench: Benchmark, phases: dict[str, Phase]) -> dict[str, Candidate]:
+    """Return a candidate for each phase; phases whose steps are the same work share one.
 
-    def contender(phase):
-        def enter():
-            nonlocal moments
-            model.transformer.h = blocks[: phase.n_blocks]
-            model.set_phase(phase)
-            optimizer = moments = train.make_optimizer(model, config, moments)
-            return lambda: train.update(model, optimizer, batches, micro_steps, precision, config.grad_clip)
+    All share one model, which is entered with as many of its blocks as a phase has.
+    """
+    model = bench.model()
+    blocks = model.transformer.h
+    optimizer_state: dict = {}
+    optimizer = None
 
-        return Contender(enter, config.tokens_per_step)
+    def enter(phase):
+        nonlocal optimizer
+        if optimizer is not None:  # of the trial before
+            optimizer_state.update(optimizer.state)
+        model.transformer.h = blocks[: phase.n_blocks]
+        optimizer = train.enter_phase(model, optimizer_state, phase, bench.config, begins=False)
+        return model, optimizer
 
-    distinct = {}
-    return {p.name: distinct.setdefault(work(p), contender(p)) for p in phases}
-
-
-def work(phase: schedule.Phase) -> tuple:
-    """What of a phase decides how much there is to compute."""
-    return phase.n_blocks, phase.n_frozen, phase.train_embeddings, phase.train_head
-
-
-def variant(name, config, shape, batches, micro_steps, precision, device) -> Contender:
-    """The update of the baseline, run in another way."""
-    model = GPT(shape, device=device)
-    optimizer = train.make_optimizer(model, config)
-    context = contextlib.nullcontext
-    how = name if name in ("none", "blocks", "model") else config.compile
-    if how != "none":
-        model.compile_regions(whole=how == "model")
-    if name == "erf":
-        for block in model.transformer.h:
-            block.mlp.forward = types.MethodType(lambda self, x: self.c_proj(F.gelu(self.c_fc(x))), block.mlp)
-    if name in BACKENDS:
-        context = lambda: sdpa_kernel(BACKENDS[name])  # noqa: E731
-
-    def step():
-        with context():
-            train.update(model, optimizer, batches, micro_steps, precision, config.grad_clip)
-
-    return Contender(lambda: step, config.tokens_per_step)
+    distinct: dict[tuple, Candidate] = {}
+    result = {}
+    for name, phase in phases.items():
+        key = work(phase)
+        if key not in distinct:
+            distinct[key] = bench.candidate(phase, functools.partial(enter, phase))
+        result[name] = distinct[key]
+    return result
 
 
-PEERS = {"nanogpt": "model.py", "build_nanogpt": "train_gpt2.py", "hf": None}  # and the file that has the model
+def work(phase: Phase) -> tuple:
+    """Return what decides the work of a phase's steps."""
+    same = ("n_blocks", "trained_blocks", "train_embeddings", "train_head", "context_length")
+    skipped = (phase.skip, phase.start, phase.stop) if phase.skip else None
+    return *(getattr(phase, name) for name in same), phase.tokens_per_step, skipped
 
 
-def peer(option: str, config, shape: GPTConfig, batches, precision, device) -> Contender:
-    """The same update with a peer's model: whole logits, its own loss, compiled as a whole."""
+def variant(bench: Benchmark, name: str, phase: Phase) -> Candidate:
+    """Return the baseline with a change."""
+    model = bench.model(compile=name if name in COMPILE else None)
+    for block in model.transformer.h:
+        if name == "erf":
+            block.mlp.forward = types.MethodType(erf_mlp, block.mlp)
+        elif name in BACKENDS:
+            block.attn.forward = types.MethodType(attention_with(BACKENDS[name]), block.attn)
+    optimizer = train.enter_phase(model, {}, phase, bench.config)
+    return bench.candidate(phase, lambda: (model, optimizer))
+
+
+def erf_mlp(self, x):
+    """The MLP of a block with the exact GELU."""
+    return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
+
+
+def attention_with(backend: SDPBackend) -> Callable:
+    """Return the attention of a block, forced to a backend.
+
+    The backend is part of the compiled code. If it were set around a step, the variant would run
+    the graph of the baseline: dynamo has no guard on it, and AOTAutograd's cache has no key for it,
+    so even after torch._dynamo.reset() the same graph comes back.
+    """
+
+    def forward(self, x, mask=None):
+        with sdpa_kernel(backend):
+            return CausalSelfAttention.forward(self, x, mask)
+
+    return forward
+
+
+class PeerLoss(torch.nn.Module):
+    """The loss of another implementation, called as a GPT is."""
+
+    def __init__(self, model: torch.nn.Module, loss: Callable):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, x, y):
+        return self.loss(self.model, x, y)
+
+
+def peer(bench: Benchmark, option: str, phase: Phase) -> Candidate:
+    """Return the baseline with another implementation's model and loss, compiled as a whole."""
     name, _, folder = option.partition("=")
-    sizes = dict(block_size=shape.block_size, vocab_size=shape.vocab_size, n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd)
+    c = bench.model_config
     if name == "hf":
-        model = hugging_face(shape)
-        loss_of = lambda x, y: F.cross_entropy(model(x, use_cache=False).logits.flatten(0, 1), y.flatten())  # noqa: E731
+        model = transformers_gpt2(c)
+
+        def loss(model, x, y):
+            logits = model(x, use_cache=False).logits
+            return F.cross_entropy(logits.flatten(0, 1), y.flatten())
     else:
-        module = definitions(Path(folder, PEERS[name]))
-        options = dict(dropout=0.0, bias=shape.bias) if name == "nanogpt" else {}
+        module = load_definitions(Path(folder, PEERS[name]))
+        sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+        options = {size: getattr(c, size) for size in sizes}
+        if name == "nanogpt":
+            options |= dict(dropout=0.0, bias=c.bias)
         with contextlib.redirect_stdout(None):
-            model = module.GPT(module.GPTConfig(**sizes, **options))
-        loss_of = lambda x, y: model(x, y)[1]  # noqa: E731
-    model.to(device).train()
-    runs = torch.compile(loss_of, dynamic=False) if config.compile != "none" else loss_of
-    runs.parameters = model.parameters
+            model = module.GPT(module.GPTConfig(**options))
+
+        def loss(model, x, y):
+            return model(x, y)[1]
+
+    peer_loss: Any = PeerLoss(model, loss).to(bench.device).train()
+    if bench.config.compile != "none":
+        peer_loss = torch.compile(peer_loss, dynamic=False)
     params = list(model.parameters())
-    groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in params if p.dim() >= 2]},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
-    micro_steps = cfg.micro_steps(config, world_size=1)
-
-    def step():
-        train.update(runs, optimizer, batches, micro_steps, precision, config.grad_clip)
-
-    return Contender(lambda: step, config.tokens_per_step)
-
-
-def hugging_face(shape: GPTConfig):
-    """transformers' GPT-2 of a shape, with random weights."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    sizes = dict(n_positions=shape.block_size, vocab_size=shape.vocab_size, n_embd=shape.n_embd, n_layer=shape.n_layer)
-    no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    tokens = dict(bos_token_id=0, eos_token_id=0)
-    return GPT2LMHeadModel(GPT2Config(**sizes, n_head=shape.n_head, **no_dropout, **tokens, attn_implementation="sdpa"))
+    optimizer = torch.optim.AdamW(
+        groups,
+        lr=bench.config.learning_rate,
+        betas=(bench.config.beta1, bench.config.beta2),
+        weight_decay=bench.config.weight_decay,
+        fused=True,
+    )
+    return bench.candidate(phase, lambda: (peer_loss, optimizer))
 
 
-def definitions(path: Path) -> types.ModuleType:
-    """The imports, classes and functions of a script, without what it does when run; imports that are not there are left out."""
-    tree = ast.parse(path.read_text())
-    body = []
-    for node in tree.body:
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            modules = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
-            if any(importlib.util.find_spec(m.split(".")[0]) is None or (path.parent / f"{m}.py").exists() for m in modules):
-                continue
-        elif not isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-            continue
-        body.append(node)
-    module = types.ModuleType(f"peer_{path.stem}")
-    sys.modules[module.__name__] = module  # dataclasses look their module up
-    exec(compile(ast.Module(body, type_ignores=[]), str(path), "exec"), vars(module))
-    return module
+def matrix_product(bench: Benchmark) -> Candidate:
+    """Return a square matrix product in the precision of a step: the matmul peak.
+
+    Its "tokens" are FLOPs.
+    """
+    n = MATMUL_SIZE[bench.device.type]
+    bf16 = bench.precision._enabled
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    a, b = (torch.randn(n, n, device=bench.device, dtype=dtype) for _ in range(2))
+    return Candidate(lambda: lambda position: torch.mm(a, b), 2 * n**3, lambda position: 1)
 
 
-def matrix_product(precision, device) -> tuple[Contender, int]:
-    """A square product in the precision of the step, and its FLOPs: what the machine gives at best, at the same time."""
-    n = MATMUL[device.type]
-    dtype = torch.bfloat16 if precision._enabled else torch.float32
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return Contender(lambda: lambda: torch.mm(a, b), tokens=1), 2 * n**3
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # timing and report
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def take_turns(contenders: dict[str, Contender], rounds: int, min_seconds: float, device, batches: Prefetch | None = None) -> None:
-    """Let every distinct contender have its turn in every round; the first update of a turn is not timed."""
-    distinct = list({id(c): c for c in contenders.values()}.values())
-    repeats = {}
-    bar = tqdm(total=(rounds + 1) * len(distinct), desc="rounds", unit="turn")
-    for turn in range(rounds + 1):  # the first warms up: compiles, and tells how long an update takes
-        first = turn % len(distinct)  # another one begins each round: whoever comes before leaves caches and clocks its way
-        for c in distinct[first:] + distinct[:first]:
+def time_candidates(
+    candidates: list[Candidate], rounds: int, min_seconds: float, device: torch.device
+) -> None:
+    """Give every distinct candidate one trial per round."""
+    distinct = list({id(c): c for c in candidates}.values())
+    with tqdm(total=(rounds + 1) * len(distinct), desc="rounds", unit="trial") as bar:
+        for c in distinct:  # not timed: compiles everything that the trials will run
             step = c.enter()
-            step()
-            synchronize(device)
-            start, waited = time.perf_counter(), batches.waited if batches else 0.0
-            n = repeats.get(id(c), 1)
-            for _ in range(n):
-                step()
-            synchronize(device)
-            elapsed = time.perf_counter() - start
-            if turn == 0:
-                repeats[id(c)] = max(1, round(min_seconds / elapsed))
-            else:
-                c.seconds.append(elapsed / n)
-                c.waits.append((batches.waited - waited) / elapsed if batches else 0.0)
+            for _ in range(2):
+                start = time.perf_counter()
+                step(0)
+                synchronize(device)
+                elapsed = time.perf_counter() - start
+            c.n_steps = max(c.min_steps, round(min_seconds / elapsed))
+            for position in c.positions():
+                step(position)
             bar.update()
-    bar.close()
+        for i in range(rounds):
+            # Each round begins with another candidate: the one before leaves its mark on caches and
+            # clocks.
+            first = i % len(distinct)
+            for c in distinct[first:] + distinct[:first]:
+                trial(c, device)
+                bar.update()
 
 
-def summarize(config, shape, phases, contenders, first, product_flops, device) -> dict:
-    """The results as data: what was run where, a row for each contender."""
-    base, peak = contenders["baseline"], peak_flops(device)
-    product = product_flops / contenders["matrix product"].median
+def trial(c: Candidate, device: torch.device) -> None:
+    """Time the steps of a candidate, after one that is not timed."""
+    step = c.enter()
+    step(0)
+    synchronize(device)
+    start, waited = time.perf_counter(), c.batches.waited if c.batches else 0.0
+    for position in c.positions():
+        step(position)
+    synchronize(device)
+    elapsed = time.perf_counter() - start
+    c.seconds.append(elapsed / c.n_steps)
+    c.waits.append((c.batches.waited - waited) / elapsed if c.batches else 0.0)
+
+
+def summarize(
+    bench: Benchmark,
+    phases: dict[str, Phase],
+    candidates: dict[str, Candidate],
+    matmul: Candidate,
+    first: dict[str, dict],
+) -> dict:
+    """Return the results as data: what ran where, and a row for each candidate."""
+    peak, matmul_peak = peak_flops(bench.device), matmul.tokens / matmul.median
+    baseline = candidates["baseline"]
     rows = []
-
-    def row(name, c, flops, ratio_flops):
-        per_second = flops * c.tokens / c.median
-        rows.append({
+    for name, c in candidates.items():
+        flops_per_second = c.mean_flops * c.tokens / c.median
+        row = {
             "name": name,
             "seconds": c.median,
             "quartiles": statistics.quantiles(c.seconds, n=4)[::2] if len(c.seconds) > 1 else None,
+            "steps_per_trial": c.n_steps,
             "tokens_per_second": c.tokens / c.median,
-            "mfu": per_second / peak if peak else None,
-            "of_matrix_product": per_second / product,
-            "time_ratio": c.ratio(base),
-            "flops_ratio": ratio_flops,
+            "flops_per_token": c.mean_flops,
+            "mfu": flops_per_second / peak if peak else None,
+            "matmul_fraction": flops_per_second / matmul_peak,
+            "time_ratio": c.ratio(baseline),
+            "flops_ratio": c.mean_flops / baseline.mean_flops,
             "data_wait": statistics.median(c.waits),
-        } | first.get(name, {}))  # fmt: skip
-
-    whole = schedule.price(phases[0], "flops", shape)
-    for p in phases:
-        flops = schedule.price(p, "flops", shape)
-        row(p.name, contenders[p.name], flops, flops / whole)
-        rows[-1] |= {"blocks": p.n_blocks, "trained_blocks": p.n_blocks - p.n_frozen}
-    for name, c in contenders.items():
-        if name not in {p.name for p in phases} | {"matrix product"}:
-            row(name, c, whole, 1.0)
-    return {"machine": machine(device), "config": dataclasses.asdict(config), "matrix_product_flops": product, "rows": rows}
-
-
-def machine(device: torch.device) -> dict:
-    """Where and when a benchmark ran, and of which commit."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        }
+        if name in phases:
+            p = phases[name]
+            row |= {"blocks": p.n_blocks, "trained_blocks": len(p.trained_blocks)}
+            row |= {"context_length": p.context_length, "tokens_per_step": p.tokens_per_step}
+        rows.append(row | first.get(name, {}))
     return {
-        "command": " ".join(["python", os.path.relpath(sys.argv[0], Path(__file__).parent), *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "device": device_name(device),
-        "cpu": cpu_name(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
+        "machine": machine(bench.device),
+        "config": dataclasses.asdict(bench.config),
+        "matmul_flops_per_second": matmul_peak,
+        "rows": rows,
     }
 
 
 def table(report: dict) -> str:
-    """The rows as text, and how to read them."""
-    lines = [("", "blocks", "ms", "tokens/s", "MFU", "of product", "GiB", "wait", "compile", "graphs", "time", "FLOPs", "time/FLOPs")]
+    """Return the rows as text, and how to read them."""
 
-    def show(value, form):
-        return "-" if value is None else format(value, form)
+    def show(row, key, form, scale=1.0):
+        return "-" if row.get(key) is None else format(row[key] * scale, form)
 
+    rows = []
     for r in report["rows"]:
-        lines.append((
-            r["name"],
-            f"{r['trained_blocks']} of {r['blocks']}" if "blocks" in r else "-",
-            f"{1000 * r['seconds']:,.1f}",
-            f"{r['tokens_per_second']:,.0f}",
-            show(r["mfu"], ".1%"),
-            show(r["of_matrix_product"], ".1%"),
-            show(r["peak_memory"] / 2**30 if "peak_memory" in r else None, ".2f"),
-            show(r["data_wait"], ".2%"),
-            show(r.get("compile_seconds"), ".1f"),
-            show(r.get("graphs"), "d"),
-            show(r["time_ratio"], ".3f"),
-            show(r["flops_ratio"], ".3f"),
-            show(r["time_ratio"] / r["flops_ratio"], ".3f"),
-        ))  # fmt: skip
-    m = report["machine"]
-    return "\n".join([
-        schedule.text_table(lines),
-        f"{m['device']}, {m['cpu']}, torch {m['torch']}, {m['date']}; medians of {report['config']['rounds']} rounds.",
-        "blocks: those that train. MFU: of the device's bf16 peak. of product: of a square matrix product timed in the same "
-        f"rounds, {report['matrix_product_flops'] / 1e12:.3g} TFLOP/s.",
-        "time, FLOPs: by the baseline's, seconds a token; time/FLOPs is 1 where a phase is as much cheaper as it should be.",
-    ])  # fmt: skip
-
-
-def write_report(path: Path, report: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2, default=str) + "\n")
-    print(f"written to {path}")
+        rows.append(
+            {
+                "": r["name"],
+                "blocks": f"{r['trained_blocks']} of {r['blocks']}" if "blocks" in r else "-",
+                "context": show(r, "context_length", ",.0f"),
+                "tokens": show(r, "tokens_per_step", ",.0f"),
+                "ms": show(r, "seconds", ",.1f", 1000),
+                "tokens/s": show(r, "tokens_per_second", ",.0f"),
+                "MFU": show(r, "mfu", ".1%"),
+                "matmul": show(r, "matmul_fraction", ".1%"),
+                "GiB": show(r, "peak_memory", ".2f", 2**-30),
+                "wait": show(r, "data_wait", ".2%"),
+                "compile": show(r, "compile_seconds", ".1f"),
+                "graphs": show(r, "graphs", ".0f"),
+                "time": show(r, "time_ratio", ".3f"),
+                "FLOPs": show(r, "flops_ratio", ".3f"),
+                "time/FLOPs": show(r, "time_ratio", ".3f", 1 / r["flops_ratio"]),
+            }
+        )
+    align = ("left", *("right",) * (len(rows[0]) - 1))
+    m, matmul_peak = report["machine"], report["matmul_flops_per_second"] / 1e12
+    return "\n".join(
+        [
+            tabulate(rows, "keys", "simple", colalign=align, disable_numparse=True),
+            f"{m['device']}, {m['cpu']}, torch {m['torch']}, {m['date']}; medians of "
+            f"{report['config']['rounds']} rounds.",
+            "blocks: those that train. tokens: per step. MFU: fraction of the device's bf16 peak.",
+            f"matmul: fraction of the matmul peak, {matmul_peak:.3g} TFLOP/s of a square product "
+            "timed in the same rounds.",
+            "wait: for data. compile: seconds. time, FLOPs: per token, relative to the baseline.",
+            "time/FLOPs is 1 if a phase saves as much time as FLOPs.",
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -1,20 +1,33 @@
-"""The bench, run as a user runs it, at a size of no interest."""
+"""The benchmarks, run as a user runs them, at a size of no interest."""
 
+import dataclasses
 import json
+import re
 import shutil
+import sys
 
 import pytest
+import torch
+from conftest import TINY, script
+from torch.nn.attention import SDPBackend
 
-from conftest import script
+from benchmarks import step as benchmark
+from cost import cost_per_token, flops_per_token, make_schedules
+from model import GPTConfig
+from schedule import SkipPolicy, Step, make_schedule
+from stagewise.errors import UserError
 
-SMALL = ["--n_layer=4", "--n_embd=32", "--n_head=2", "--block_size=32", "--tokens_per_step=256", "--batch_size=4"]
+SMALL = ["--n_layer=4", "--n_embd=32", "--n_head=2", "--block_size=32", "--tokens_per_step=256"]
+SMALL += ["--batch_size=4", "--n_vocab=257"]
 QUICK = [*SMALL, "--device=cpu", "--compile=none", "--rounds=3", "--min_seconds=0"]
+MODEL_CONFIG = GPTConfig(block_size=32, vocab_size=320, n_layer=4, n_head=2, n_embd=32)
+COMPILER = shutil.which("g++") or shutil.which("clang++")
 
-PEER = '''
+PEER = """
 import torch
 from torch import nn
 from dataclasses import dataclass
-from a_module_that_is_not_there import something
+from a_module_that_does_not_exist import something
 
 raise SystemExit("a peer's script must not run")
 
@@ -34,44 +47,215 @@ class GPT(nn.Module):
     def forward(self, x, y):
         logits = self.wte(x) @ self.wte.weight.T
         return logits, nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
-'''
+"""
 
 
-def test_every_phase_is_timed_beside_what_its_flops_predict(tmp_path):
+def run_step(tmp_path, *options):
+    """Return the report of benchmarks/step.py, its rows by name, and what it printed."""
+    path = tmp_path / "report.json"
+    result = script("benchmarks/step.py", *QUICK, *options, f"--json={path}")
+    report = json.loads(path.read_text())
+    return report, {row["name"]: row for row in report["rows"]}, result.stdout
+
+
+def test_every_phase_and_peer_is_timed_and_compared_with_its_flops(tmp_path):
     (tmp_path / "train_gpt2.py").write_text(PEER)
     peers = ["--peer", f"build_nanogpt={tmp_path}", "--peer", "hf", "--variant", "erf"]
-    result = script("bench.py", *QUICK, "--stages=2", *peers, f"--json={tmp_path / 'r.json'}")
-    report = json.loads((tmp_path / "r.json").read_text())
-    rows = {row["name"]: row for row in report["rows"]}
+    report, rows, output = run_step(tmp_path, "--stages=2", *peers)
     phases = [f"stage {s} phase {p}" for s in (1, 2) for p in (1, 2)]
     assert list(rows) == ["baseline", *phases, "erf", "build_nanogpt", "hf"]
-    assert all(name in result.stdout for name in rows)
-    assert [rows[p]["trained_blocks"] for p in phases] == [2, 2, 2, 4] and [rows[p]["blocks"] for p in phases] == [2, 2, 4, 4]
-    assert rows["baseline"]["time_ratio"] == rows["baseline"]["flops_ratio"] == rows["stage 2 phase 2"]["time_ratio"] == 1
+    assert all(name in output for name in rows)
+    assert [rows[p]["trained_blocks"] for p in phases] == [2, 2, 2, 4]
+    assert [rows[p]["blocks"] for p in phases] == [2, 2, 4, 4]
+    base = rows["baseline"]
+    assert base["time_ratio"] == base["flops_ratio"] == rows["stage 2 phase 2"]["time_ratio"] == 1
+    assert base["flops_per_token"] == flops_per_token(MODEL_CONFIG, 32, range(4), range(4))
     assert rows["stage 1 phase 1"]["flops_ratio"] < rows["stage 2 phase 1"]["flops_ratio"] < 1
     for row in rows.values():
-        assert row["tokens_per_second"] == pytest.approx(256 / row["seconds"]) and 0 <= row["data_wait"] < 1
+        assert row["tokens_per_second"] == pytest.approx(256 / row["seconds"])
+        assert 0 <= row["data_wait"] < 1
     assert all(rows[p]["peak_memory"] > 2**20 and rows[p]["graphs"] == 0 for p in phases)
-    assert report["machine"]["torch"] in result.stdout and report["matrix_product_flops"] > 1e9
+    assert report["machine"]["torch"] in output and report["matmul_flops_per_second"] > 1e9
 
 
-@pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="torch.compile needs a C++ compiler on the CPU")
+def test_phases_that_differ_in_context_or_tokens_per_step_are_timed_apart(tmp_path):
+    ramps = ["--context_ramp=0:16 75%:32", "--tokens_per_step_ramp=0:128 50%:256"]
+    _, rows, output = run_step(tmp_path, *ramps, "--stages=1", "--steps=8")
+    parts = list(rows.values())
+    assert [(r["context_length"], r["tokens_per_step"]) for r in parts] == [
+        (32, 256),
+        (16, 128),
+        (16, 256),
+        (32, 256),
+    ]
+    whole, small, short, same = parts
+    flops = flops_per_token(MODEL_CONFIG, 16, range(4), range(4))
+    assert small["flops_per_token"] == short["flops_per_token"] == flops < whole["flops_per_token"]
+    assert same["seconds"] == whole["seconds"] != small["seconds"] != short["seconds"]
+    assert small["tokens_per_second"] == pytest.approx(128 / small["seconds"])
+    assert short["tokens_per_second"] == pytest.approx(256 / short["seconds"])
+    assert "context" in output and "tokens" in output
+
+
+def test_only_phases_with_the_same_work_share_a_candidate():
+    skip = SkipPolicy("layer_dropout", 0.5, 20, seed=1)
+    (phase,) = make_schedule(4, 20, context_length=32, tokens_per_step=256).phases
+    different = [
+        dict(n_blocks=3, trained_blocks=(0, 1, 2)),
+        dict(trained_blocks=(2, 3)),
+        dict(trained_blocks=(1, 3)),
+        dict(train_embeddings=False),
+        dict(train_head=False),
+        dict(context_length=16),
+        dict(tokens_per_step=128),
+        dict(skip=skip),
+        dict(skip=dataclasses.replace(skip, rate=0.4)),
+        dict(skip=skip, start=10),
+    ]
+    keys = {benchmark.work(dataclasses.replace(phase, **change)) for change in different}
+    assert len(keys | {benchmark.work(phase)}) == len(different) + 1
+    same = dict(name="x", stage=2, kind="continual", start=3, growth="stack", rewarmup_steps=2)
+    same |= dict(optimizer_state="reset", milestone=False)
+    assert benchmark.work(dataclasses.replace(phase, **same)) == benchmark.work(phase)
+    assert set(same).union(*different) | {"stop"} == {f.name for f in dataclasses.fields(phase)}
+
+
+def tiny_benchmark(tmp_path, **options):
+    config = benchmark.BenchmarkConfig(
+        **{k: v for k, v in TINY.items() if k != "vocab_size"},
+        tokens_per_step=256,
+        batch_size=2,
+        steps=40,
+        n_vocab=257,
+        device="cpu",
+        **options,
+    )
+    data = benchmark.random_data(tmp_path, config)
+    bench = benchmark.Benchmark(config, GPTConfig(**TINY), torch.device("cpu"), data)
+    return bench, *make_schedules(config, bench.model_config)
+
+
+def test_the_steps_of_a_skipping_phase_run_and_cost_what_its_policy_says(tmp_path, monkeypatch):
+    options = dict(skip_policy="layer_dropout", skip_rate=0.9, compile="none")
+    bench, schedule, _ = tiny_benchmark(tmp_path, **options)
+    (phase,) = schedule.phases
+    scales_seen = []
+    train_step = benchmark.train.train_step
+
+    def record(*args):
+        scales_seen.append(args[-1])
+        return train_step(*args)
+
+    monkeypatch.setattr(benchmark.train, "train_step", record)
+    candidate = benchmark.phase_candidates(bench, {"skipping": phase})["skipping"]
+    benchmark.time_candidates([candidate], 2, 0.0, torch.device("cpu"))
+    n = candidate.n_steps
+    steps = [schedule.at(i * 40 // n) for i in range(n)]
+    assert n == benchmark.MIN_SKIPPING_STEPS and len({s.residual_scales for s in steps}) > 4
+    trials = 2 * [s.residual_scales for s in [steps[0], *steps]]
+    assert scales_seen[-len(trials) :] == trials and len(candidate.seconds) == 2
+    costs = [cost_per_token(s, "flops", bench.model_config) for s in steps]
+    assert candidate.mean_flops == pytest.approx(sum(costs) / n)
+    all_run = cost_per_token(Step(phase, None), "flops", bench.model_config)
+    assert candidate.mean_flops < all_run
+
+
+def test_batches_have_the_context_and_the_tokens_of_the_phase(tmp_path):
+    ramps = dict(context_ramp="0:16 50%:64", tokens_per_step_ramp="0:128 75%:256")
+    bench, schedule, _ = tiny_benchmark(tmp_path, **ramps)
+    assert len(schedule.phases) == 3
+    for phase in schedule.phases:
+        x, y = next(bench.batches(phase))
+        assert x.shape == y.shape == (128 // phase.context_length, phase.context_length)
+        assert x.max() < 257
+
+
+def test_candidates_enter_their_phase_before_every_trial(tmp_path, monkeypatch):
+    """The model has the phase's blocks and trains what the phase trains, in any order of phases."""
+    bench, schedule, _ = tiny_benchmark(tmp_path, stages=2, compile="none")
+    phases = {p.name: p for p in schedule.phases}
+    candidates = benchmark.phase_candidates(bench, phases)
+    seen = []
+    train_step = benchmark.train.train_step
+
+    def record(model, optimizer, *args):
+        result = train_step(model, optimizer, *args)
+        trains = model.trainable()
+        seen.append((trains["blocks"], trains["embeddings"], trains["head"]))
+        return result
+
+    monkeypatch.setattr(benchmark.train, "train_step", record)
+    for name in [*phases, *reversed(phases)]:
+        phase = phases[name]
+        candidates[name].enter()(0.0)
+        blocks = [i in phase.trained_blocks for i in range(phase.n_blocks)]
+        assert seen[-1] == (blocks, phase.train_embeddings, phase.train_head)
+    assert len(seen) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler on the CPU")
 def test_graphs_and_compile_seconds_are_counted(tmp_path):
-    script("bench.py", *QUICK, "--stages=2", "--compile=blocks", f"--json={tmp_path / 'r.json'}")
-    rows = [row for row in json.loads((tmp_path / "r.json").read_text())["rows"] if "graphs" in row]
-    assert rows[0]["graphs"] >= 2 and rows[0]["compile_seconds"] > 0 and 3 <= sum(row["graphs"] for row in rows) <= 4
+    _, rows, _ = run_step(tmp_path, "--stages=2", "--compile=blocks")
+    rows = [row for row in rows.values() if "graphs" in row]
+    assert rows[0]["graphs"] >= 2 and rows[0]["compile_seconds"] > 0
+    assert 3 <= sum(row["graphs"] for row in rows) <= 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler on the CPU")
+def test_a_variant_runs_its_own_graph(tmp_path, monkeypatch):
+    """Not the baseline's, which is compiled first, and the baseline not the variant's."""
+    # On a CPU there are two backends, and inductor would replace the one by the other.
+    monkeypatch.setitem(benchmark.BACKENDS, "math", SDPBackend.MATH)
+    monkeypatch.setattr(torch._inductor.config, "pattern_matcher", False)
+    torch._dynamo.reset()
+    bench, _, baseline = tiny_benchmark(tmp_path, compile="blocks")
+    (phase,) = baseline.phases
+    candidates = {
+        "baseline": benchmark.phase_candidates(bench, {"": phase})[""],
+        "math": benchmark.variant(bench, "math", phase),
+        "erf": benchmark.variant(bench, "erf", phase),
+    }
+    graphs = benchmark.counters["stats"]
+
+    def kernels(name):
+        step = candidates[name].enter()
+        step(0.0)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            step(0.0)
+        return {event.key for event in profile.key_averages()}
+
+    flash = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    for name in ("baseline", "math", "erf", "math", "baseline"):
+        before = graphs["unique_graphs"]
+        assert (flash in kernels(name)) == (name != "math")
+        candidates[name].seconds.append(graphs["unique_graphs"] - before)
+    # The block and the loss, then the block of each variant.
+    new = {name: c.seconds for name, c in candidates.items()}
+    assert new == {"baseline": [2, 0], "math": [1, 0], "erf": [1]}
 
 
 @pytest.mark.parametrize(
     "options, named",
     [
-        (["--peer", "nanogpt"], "--peer=nanogpt: model.py is not in 'DIR'; give a checkout"),
-        (["--peer", "llmc=x"], "is none of nanogpt, build_nanogpt, hf"),
-        (["--variant", "fast"], "--variant=fast is unknown: use none, blocks"),
+        (["--peer", "nanogpt"], "--peer=nanogpt: model.py is not in 'DIR': name a checkout"),
+        (["--peer", "llmc=x"], "--peer=llmc=x is unknown: use one of nanogpt, build_nanogpt, hf"),
+        (["--variant", "fast"], "--variant=fast is unknown: "),
+        (["--variant", "cudnn"], "--variant=cudnn needs a CUDA GPU"),
         (["--peer_batch_size", "3"], "batch_size=3 does not divide"),
-        (["--rounds=0"], "--rounds=0 must be at least 1"),
+        (["--peer_batch_size", "0"], "--peer_batch_size=0 must be at least 1"),
+        (["--rounds=0"], "rounds=0 must be"),
+        (["--n_vocab=70000"], "n_vocab=70000 must be"),
     ],
 )
-def test_bad_options_are_refused_by_name(options, named):
-    result = script("bench.py", *QUICK, *options, check=False)
-    assert result.returncode == 1 and named in result.stderr and "Traceback" not in result.stderr
+def test_bad_options_are_named(monkeypatch, options, named):
+    monkeypatch.setattr(sys, "argv", ["step.py", *QUICK, *options])
+    with pytest.raises(UserError, match=re.escape(named)):
+        benchmark.main()
+
+
+def test_bad_options_end_in_one_line():
+    result = script("benchmarks/step.py", *QUICK, "--rounds=0", check=False)
+    assert result.returncode == 1 and result.stderr.startswith("error: rounds=0")
+    assert len(result.stderr.splitlines()) == 1

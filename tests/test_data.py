@@ -1,15 +1,30 @@
-"""Shards, tokenizers, and which tokens step t reads."""
+"""Shards, tokenizers, and the order in which windows are read."""
 
 import shutil
 
 import numpy as np
 import pytest
-
-import data
-from data import Prefetch, Shards, TrainOrder, get_tokenizer, load_meta, open_shard, verify_shards, write_shard
-from errors import UserError
-
+import torch
 from conftest import SHARED_DATA
+
+import train
+from schedule import make_schedule, with_ramp
+from stagewise import data
+from stagewise.config import Config
+from stagewise.data import (
+    Prefetch,
+    Shards,
+    TrainOrder,
+    get_tokenizer,
+    load_meta,
+    open_shard,
+    verify_shards,
+    write_shard,
+)
+from stagewise.distributed import Ranks
+from stagewise.errors import UserError
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -25,58 +40,128 @@ SHARDS = [("val", 0, 50), ("train", 1, 101), ("train", 2, 55)]
 META = {
     "tokenizer": "gpt2",
     "vocab_size": 65536,
-    "shards": [{"file": f"x_{split}_{i:06d}.bin", "split": split, "tokens": n} for split, i, n in SHARDS],
+    "shards": [
+        {"file": f"x_{split}_{i:06d}.bin", "split": split, "tokens": n} for split, i, n in SHARDS
+    ],
 }
 
 
-def test_shards_are_llmc_files(folder):
+def test_shards_have_the_format_of_llmc(folder):
     raw = (folder / "x_val_000000.bin").read_bytes()
     header = np.frombuffer(raw[:1024], dtype=np.int32)
     assert list(header[:3]) == [20240520, 1, 50] and not header[3:].any()
-    assert list(np.frombuffer(raw[1024:], dtype=np.uint16)) == list(range(50)) == list(open_shard(folder / "x_val_000000.bin"))
+    assert list(np.frombuffer(raw[1024:], dtype=np.uint16)) == list(range(50))
+    assert list(open_shard(folder / "x_val_000000.bin")) == list(range(50))
 
 
 def test_windows_are_inputs_and_their_next_tokens(folder):
     shards = Shards(folder, "train", 10, META)
-    assert len(shards) == 10 + 5  # 101 tokens are ten windows and the last target; 55 are five and a rest
+    assert len(shards) == 10 + 5  # 101 tokens: ten windows and the last target; 55: five and a rest
     x, y = shards.read(np.array([0, 9, 10, 14]))
     assert x.dtype == np.int64 and x.flags.c_contiguous and y.flags.c_contiguous
-    assert x[:, 0].tolist() == [1000, 1090, 2000, 2040] and (y == x + 1).all() and y[1, -1] == 1100
+    assert x[:, 0].tolist() == [1000, 1090, 2000, 2040]
+    assert (y == x + 1).all() and y[1, -1] == 1100
 
 
-@pytest.mark.parametrize("world_size, batch_size", [(1, 8), (1, 2), (2, 4), (4, 1), (8, 1)])
-def test_a_step_reads_the_same_windows_however_it_is_split(world_size, batch_size):
-    def step(t):
-        order = TrainOrder(37, seed=3, windows_per_step=8)  # a resumed run makes a new one
-        return [
-            window
-            for micro_step in range(8 // (world_size * batch_size))
-            for rank in range(world_size)
-            for start in [(micro_step * world_size + rank) * batch_size]
-            for window in order.windows(t, start, start + batch_size)
-        ]
-
-    whole = TrainOrder(37, seed=3, windows_per_step=8)
-    for t in (0, 1, 4, 9, 4):  # also across the end of an epoch, and back
-        assert step(t) == whole.windows(t, 0, 8).tolist()
+# --- the order of windows
 
 
-def test_every_window_is_read_once_an_epoch_in_an_order_of_its_own():
-    order = TrainOrder(37, seed=3, windows_per_step=8)
-    read = np.concatenate([order.windows(t, 0, 8) for t in range(37)])  # 8 epochs
-    epochs = read.reshape(8, 37)
+def test_an_epoch_reads_every_window_once_in_its_own_order():
+    epochs = TrainOrder(37, seed=3).windows(0, 8 * 37).reshape(8, 37)
     assert (np.sort(epochs, axis=1) == np.arange(37)).all()
     assert len({tuple(e) for e in epochs}) == 8
-    assert not np.array_equal(TrainOrder(37, 4, 8).windows(0, 0, 8), order.windows(0, 0, 8))
+    assert not np.array_equal(TrainOrder(37, seed=4).windows(0, 37), epochs[0])
+
+
+@pytest.mark.parametrize("size", [1, 5, 8, 37, 100])
+def test_windows_do_not_depend_on_how_the_sequence_is_cut(size):
+    """Also across the end of an epoch, and back."""
+    sequence = TrainOrder(37, seed=3).windows(0, 400)
+    order = TrainOrder(37, seed=3)
+    starts = [*range(0, 300, size), 74, 0]
+    for start in starts:
+        assert np.array_equal(order.windows(start, start + size), sequence[start : start + size])
 
 
 def test_a_step_larger_than_the_corpus_reads_it_several_times():
-    assert np.bincount(TrainOrder(5, seed=0, windows_per_step=20).windows(0, 0, 20)).tolist() == [4] * 5
+    assert np.bincount(TrainOrder(5, seed=0).windows(20, 40)).tolist() == [4] * 5
 
 
-def test_the_order_is_the_one_of_earlier_versions():
+def test_the_order_does_not_depend_on_the_version():
     """A run must resume with the order that it began with, whatever NumPy is installed by then."""
-    assert TrainOrder(20, seed=1337, windows_per_step=8).windows(1, 0, 8).tolist() == [13, 11, 1, 5, 16, 9, 19, 6]
+    assert TrainOrder(20, seed=1337).windows(8, 16).tolist() == [13, 11, 1, 5, 16, 9, 19, 6]
+
+
+# --- the tokens of a step
+
+
+def batches_of(folder, schedule, first=0, rank=0, world_size=1, batch_size=2):
+    """Inputs of every micro-batch that a rank reads from step `first` on, each (B, T)."""
+    shards = Shards(folder, "train", 10, META)
+    config = Config(block_size=10, batch_size=batch_size)
+    ranks = Ranks(rank=rank, world_size=world_size)
+    order = TrainOrder(len(shards), seed=3)
+    stream = train.train_batches(shards, order, schedule, first, config, ranks, CPU)
+    return [(x.numpy(), y.numpy()) for x, y in stream]
+
+
+def constant(steps=9, windows=8):
+    return make_schedule(4, steps, context_length=10, tokens_per_step=10 * windows)
+
+
+@pytest.mark.parametrize("world_size, batch_size", [(1, 8), (1, 2), (2, 4), (4, 1), (8, 1)])
+def test_a_step_reads_the_same_tokens_with_any_processes_and_micro_batch(
+    folder, world_size, batch_size
+):
+    """Over more than four epochs of 15 windows."""
+    whole = [x for x, _ in batches_of(folder, constant(), batch_size=8)]
+    of_ranks = [
+        [x for x, _ in batches_of(folder, constant(), 0, rank, world_size, batch_size)]
+        for rank in range(world_size)
+    ]
+    micro_steps = 8 // (world_size * batch_size)
+    assert len(whole) == 9
+    for step, x in enumerate(whole):
+        parts = [
+            of_ranks[rank][step * micro_steps + m]
+            for m in range(micro_steps)
+            for rank in range(world_size)
+        ]
+        assert np.array_equal(np.concatenate(parts), x)
+
+
+def ramped():
+    """Context 5, 5, 10, 2 and batches of 2, 4, 4, 8 windows."""
+    schedule = with_ramp(constant(steps=12), "tokens_per_step", "0:20 25%:40 75%:80")
+    return with_ramp(schedule, "context_length", "0:5 50%:10 75%:2")
+
+
+def test_context_and_batch_ramps_read_the_same_tokens_in_the_same_order(folder):
+    """No token is skipped or repeated where the context or the batch changes."""
+    schedule = ramped()
+    assert {(p.context_length, p.tokens_per_step) for p in schedule.phases} == {
+        (5, 20),
+        (5, 40),
+        (10, 40),
+        (2, 80),
+    }
+    batches = batches_of(folder, schedule)
+    shards = Shards(folder, "train", 10, META)
+    n_windows = schedule.tokens(schedule.n_steps) // 10
+    x, y = shards.read(TrainOrder(len(shards), seed=3).windows(0, n_windows))
+    assert np.array_equal(np.concatenate([x.ravel() for x, _ in batches]), x.ravel())
+    assert np.array_equal(np.concatenate([y.ravel() for _, y in batches]), y.ravel())
+    contexts = [x.shape for x, _ in batches]
+    assert contexts[0] == (4, 5) and contexts[-1] == (10, 2) and (2, 10) in contexts
+
+
+@pytest.mark.parametrize("step", range(12))
+def test_a_resumed_run_reads_the_rest_in_every_phase(folder, step):
+    schedule = ramped()
+    whole, rest = batches_of(folder, schedule), batches_of(folder, schedule, first=step)
+    assert len(rest) == sum(schedule.phase_at(s).tokens_per_step // 20 for s in range(step, 12))
+    for (x, y), (a, b) in zip(rest, whole[len(whole) - len(rest) :], strict=True):
+        assert np.array_equal(x, a) and np.array_equal(y, b)
 
 
 def test_prefetch_yields_everything_in_order_and_passes_errors_on():
@@ -93,15 +178,20 @@ def test_prefetch_yields_everything_in_order_and_passes_errors_on():
 # --- tokenizers
 
 
-def test_bytes_are_the_bytes():
+def test_the_bytes_tokenizer_encodes_each_byte():
     encoding = get_tokenizer("bytes")
     text = "Grüße,\n\tworld €   <|endoftext|>\r\n"
-    assert encoding.encode_ordinary(text) == list(text.encode()) and encoding.decode(list(text.encode())) == text
+    assert encoding.encode_ordinary(text) == list(text.encode())
+    assert encoding.decode(list(text.encode())) == text
     assert (encoding.n_vocab, encoding.eot_token) == (257, 256)
-    assert encoding.encode_ordinary("é" * 20) == list(("é" * 20).encode())  # longer than the pieces it is cut into
+    long = "é" * 20  # longer than the pieces that text is cut into
+    assert encoding.encode_ordinary(long) == list(long.encode())
 
 
-@pytest.mark.skipif(not (SHARED_DATA / "tiktoken_cache").exists(), reason="needs GPT-2's vocabulary in shared/data/tiktoken_cache")
+@pytest.mark.skipif(
+    not (SHARED_DATA / "tiktoken_cache").exists(),
+    reason="needs GPT-2's vocabulary in shared/data/tiktoken_cache",
+)
 def test_gpt2_bpe(monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED_DATA / "tiktoken_cache"))
     encoding = get_tokenizer("gpt2")
@@ -109,7 +199,7 @@ def test_gpt2_bpe(monkeypatch):
     assert encoding.encode_ordinary("Hello world") == [15496, 995]
 
 
-def test_unknown_tokenizer_is_refused():
+def test_an_unknown_tokenizer_is_an_error():
     with pytest.raises(UserError, match="tokenizer 'gpt5' is unknown"):
         get_tokenizer("gpt5")
 
@@ -126,23 +216,25 @@ def header(magic=20240520, version=1, count=50, tokens=50):
 @pytest.mark.parametrize(
     "content, named",
     [
-        (b"", "no token shard"),
-        (header()[:700], "no token shard"),
-        (header(magic=20240801), "no token shard"),
+        (b"", "not a token shard"),
+        (header()[:700], "not a token shard"),
+        (header(magic=20240801), "not a token shard"),
         (header(version=7), "version 7"),
-        (header(tokens=49), "header says 50 tokens, the file holds 49: it is truncated"),
+        (header(tokens=49), "header says 50 tokens, the file has 49: it is truncated"),
         (header()[:-1], "truncated"),
-        (header(tokens=51), "header says 50 tokens, the file holds 51"),
-        (header(count=-1), "damaged"),
+        (header(tokens=51), "header says 50 tokens, the file has 51"),
+        (header(count=-1), "corrupted"),
     ],
 )
-def test_damaged_shards_are_refused_by_name(folder, content, named):
+def test_a_corrupted_shard_is_named(folder, content, named):
     (folder / "x_train_000002.bin").write_bytes(content)
     with pytest.raises(UserError, match=f"x_train_000002.bin: .*{named}"):
         Shards(folder, "train", 10, META)
 
 
-def test_missing_shards_short_shards_and_foreign_tokens_are_refused(folder, monkeypatch):
+def test_missing_shards_short_shards_and_tokens_of_another_vocabulary_are_errors(
+    folder, monkeypatch
+):
     with pytest.raises(UserError, match="lower block_size"):
         Shards(folder, "val", 50, META)
     with pytest.raises(UserError, match="x_train_000002.bin: token id 2054 .* vocabulary of 2054"):
@@ -158,44 +250,62 @@ def test_missing_shards_short_shards_and_foreign_tokens_are_refused(folder, monk
     write_shard(folder / "x_train_000001.bin", np.arange(70, dtype=np.uint16))
     with pytest.raises(UserError, match="x_train_000001.bin: has 70 tokens, meta.json says 101"):
         Shards(folder, "train", 10, META)
-    with pytest.raises(UserError, match="names no val shards"):
+    with pytest.raises(UserError, match="lists no val shards"):
         Shards(folder, "val", 10, META | {"shards": META["shards"][1:]})
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"tokenizer": "gpt2"}', '{"tokenizer": 3, "vocab_size": 5}', '{"tokenizer": "x", "vocab_size": 5}', '{"tokenizer": "x", "vocab_size": 5, "shards": [1]}', "\xff"])
-def test_damaged_meta_is_refused(tmp_path, content):
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        '{"tokenizer": "gpt2"}',
+        '{"tokenizer": 3, "vocab_size": 5}',
+        '{"tokenizer": "x", "vocab_size": 5}',
+        '{"tokenizer": "x", "vocab_size": 5, "shards": [1]}',
+        "\xff",
+    ],
+)
+def test_a_corrupted_meta_json_is_an_error(tmp_path, content):
     (tmp_path / "meta.json").write_text(content, encoding="latin-1")
     with pytest.raises(UserError, match="meta.json: .* write the corpus again"):
         load_meta(tmp_path)
 
 
-# --- while a run reads
+# --- during a run
 
 
-@pytest.mark.parametrize("how, named", [("gone", "cannot be read any more"), ("cut", "was cut since the start")])
+@pytest.mark.parametrize(
+    "how, named",
+    [("deleted", "can no longer be read"), ("truncated", "was truncated since the start")],
+)
 def test_a_shard_that_is_lost_is_named(tmp_path, how, named):
-    tokens = np.arange(1000, dtype=np.uint16)
-    write_shard(tmp_path / "x.bin", tokens)
-    data = Shards(tmp_path, "train", 64, {"vocab_size": 1000, "shards": [{"file": "x.bin", "split": "train", "tokens": 1000}]})
-    assert data.files(np.arange(3)) == ["x.bin"] and data.read(np.array([14]))[0][0, -1] == 14 * 64 + 63
-    (tmp_path / "x.bin").unlink() if how == "gone" else (tmp_path / "x.bin").write_bytes((tmp_path / "x.bin").read_bytes()[:-100])
+    path = tmp_path / "x.bin"
+    write_shard(path, np.arange(1000, dtype=np.uint16))
+    listed = [{"file": "x.bin", "split": "train", "tokens": 1000}]
+    shards = Shards(tmp_path, "train", 64, {"vocab_size": 1000, "shards": listed})
+    assert shards.files(np.arange(3)) == ["x.bin"]
+    assert shards.read(np.array([14]))[0][0, -1] == 14 * 64 + 63
+    path.unlink() if how == "deleted" else path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=f"x.bin: {named}"):
-        data.read(np.array([14]))
+        shards.read(np.array([14]))
 
 
-def test_shards_are_compared_with_their_checksums(corpus, tmp_path, run_train):
-    data = tmp_path / "data"
-    shutil.copytree(corpus, data)
-    run_train("good", data_dir=data, steps=1, verify_data=True)
-    path = data / "stdlib_train_000001.bin"
+def test_verify_data_compares_shards_with_their_checksums(corpus, tmp_path, run_train):
+    folder = tmp_path / "data"
+    shutil.copytree(corpus, folder)
+    run_train("good", data_dir=folder, steps=1, verify_data=True)
+    path = folder / "stdlib_train_000001.bin"
     content = bytearray(path.read_bytes())
     content[-2] ^= 1
     path.write_bytes(content)
-    run_train("unseen", data_dir=data, steps=1)
-    with pytest.raises(UserError, match="stdlib_train_000001.bin: its sha256 is not the one in meta.json"):
-        run_train("seen", data_dir=data, steps=1, verify_data=True)
-    assert not (tmp_path / "seen").exists()
-    meta = load_meta(data)
+    run_train("not verified", data_dir=folder, steps=1)
+    with pytest.raises(UserError, match="stdlib_train_000001.bin: its sha256 differs from meta"):
+        run_train("verified", data_dir=folder, steps=1, verify_data=True)
+    assert not (tmp_path / "verified").exists()
+    meta = load_meta(folder)
     del meta["shards"][0]["sha256"]
     with pytest.raises(UserError, match="has no sha256 of stdlib_val_000000.bin"):
-        verify_shards(data, meta)
+        verify_shards(folder, meta)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import device
-from errors import UserError
+from stagewise import device
+from stagewise.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -24,11 +24,11 @@ from errors import UserError
         ("cpu", None),
     ],
 )
-def test_peaks_go_by_whole_words_of_the_name(name, peak):
+def test_peaks_are_found_by_complete_words_of_the_name(name, peak):
     assert device._peak_of(name) == peak
 
 
-def test_devices_that_are_not_there_are_refused():
+def test_missing_and_unsupported_devices_are_errors():
     with pytest.raises(UserError, match="device='tpu'"):
         device.pick_device("tpu")
     with pytest.raises(UserError, match="device='mps' is not supported"):
@@ -39,10 +39,16 @@ def test_devices_that_are_not_there_are_refused():
         device.pick_device("cuda", local_rank=torch.cuda.device_count())
 
 
-def test_autocast_is_what_the_option_says():
-    cpu = device.pick_device("cpu")
+@pytest.mark.parametrize(
+    "dtype, expected",
+    [("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)],
+)
+def test_autocast_uses_the_dtype_of_the_option(dtype, expected):
     x = torch.ones(2, 2)
-    for dtype, expected in (("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        with device.autocast(cpu, dtype):
-            assert (x @ x).dtype == expected
-    assert device.peak_memory(cpu) > 2**20
+    with device.autocast(device.pick_device("cpu"), dtype):
+        assert (x @ x).dtype == expected
+
+
+def test_peak_memory_of_a_cpu_is_that_of_the_process():
+    x = torch.ones(2**24)
+    assert x.nbytes < device.peak_memory(torch.device("cpu")) < 2**40

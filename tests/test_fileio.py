@@ -1,97 +1,110 @@
-"""metrics.jsonl: every row once, whatever happened to the file."""
+"""Atomic writes, the lock of a run folder, and JSON with a schema."""
 
-import json
 import os
-import resource
 import subprocess
 import sys
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
-
-from errors import UserError
-from files import Metrics, lock_folder, read_metrics, write_whole
-
 from conftest import ROOT
 
+from stagewise.errors import UserError
+from stagewise.fileio import atomic_write, convert, decode_json, lock_folder
 
-def rows(*steps):
-    return [{"step": s, "loss": s / 7} for s in steps]
-
-
-def test_rows_beyond_the_step_and_a_torn_last_one_are_dropped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows(0, 1, 2, 3)) + '{"step": 4, "lo')
-    assert read_metrics(path) == rows(0, 1, 2, 3)
-    metrics = Metrics(path, 2)
-    metrics.write({"step": 3, "loss": 3 / 7})
-    metrics.close()
-    assert read_metrics(path) == rows(0, 1, 2, 3) and path.read_text().endswith("}\n")
-    path.write_bytes(path.read_bytes() + b"\0\0\0\n\0\0")  # what a power failure may leave
-    assert read_metrics(path) == rows(0, 1, 2, 3)
+LOCK = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; "
+    "from stagewise.fileio import lock_folder; lock = lock_folder(Path(sys.argv[2]))"
+)
 
 
-def test_what_a_run_without_a_checkpoint_has_measured_is_put_aside(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows(0, 1)))
-    Metrics(path, None).close()
-    assert path.read_text() == "" and read_metrics(tmp_path / "metrics.jsonl.former") == rows(0, 1)
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_an_atomic_write_leaves_the_old_file_or_all_of_the_new_one(tmp_path, monkeypatch, failing):
+    path = tmp_path / "schedule.json"
+    atomic_write(path, "first")
 
+    def fail(*args):
+        raise OSError("no")
 
-def test_rows_that_wait_are_written_at_the_latest_when_it_closes(tmp_path, capsys):
-    path = tmp_path / "metrics.jsonl"
-    metrics = Metrics(path, None)
-    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5, hard))
-    try:
-        metrics.write(rows(0)[0])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    assert "cannot be written" in capsys.readouterr().err
-    metrics.close()
-    assert read_metrics(path) == rows(0)
-
-
-def test_a_second_run_in_a_folder_is_refused(tmp_path):
-    held = lock_folder(tmp_path)
-    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import files; files.lock_folder(files.Path({str(tmp_path)!r}))"
-    second = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert "another run writes there" in second.stderr
-    held.close()
-    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
-
-
-@pytest.mark.parametrize("line", ["", "nonsense", "[1]", "3", '{"loss": 1}', '{"step": "x"}', '{"step": null}'])
-def test_a_line_that_is_no_row_is_named(tmp_path, line):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(f'{{"step": 0}}\n{line}\n{{"step": 2}}\n')
-    with pytest.raises(UserError, match="metrics.jsonl, line 2: is damaged"):
-        Metrics(path, 5)
-
-
-def test_rows_wait_for_room_on_a_full_disk(tmp_path, capsys):
-    """Written in part at first; then whole, each once and in order."""
-    path = tmp_path / "metrics.jsonl"
-    metrics = Metrics(path, None)
-    metrics.write(rows(0)[0])
-    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, hard))
-    try:
-        metrics.write(rows(1)[0])
-        metrics.write(rows(2)[0])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    assert capsys.readouterr().err.count("cannot be written") == 2 and read_metrics(path) == rows(0)
-    metrics.write(rows(3)[0])
-    assert read_metrics(path) == rows(0, 1, 2, 3)
-    metrics.close()
-
-
-def test_a_small_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "plan.json"
-    write_whole(path, "first")
     with monkeypatch.context() as m, pytest.raises(OSError):
-        m.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError("no")))
-        write_whole(path, "second")
+        m.setattr(os, failing, fail)
+        m.setattr(type(path), "replace", fail if failing == "replace" else type(path).replace)
+        atomic_write(path, "second")
     assert path.read_text() == "first"
-    write_whole(path, "third")
-    assert path.read_text() == "third" and [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+    atomic_write(path, "third")
+    assert path.read_text() == "third" and [p.name for p in tmp_path.iterdir()] == ["schedule.json"]
+
+
+def test_a_second_run_in_the_same_folder_is_an_error(tmp_path):
+    command = [sys.executable, "-c", LOCK, str(ROOT), str(tmp_path)]
+    lock = lock_folder(tmp_path)
+    second = subprocess.run(command, capture_output=True, text=True)
+    assert "UserError" in second.stderr and "another run writes there" in second.stderr
+    with pytest.raises(UserError, match="another run writes there"):
+        lock_folder(tmp_path)
+    lock.release()
+    assert subprocess.run(command).returncode == 0
+
+
+def test_the_lock_ends_with_its_process(tmp_path):
+    """Also if it is killed, and so cannot release the lock itself."""
+    program = LOCK + "; print('locked', flush=True); import time; time.sleep(60)"
+    command = [sys.executable, "-c", program, str(ROOT), str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "locked\n"
+    with pytest.raises(UserError, match="another run writes there"):
+        lock_folder(tmp_path)
+    process.kill()
+    process.wait()
+    lock_folder(tmp_path).release()
+
+
+def test_a_folder_that_cannot_be_locked_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written, or not locked"):
+        lock_folder(tmp_path / "file")
+
+
+@dataclass
+class Inner:
+    count: int
+
+
+@dataclass
+class Outer:
+    name: str
+    inner: list[Inner]
+
+
+def test_json_is_decoded_to_its_schema():
+    text = '{"name": "x", "inner": [{"count": 3}], "unknown": 1}'
+    assert decode_json(text, Outer) == Outer("x", [Inner(3)])
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        ("", "truncated"),
+        ("{", "truncated"),
+        (b"\xff", "malformed"),
+        ("[]", "expected `object`"),
+        ('{"inner": []}', "name"),
+        ('{"name": 3, "inner": []}', "name: expected `str`, got `int`"),
+        ('{"name": "x", "inner": [{"count": 1}, {"count": "1"}]}', r"inner\[1\]\.count: expected"),
+        ('{"name": "x", "inner": [{"count": NaN}]}', "malformed"),
+    ],
+)
+def test_json_of_another_schema_is_a_value_error_that_names_the_field(text, named):
+    with pytest.raises(ValueError, match=f"(?i){named}"):
+        decode_json(text, Outer)
+
+
+def test_json_that_is_nested_too_deeply_is_a_value_error():
+    with pytest.raises(ValueError, match="recursion"):
+        decode_json("[" * 100_000, Any)
+
+
+def test_converted_values_have_the_same_errors():
+    assert convert({"name": "x", "inner": [{"count": 3}]}, Outer) == Outer("x", [Inner(3)])
+    with pytest.raises(ValueError, match=r"inner\[0\].count: expected `int`, got `float`"):
+        convert({"name": "x", "inner": [{"count": 0.5}]}, Outer)
