@@ -22,7 +22,7 @@ from tabulate import tabulate
 
 from cost import COST_METRICS, NAMES, Metric
 from schedule import Phase
-from stagewise.config import Config
+from stagewise.config import Config, Positive
 from stagewise.errors import UserError, report_user_errors
 from stagewise.fileio import convert, decode_json, fsync
 from stagewise.metrics import read_metrics
@@ -111,10 +111,10 @@ class PhaseSummary(Phase):
 class BaselineSummary:
     """The baseline in schedule.json: its steps, and its total cost in every metric."""
 
-    steps: int
-    tokens: int
-    paper_cost: int
-    flops: int
+    steps: Positive
+    tokens: Positive
+    paper_cost: Positive
+    flops: Positive
 
 
 @dataclass(frozen=True)

@@ -229,9 +229,12 @@ def make_schedule(
                 optimizer_state=optimizer_state if phases else "carry",
                 rewarmup_steps=rewarmup_steps if phases else 0,
                 skip=None,
-                milestone=kind == "all_blocks",
+                milestone=False,
             )
         )
+    for i, p in enumerate(phases):  # at the end of each stage, even if it has no phase 2
+        if i + 1 == len(phases) or phases[i + 1].stage > p.stage:
+            phases[i] = replace(p, milestone=True)
     if phases[-1].n_blocks != n_layer:
         raise UserError(
             f"steps={steps} leaves the last of {S} stages without a step: use more steps or fewer "

@@ -1,12 +1,15 @@
-"""Bad input, by the thousand: every mutated input ends in success or in one clear error, writes nowhere else, and does not hang.
+"""Bad input, by the thousands: each ends in success or in one clear error, within seconds.
 
     python tests/fuzz.py [--inputs 12000] [--seed 0] [--only shards ...]          make fuzz
 
-Each input is a good one with a few changes. What may come of it: a result, UserError, or tyro's exit with status 2 for
-options. Anything else, a warning of numpy included, is a finding: it is printed with the seed that makes it again.
+An input is a good one with a few changes. What may come of it is a result, a UserError, or tyro's
+exit with status 2 for options. Anything else, a RuntimeWarning of numpy or a file written elsewhere
+included,
+is a finding: it is printed with the seed that reproduces it.
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -28,74 +31,119 @@ import torch
 import tyro
 from tqdm import tqdm
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import config as cfg
 import train
-from checkpoint import checkpoints, load_checkpoint, load_moments, model_from, newest_checkpoint
-from data import Shards, TrainOrder, get_tokenizer, load_meta, verify_shards, write_shard
-from errors import UserError
-from files import Metrics, read_metrics, sha256
+from cost import COST_METRICS, cumulative_cost, make_schedules
+from growth import OPERATORS
 from hellaswag import ending_losses, load_examples
-from model import GPT, GPTConfig
+from model import GPT
 from plot import load_run
+from schedule import SKIP_POLICIES, begun
+from stagewise.checkpoint import (
+    SUMS,
+    checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    optimizer_state_from,
+)
+from stagewise.config import CONFIGS, Config, check, load_config, padded_vocab_size
+from stagewise.data import Shards, TrainOrder, get_tokenizer, load_meta, verify_shards, write_shard
+from stagewise.device import autocast
+from stagewise.errors import UserError
+from stagewise.fileio import sha256
+from stagewise.metrics import MetricsWriter, read_metrics
+from stagewise.monitor import LossMonitor
 
-SHAPE = dict(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=320)
+ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 20  # an input that takes longer hangs
 BYTES = get_tokenizer("bytes")
-WORDS = ["", "0", "-1", "1e309", "nan", "NaN", "null", "true", "[]", "{}", '"', "\\u0000", "\x00", "é", "9" * 30]
-WORDS += ["../..", "None", "=", "--", "\n"]
+PRECISION = autocast(torch.device("cpu"), "float32")
+
+# The good run: it grows, skips blocks, and changes context and batch, so that its schedule and its
+# checkpoints have everything in them.
+OPTIONS: dict = dict(
+    n_layer=4,
+    n_head=2,
+    n_embd=16,
+    block_size=32,
+    stages=2,
+    steps=6,
+    continual_steps=2,
+    growth="stack",
+    optimizer_state="copy",
+    context_ramp="0:16 50%:32",
+    tokens_per_step_ramp="0:64 25%:128",
+    skip_policy="layer_dropout",
+    skip_rate=0.5,
+    tokens_per_step=128,
+    batch_size=2,
+    eval_tokens=64,
+    checkpoint_interval=2,
+    log_interval=1,
+    compile="none",
+    device="cpu",
+)
+MODEL_CONFIG = train.make_model_config(Config(**OPTIONS), 320)
+N_WINDOWS = (1200 - 1) // 32 + (1000 - 1) // 32  # of the corpus that `make_good` writes
+
+WORDS = ["", "0", "-1", "1e309", "nan", "NaN", "null", "true", "[]", "{}", '"', "\\u0000", "\x00"]
+WORDS += ["é", "9" * 30, "../..", "None", "=", "--", "\n"]
+VALUES = ["4", "12", "0.5", "paper", "released_code", "carry", "copy", "reset", "match_flops"]
+VALUES += ["match_paper_cost", "True", "False", *OPERATORS, *SKIP_POLICIES]
+VALUES += ["0:512 50%:1024", "0:256 1M:512 1B:1024", "50%:512", "0:0", "0:300", "0:512 0:1024"]
+VALUES += ["0:1024 100%:512", "0:1_024 2.5K:512", "_:512", "0:5_", "0%:1024 1e3:512"]
 
 
 # --- mutations
 
 
 def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
-    data = bytearray(data)
+    """Return `data` with a few bits, bytes or parts changed."""
+    mutated = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 5))):
-        at, kind = rng.randrange(len(data) + 1), rng.randrange(6)
-        if kind == 0 and at < len(data):
-            data[at] ^= 1 << rng.randrange(8)
+        at, kind = rng.randrange(len(mutated) + 1), rng.randrange(6)
+        if kind == 0 and at < len(mutated):
+            mutated[at] ^= 1 << rng.randrange(8)
         elif kind == 1:
-            del data[at:]
+            del mutated[at:]
         elif kind == 2:
-            del data[at : at + rng.randrange(1, 9)]
+            del mutated[at : at + rng.randrange(1, 9)]
         elif kind == 3:
-            data[at:at] = rng.choice(WORDS).encode("utf-8", "replace")
-        elif kind == 4 and len(data) >= 4:
-            at = rng.randrange(0, len(data) - 3, 4)
-            data[at : at + 4] = np.array(rng.choice((0, -1, 1, 2**31 - 1, -(2**31), 65535)), "<i4").tobytes()
+            mutated[at:at] = rng.choice(WORDS).encode("utf-8", "replace")
+        elif kind == 4 and len(mutated) >= 4:
+            at = rng.randrange(0, len(mutated) - 3, 4)
+            number = rng.choice((0, -1, 1, 2**31 - 1, -(2**31), 65535))
+            mutated[at : at + 4] = np.array(number, "<i4").tobytes()
         else:
-            other = rng.randrange(len(data) + 1)
-            data[at:at] = data[min(at, other) : max(at, other)][:64]
-    return bytes(data)
+            other = rng.randrange(len(mutated) + 1)
+            mutated[at:at] = mutated[min(at, other) : max(at, other)][:64]
+    return bytes(mutated)
+
+
+ODD_VALUES = [None, True, 0, -1, 1.5, 1e308, 10**30, "", "x", "../../etc/passwd", "\x00", [], {}]
+ODD_VALUES += [[[]], {"a": 1}, float("nan"), "é" * 50]
 
 
 def mutate_json(value, rng: random.Random):
-    """A JSON value with one thing in it changed, lost, or of another kind."""
-    odd = [None, True, 0, -1, 1.5, 1e308, 10**30, "", "x", "../../etc/passwd", "\x00", [], {}, [[]], {"a": 1}, math_nan(), "é" * 50]
+    """Return a JSON value with one part of it changed, lost, or of another type."""
     if isinstance(value, dict) and value and rng.random() < 0.85:
         key = rng.choice(list(value))
         if rng.random() < 0.25:
             return {k: v for k, v in value.items() if k != key}
         return value | {key: mutate_json(value[key], rng)}
     if isinstance(value, list) and value and rng.random() < 0.85:
-        i = rng.randrange(len(value))
-        kind = rng.random()
+        i, kind = rng.randrange(len(value)), rng.random()
         if kind < 0.2:
             return value[:i] + value[i + 1 :]
-        return value[:i] + [value[i]] * (2 if kind < 0.3 else 0) + [mutate_json(value[i], rng)] + value[i + 1 :]
+        repeated = [value[i]] * (2 if kind < 0.3 else 0)
+        return value[:i] + repeated + [mutate_json(value[i], rng)] + value[i + 1 :]
     if isinstance(value, int) and rng.random() < 0.5:
         return value + rng.choice((-1, 1, -value, 10**6, -(10**9)))
-    return rng.choice(odd)
+    return rng.choice(ODD_VALUES)
 
 
-def math_nan():
-    return float("nan")
-
-
-def mutate_text_of_json(path: Path, rng):
+def mutate_json_file(path: Path, rng: random.Random) -> None:
     value = json.loads(path.read_text())
     if rng.random() < 0.7:
         path.write_text(json.dumps(mutate_json(value, rng)))
@@ -103,42 +151,35 @@ def mutate_text_of_json(path: Path, rng):
         path.write_bytes(mutate_bytes(path.read_bytes(), rng))
 
 
-# --- targets: each takes a fresh copy of the good files, changes something, and uses it as the scripts do
-
-
-@dataclass
-class Good:
-    """Files that are as they should be."""
-
-    corpus: Path
-    run: Path
+# --- targets: each gets a new copy of the good files, changes something, and uses it as the scripts
+# do
 
 
 def read_corpus(folder: Path, verify: bool) -> None:
     meta = load_meta(folder)
     for split in ("train", "val"):
         data = Shards(folder, split, 32, meta)
-        order = TrainOrder(len(data), 1, 4)
-        data.read(order.windows(0, 0, 4))
+        data.read(TrainOrder(len(data), seed=1).windows(0, 4))
         data.files(np.arange(len(data)))
     if verify:
         verify_shards(folder, meta)
-    cfg.vocab_size(cfg.Config(), meta)
-    get_tokenizer(meta["tokenizer"]) if meta["tokenizer"] in ("bytes", "x", "") else None  # others may need the network
+    padded_vocab_size(meta)
+    if meta["tokenizer"] in ("bytes", "x", ""):  # others may need the network
+        get_tokenizer(meta["tokenizer"])
 
 
-def shards(work: Path, rng) -> None:
+def shards(work: Path, rng: random.Random) -> None:
     path = rng.choice(sorted((work / "corpus").glob("*.bin")))
     path.write_bytes(mutate_bytes(path.read_bytes(), rng))
     read_corpus(work / "corpus", verify=rng.random() < 0.3)
 
 
-def meta(work: Path, rng) -> None:
-    mutate_text_of_json(work / "corpus" / "meta.json", rng)
+def meta(work: Path, rng: random.Random) -> None:
+    mutate_json_file(work / "corpus" / "meta.json", rng)
     read_corpus(work / "corpus", verify=rng.random() < 0.3)
 
 
-def hellaswag_lines(work: Path, rng) -> None:
+def hellaswag_lines(work: Path, rng: random.Random) -> None:
     path = work / "corpus" / "hellaswag.jsonl"
     lines = path.read_bytes().split(b"\n")
     i = rng.randrange(len(lines) - 1)
@@ -147,91 +188,233 @@ def hellaswag_lines(work: Path, rng) -> None:
     else:
         lines[i] = mutate_bytes(lines[i], rng)
     path.write_bytes(b"\n".join(lines))
-    sums, counts = ending_losses(GPT(GPTConfig(**SHAPE | {"block_size": 64})).eval(), load_examples(path, BYTES, 64, limit=8))
+    model = GPT(dataclasses.replace(MODEL_CONFIG, block_size=64, n_layer=2)).eval()
+    sums, counts = ending_losses(model, load_examples(path, BYTES, 64, limit=8))
     assert (sums.argmin(1) >= 0).all() and (counts >= 1).all()
 
 
 def dry_run(argv: list[str], work: Path) -> None:
-    sys.argv = ["train.py", *argv, "--dry_run", f"--out_dir={work / 'dry'}", f"--data_dir={work / 'corpus'}"]
+    folders = [f"--out_dir={work / 'dry'}", f"--data_dir={work / 'corpus'}"]
+    sys.argv = ["train.py", *argv, "--dry_run", *folders]
     train.main()
 
 
-def config_files(work: Path, rng) -> None:
-    text = (ROOT / rng.choice(list(cfg.CONFIGS.values()))).read_bytes()
+def config_files(work: Path, rng: random.Random) -> None:
+    text = (ROOT / rng.choice(list(CONFIGS.values()))).read_bytes()
     path = work / "mutated.py"
     path.write_bytes(mutate_bytes(text, rng))
     dry_run([str(path)], work)
 
 
-def flags(work: Path, rng) -> None:
-    names = [f for f in cfg.Config.__dataclass_fields__ if f not in ("out_dir", "dry_run", "data_dir")]
+def flags(work: Path, rng: random.Random) -> None:
+    defaults = {f.name: str(f.default) for f in dataclasses.fields(Config)}
+    names = [name for name in defaults if name not in ("out_dir", "dry_run", "data_dir")]
     argv = []
     for _ in range(rng.choice((1, 2, 4))):
         name = rng.choice(names)
-        default = str(cfg.Config.__dataclass_fields__[name].default)
-        near = mutate_bytes(default.encode(), rng).decode("utf-8", "replace")
-        value = rng.choice([default, near, *WORDS, "4", "12", "0.5", "paper", "carry", str(rng.randrange(-5, 4000))])
-        flag = f"--{name}" if rng.random() < 0.9 else "--" + mutate_bytes(name.encode(), rng).decode("utf-8", "replace")
+        near = mutate_bytes(defaults[name].encode(), rng).decode("utf-8", "replace")
+        choices = [defaults[name], near, *WORDS, *VALUES, str(rng.randrange(-5, 4000))]
+        value = rng.choice(choices)
+        flag = f"--{name}"
+        if rng.random() < 0.1:
+            flag = "--" + mutate_bytes(name.encode(), rng).decode("utf-8", "replace")
         argv.append(f"{flag}={value}" if rng.random() < 0.9 else rng.choice((flag, value)))
     dry_run(argv, work)
 
 
-def checkpoint_files(work: Path, rng) -> None:
+def random_ramp(values: list[int], rng: random.Random) -> str:
+    """Return a ramp that is often valid."""
+    starts = [rng.choice(("0", "0%"))]
+    for _ in range(rng.randrange(4)):
+        number = rng.choice((rng.randrange(100), round(rng.uniform(0, 100), 2)))
+        starts.append(f"{number}{rng.choice(('%', '%', 'K', ''))}")
+    if rng.random() < 0.8:
+        starts.sort(key=lambda start: float(start.rstrip("%K")))
+    ramp = " ".join(f"{start}:{rng.choice(values)}" for start in starts)
+    if rng.random() < 0.2:
+        return mutate_bytes(ramp.encode(), rng).decode("utf-8", "replace")
+    return ramp
+
+
+def methods(work: Path, rng: random.Random) -> None:
+    """Options of methods, all at once: what the schedule must satisfy, and a step in every
+    phase."""
+    options = dict(
+        n_layer=rng.choice((1, 2, 3, 4, 6)),
+        stages=rng.choice((1, 1, 2, 3, 4)),
+        steps=rng.choice((1, 2, 5, 8, 40, 4000)),
+        continual_steps=rng.choice((0, 0, 3, "match_flops", "match_paper_cost")),
+        freezing=rng.random() < 0.6,
+        phase1=rng.choice(("paper", "released_code")),
+        growth=rng.choice([*OPERATORS, "stacks"]),
+        optimizer_state=rng.choice(("carry", "copy", "reset")),
+        continual_optimizer_state=rng.choice(("carry", "reset")),
+        rewarmup_steps=rng.choice((0, 3)),
+        skip_policy=rng.choice(["none", *SKIP_POLICIES]),
+        skip_rate=rng.choice((0.0, 0.2, 0.9, 1.0, -0.1, float("nan"))),
+        compile="none",
+    )
+    if rng.random() < 0.4:
+        blocks = [rng.randrange(7) for _ in range(rng.randrange(1, 5))]
+        options["stage_blocks"] = tuple(sorted(blocks) if rng.random() < 0.9 else blocks)
+    if rng.random() < 0.3:
+        n = rng.choice((2, 2, options["stages"], 2 * options["stages"]))
+        options["phase_fractions"] = tuple(rng.choice((0, 1, 0.3, 1e-9, 1e9)) for _ in range(n))
+    if rng.random() < 0.6:
+        options["context_ramp"] = random_ramp([1, 4, 8, 16, 32, 32, 5, 64], rng)
+    if rng.random() < 0.6:
+        options["tokens_per_step_ramp"] = random_ramp([64, 128, 192, 256, 100], rng)
+    config = dataclasses.replace(Config(**OPTIONS), **{"context_ramp": "", **options})
+    check(config)
+    walk(config)
+
+
+def walk(config: Config) -> None:
+    """Check the schedule of a run, and make one step in every phase."""
+    model_config = train.make_model_config(config, 320)
+    schedule, baseline = make_schedules(config, model_config)
+    for phase in schedule.phases:
+        train.grad_accum_steps(config, phase.tokens_per_step, 1)
+    summary = train.summarize(schedule, baseline, model_config)
+    train.add_parameter_counts(summary, schedule, model_config)
+    train.summary_table(summary)
+    json.dumps(summary, allow_nan=False)
+
+    phases, n = schedule.phases, schedule.n_steps
+    assert [p.start for p in phases] == [0, *(p.stop for p in phases[:-1])]
+    assert len({p.name for p in phases}) == len(phases), "names of phases repeat"
+    assert all(p.n_steps > 0 and set(p.trained_blocks) <= set(range(p.n_blocks)) for p in phases)
+    assert phases[-1].n_blocks == config.n_layer and phases[-1].milestone
+    plain = [dataclasses.asdict(p) for p in phases]
+    again = train.convert(json.loads(json.dumps(plain)), list[train.Phase])
+    assert begun(again, n) == list(phases), "what is in a checkpoint is another schedule"
+    for metric in COST_METRICS:
+        points = sorted({0, 1, n // 2, n, *(p.start for p in phases)})
+        costs = [cumulative_cost(schedule, step, metric, model_config) for step in points]
+        assert costs == sorted(costs) and costs[-1] == summary["total"][metric] > 0
+
+    model = GPT(model_config, n_blocks=phases[0].n_blocks, seed=1)
+    state: dict = {}
+    for phase in phases[:12]:
+        optimizer = train.enter_phase(model, state, phase, config)
+        state = optimizer.state
+        batch = torch.zeros(2, phase.context_length, dtype=torch.long)
+        scales = schedule.at(phase.start).residual_scales
+        rate = train.learning_rate(phase.start, schedule, config)
+        assert model.n_blocks == phase.n_blocks and 0 < rate <= config.learning_rate
+        result = train.train_step(model, optimizer, iter([(batch, batch)]), 1, PRECISION, 1, scales)
+        assert result.isfinite().all()
+
+
+def checkpoint_files(work: Path, rng: random.Random) -> None:
     folder = rng.choice(checkpoints(work / "run"))
     path = rng.choice(sorted(folder.iterdir()))
     if path.suffix == ".json":
-        mutate_text_of_json(path, rng)
+        mutate_json_file(path, rng)
     else:
         path.write_bytes(mutate_bytes(path.read_bytes(), rng))
-    if rng.random() < 0.7:  # past the checksums
-        names = sorted(p.name for p in folder.iterdir() if p.name != "SHA256SUMS")
-        (folder / "SHA256SUMS").write_text("".join(f"{sha256(folder / name)}  {name}\n" for name in names))
+    if rng.random() < 0.7:  # with correct checksums
+        names = sorted(p.name for p in folder.iterdir() if p.name != SUMS)
+        lines = [f"{sha256(folder / name)}  {name}\n" for name in names]
+        (folder / SUMS).write_text("".join(lines))
+    config = Config(**OPTIONS)
+    schedule, _ = make_schedules(config, MODEL_CONFIG)
     newest = newest_checkpoint(work / "run")
-    checkpoint = load_checkpoint(newest if rng.random() < 0.5 else folder, optimizer=True)
-    options = cfg.Config(n_layer=2, n_head=2, n_embd=16, block_size=32, steps=4, tokens_per_step=64, batch_size=2)
-    plan, _ = cfg.make_plans(options, GPTConfig(**SHAPE))
-    train.check_resumable(checkpoint, options, GPTConfig(**SHAPE), plan, 68)
-    model = model_from(checkpoint)
-    optimizer = train.make_optimizer(model, options)
-    load_moments(optimizer, model, checkpoint["optimizer"])
-    train.Health(checkpoint["health"]).see(1, 1.0, 1.0)
+    which = newest if rng.random() < 0.5 else folder
+    checkpoint = load_checkpoint(which, optimizer=True)
+    train.check_resumable(checkpoint, config, MODEL_CONFIG, schedule, N_WINDOWS)
+    model = GPT.from_weights(MODEL_CONFIG, checkpoint["model"])
+    state = optimizer_state_from(checkpoint["optimizer"], dict(model.named_parameters()))
+    LossMonitor(checkpoint["loss_history"], quiet=True).update(1, 1.0, 1.0)
+    step = schedule.at(checkpoint["step"])
+    optimizer = train.enter_phase(model, state, step.phase, config, begins=False)
     batch = torch.zeros(1, 8, dtype=torch.long)
-    train.update(model, optimizer, iter([(batch, batch)]), 1, train.autocast(torch.device("cpu"), "float32"))
+    train.train_step(
+        model, optimizer, iter([(batch, batch)]), 1, PRECISION, 0, step.residual_scales
+    )
 
 
-def run_folders(work: Path, rng) -> None:
-    path = work / "run" / rng.choice(("metrics.jsonl", "plan.json", "config.json"))
+def init_weights(work: Path, rng: random.Random) -> None:
+    """A new run that starts from the weights of a mutated checkpoint."""
+    folder = checkpoints(work / "run")[-1]
+    path = folder / rng.choice(("state.json", "model.safetensors"))
     if path.suffix == ".json":
-        mutate_text_of_json(path, rng)
+        mutate_json_file(path, rng)
+    else:
+        path.write_bytes(mutate_bytes(path.read_bytes(), rng))
+    lines = [f"{sha256(p)}  {p.name}\n" for p in sorted(folder.iterdir()) if p.name != SUMS]
+    (folder / SUMS).write_text("".join(lines))
+    options = OPTIONS | dict(
+        stages=1,
+        n_layer=rng.choice((4, 4, 6, 3)),
+        growth=rng.choice(("stack", "random", "zero_output")),
+        context_ramp="",
+        init_weights=rng.choice((str(folder), str(work / "run"), str(work), "no such run")),
+    )
+    config = Config(**options)
+    model_config = train.make_model_config(config, 320)
+    (phase, *_), _ = (s.phases for s in make_schedules(config, model_config))
+    device = torch.device("cpu")
+    model = train.initial_model(config, model_config, phase, "bytes", device)
+    optimizer = train.enter_phase(model, {}, phase, config)
+    batch = torch.zeros(1, 8, dtype=torch.long)
+    train.train_step(model, optimizer, iter([(batch, batch)]), 1, PRECISION)
+    assert model.n_blocks == phase.n_blocks
+
+
+def run_folders(work: Path, rng: random.Random) -> None:
+    path = work / "run" / rng.choice(("metrics.jsonl", "schedule.json", "config.json"))
+    if path.suffix == ".json":
+        mutate_json_file(path, rng)
     else:
         path.write_bytes(mutate_bytes(path.read_bytes(), rng))
     read_metrics(work / "run" / "metrics.jsonl")
     load_run(work / "run")
-    Metrics(work / "run" / "metrics.jsonl", 2).close()
+    MetricsWriter(work / "run" / "metrics.jsonl", 2).close()
 
 
-TARGETS = {t.__name__: t for t in (shards, meta, hellaswag_lines, config_files, flags, checkpoint_files, run_folders)}
+ALL = (shards, meta, hellaswag_lines, config_files, flags, methods)
+ALL += (checkpoint_files, init_weights, run_folders)
+TARGETS = {target.__name__: target for target in ALL}
 
 
-# --- the machinery
+# --- running them
+
+
+@dataclass
+class Good:
+    """Files without errors."""
+
+    corpus: Path
+    run: Path
 
 
 def make_good(folder: Path) -> Good:
+    """Write a corpus and a run."""
     corpus, run = folder / "corpus", folder / "run"
     corpus.mkdir(parents=True)
     tokens = np.random.RandomState(0).randint(257, size=3000).astype(np.uint16)
-    listed = []
-    for split, part in (("val", tokens[:800]), ("train", tokens[800:2000]), ("train", tokens[2000:])):
+    listed: list[dict] = []
+    parts = (("val", tokens[:800]), ("train", tokens[800:2000]), ("train", tokens[2000:]))
+    for split, part in parts:
         path = corpus / f"x_{split}_{len(listed):06d}.bin"
         write_shard(path, part)
-        listed.append({"file": path.name, "split": split, "tokens": len(part), "sha256": sha256(path)})
-    about = {"source": "x", "tokenizer": "bytes", "vocab_size": 257, "eot_token": 256, "documents": 3, "tokens": 3000, "shards": listed}
+        entry = {"file": path.name, "split": split, "tokens": len(part), "sha256": sha256(path)}
+        listed.append(entry)
+    about = {"source": "x", "tokenizer": "bytes", "vocab_size": 257, "eot_token": 256}
+    about |= {"documents": 3, "tokens": 3000, "shards": listed}
     (corpus / "meta.json").write_text(json.dumps(about))
-    example = {"ctx": "The cat sat on", "endings": ["the mat.", "a hot tin roof", "it", "Monday"], "label": 1}
-    (corpus / "hellaswag.jsonl").write_text("".join(json.dumps(example | {"ind": i}) + "\n" for i in range(5)))
-    options = [f"--{k}={v}" for k, v in SHAPE.items() if k != "vocab_size"]
-    options += ["--steps=4", "--tokens_per_step=64", "--batch_size=2", "--checkpoint_interval=2", "--log_interval=1", "--eval_tokens=64"]
-    sys.argv = ["train.py", *options, "--compile=none", "--device=cpu", f"--data_dir={corpus}", f"--out_dir={run}"]
+    endings = ["the mat.", "a hot tin roof", "it", "Monday"]
+    examples = [
+        {"ctx": "The cat sat on", "endings": endings, "label": 1, "ind": i} for i in range(5)
+    ]
+    text = "".join(json.dumps(example) + "\n" for example in examples)
+    (corpus / "hellaswag.jsonl").write_text(text)
+    options = [f"--{key}={value}" for key, value in OPTIONS.items()]
+    sys.argv = ["train.py", *options, f"--data_dir={corpus}", f"--out_dir={run}"]
+    assert load_config(sys.argv[1:], Config()) == Config(
+        **OPTIONS, data_dir=str(corpus), out_dir=str(run)
+    )
     train.main()
     return Good(corpus, run)
 
@@ -241,26 +424,33 @@ class Hang(BaseException):
 
 
 def attempt(target, good: Good, work: Path, seed: str) -> str:
-    """Run one input; returns what came of it. Raises on a finding."""
+    """Run one input, and return what came of it.
+
+    Raises:
+        BaseException: if it is a finding.
+    """
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(good.corpus, work / "corpus")
     shutil.copytree(good.run, work / "run")
     rng = random.Random(seed)
+    output = io.StringIO()
     signal.alarm(SECONDS)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("error", RuntimeWarning)
-            target(work, rng)
-        return "fine"
+            with contextlib.redirect_stderr(output):
+                target(work, rng)
+        return "success"
     except UserError as error:
         text = str(error)
         if len(text) < 15 or "Traceback" in text or len(text.splitlines()) > 3:
-            raise AssertionError(f"no clear error: {text!r}") from error
-        return "refused"
-    except SystemExit as leaving:
-        if leaving.code != 2 or "Traceback" in said.getvalue() or not said.getvalue().strip():
-            raise AssertionError(f"exit {leaving.code}: {said.getvalue()[-500:]}") from leaving
-        return "refused"
+            raise AssertionError(f"not a clear error: {text!r}") from error
+        return "error"
+    except SystemExit as error:
+        text = output.getvalue().strip()
+        if error.code != 2 or "Traceback" in text or not text:
+            raise AssertionError(f"exit {error.code}: {text[-500:]}") from error
+        return "error"
     finally:
         signal.alarm(0)
 
@@ -271,21 +461,26 @@ def main(inputs: int = 12_000, seed: int = 0, only: tuple[str, ...] = ()) -> Non
 
     signal.signal(signal.SIGALRM, hang)
     torch.set_num_threads(1)
-    outcomes, findings, began = Counter(), [], time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
+    outcomes: Counter = Counter()
+    findings: list[str] = []
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             good = make_good(folder / "good")
         work = folder / "work"
         os.chdir(folder)
-        written = set()
+        written: set[str] = set()
 
         def watch(event, arguments):
             if event == "open" and isinstance(arguments[0], str):
-                if isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                flags = arguments[2] if isinstance(arguments[2], int) else 0
+                if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
                     written.add(os.path.abspath(arguments[0]))
-            elif event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree") and arguments[-1] in (-1, None):
-                written.update(os.path.abspath(a) for a in arguments[:2] if isinstance(a, str))  # not below an open folder
+            changes = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
+            if event in changes and arguments[-1] in (-1, None):  # not relative to an open folder
+                paths = [a for a in arguments[:2] if isinstance(a, str)]
+                written.update(map(os.path.abspath, paths))
 
         sys.addaudithook(watch)
         names = only or tuple(TARGETS)
@@ -295,16 +490,24 @@ def main(inputs: int = 12_000, seed: int = 0, only: tuple[str, ...] = ()) -> Non
                 outcomes[name, attempt(TARGETS[name], good, work, f"{seed}:{i}")] += 1
             except (Exception, Hang) as error:
                 where = traceback.extract_tb(error.__traceback__)[-1]
-                findings.append(f"{name}, seed {seed}:{i}: {type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})")
+                findings.append(
+                    f"{name}, seed {seed}:{i}: {type(error).__name__}: {error} "
+                    f"({Path(where.filename).name}:{where.lineno})"
+                )
                 outcomes[name, "FINDING"] += 1
-        # Python's own caches, /dev/null and standard streams are no files of the user.
-        allowed = re.compile(re.escape(str(work)) + r"(/|$)|.*__pycache__|/dev/|/proc/|/tmp/(torchinductor|\.)|.*/matplotlib")
+        # Python's own caches, /dev/null and standard streams are not files of the user.
+        allowed = re.compile(
+            re.escape(str(work))
+            + r"(/|$)|.*__pycache__|/dev/|/proc/|/tmp/(torchinductor|\.)|.*/matplotlib"
+        )
         outside = sorted(p for p in written if not allowed.match(p))
     for (name, outcome), n in sorted(outcomes.items()):
         print(f"{name:18s} {outcome:8s} {n:6d}")
-    seconds = time.monotonic() - began
-    print(f"{sum(outcomes.values()):,} inputs in {seconds:.0f} s; written outside the working folder: {outside or 'nothing'}")
-    kinds = {re.sub(r"seed \S+", "", f)[:150]: f for f in findings}
+    print(
+        f"{sum(outcomes.values()):,} inputs in {time.monotonic() - began:.0f} s; written outside "
+        f"the working folder: {outside or 'nothing'}"
+    )
+    kinds = {re.sub(r"seed \S+", "", finding)[:150]: finding for finding in findings}
     for finding in kinds.values():
         print("FINDING", finding)
     sys.exit(bool(findings or outside))

@@ -125,6 +125,11 @@ def test_fractions_without_freezing_are_those_of_the_stages():
     assert values(schedule, "stop", "n_blocks") == [(30, 2), (100, 4)]
 
 
+def test_every_stage_ends_with_a_checkpoint_to_keep_even_without_phase_2():
+    schedule = make_schedule(12, 100, stage_blocks=(2, 12), phase_fractions=(1, 1, 2, 0))
+    assert values(schedule, "stop", "milestone") == [(25, False), (50, True), (100, True)]
+
+
 def test_a_stage_without_steps_leaves_nothing_to_freeze():
     schedule = make_schedule(12, 100, stage_blocks=(2, 12), phase_fractions=(0, 0, 1, 1))
     first = schedule.phases[0]
