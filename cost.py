@@ -1,9 +1,8 @@
 """What training costs, in three metrics. One account for training, tables, figures and tests.
 
     tokens       training tokens read
-    paper_cost   the unit c of arXiv:2411.18700, section 3: one block, one token, one pass. A
-    backward
-                 pass costs as much as a forward pass; embeddings and head are free
+    paper_cost   the unit c of arXiv:2411.18700, section 3: one block, one token, one pass; backward
+                 passes cost as much as forward passes, embeddings and head are free
     flops        matrix products of the forward and backward pass that really run, head included;
                  attention over the full square of the context (as in PaLM, appendix B, and in
                  torch.utils.flop_counter)
@@ -140,7 +139,7 @@ def compute_matched_step(
                 else:
                     high = middle
             before, after = (_phase_cost(p, n, metric, model_config) for n in (low, low + 1))
-            return float(p.start + low + (budget - before) / (after - before))
+            return float(p.start + low + (budget - before) / max(1, after - before))
         budget -= cost
     last = schedule.phases[-1]
     full = dataclasses.replace(
@@ -239,8 +238,11 @@ def _paper_formula_step(schedule, baseline):
     stages, n_layer = schedule.phases[-1].stage, baseline.phases[0].n_blocks
     before = [p for p in schedule.phases if p.kind != "continual"]
     if stages > 1 and n_layer >= stages:
-        paper = schedules.make_schedule(n_layer, baseline.n_steps, stages)
-        cost = ("start", "stop", "n_blocks", "trained_blocks", "skip")
+        tokens_per_step = baseline.phases[0].tokens_per_step
+        paper = schedules.make_schedule(
+            n_layer, baseline.n_steps, stages, tokens_per_step=tokens_per_step
+        )
+        cost = ("start", "stop", "n_blocks", "trained_blocks", "tokens_per_step", "skip")
         same = all(
             getattr(p, f) == getattr(q, f) for p, q in zip(before, paper.phases) for f in cost
         )

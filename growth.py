@@ -102,14 +102,18 @@ def source_map(name: str, old: int, new: int) -> SourceMap:
         raise UserError(f"growth={name!r} is unknown{did_you_mean(name, OPERATORS)}")
     if old == new:
         return tuple(map(keep, range(old)))
-    if old == 0 and name != "random":
+    try:
+        sources = OPERATORS[name](old, new)
+    except ArithmeticError:
+        sources = ()
+    used = {i for s in sources for i, _ in s.mix}
+    if old == 0 and (used or not sources):
         raise UserError(
             f"growth={name} copies existing blocks, but there are none yet: use growth=random"
         )
-    sources = OPERATORS[name](old, new)
-    kept = [s.mix[0][0] for s in sources if s.keep]
-    used = {i for s in sources for i, _ in s.mix}
-    if len(sources) != new or len(set(kept)) != len(kept) or not used <= set(range(old)):
+    kept = [s for s in sources if s.keep]
+    valid = len(sources) == new and used <= set(range(old)) and len(set(kept)) == len(kept)
+    if not valid or any(len(s.mix) != 1 or s != keep(s.mix[0][0]) for s in kept):
         raise ValueError(
             f"growth operator {name} returned no map from {old} to {new} blocks: {sources}"
         )

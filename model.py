@@ -114,6 +114,28 @@ class Block(nn.Module):
             _init(p, name, std, generator)
 
 
+def _compile(block):
+    # Static shapes: a ramp has few context lengths, and each deserves kernels as fast as the
+    # baseline's.
+    block.compile(dynamic=False)
+
+
+def _mix_state(states):
+    """Adam's state of a weighted sum of parameters, from (state, weight) pairs.
+
+    A second moment must not become negative, and a number of steps must stay one.
+    """
+    mixed = {}
+    for key in states[0][0]:
+        if key == "step":
+            mixed[key] = torch.stack([s[key] for s, _ in states]).amax(0)
+        elif key == "exp_avg":
+            mixed[key] = sum(w * s[key] for s, w in states)
+        else:
+            mixed[key] = sum(abs(w) * s[key] for s, w in states)
+    return mixed
+
+
 def _init(p, name, std, generator):
     if p.is_meta:
         return
@@ -266,15 +288,15 @@ class GPT(nn.Module):
         again. whole=True instead compiles everything before the head as one region: a faster step
         for narrow models, but a new graph in every phase.
         """
+        # By default dynamo gives up after 8 graphs and silently runs the rest uncompiled.
+        torch._dynamo.config.recompile_limit = 1000
         self.softmax_loss.compile()
         if whole:
-            # By default dynamo gives up after 8 graphs and silently runs the rest uncompiled.
-            torch._dynamo.config.recompile_limit = 1000
             self.hidden = torch.compile(self.hidden)  # type: ignore[method-assign]
             return
         self._compile_new_blocks = True
         for block in self.transformer.h:
-            block.compile()
+            _compile(block)
 
     # --- growing
 
@@ -329,7 +351,7 @@ class GPT(nn.Module):
             block = Block(self.config).to(weight.dtype)
         block.to_empty(device=weight.device)
         if self._compile_new_blocks:
-            block.compile()
+            _compile(block)
         return block
 
     def _fill(self, block, old, source, optimizer_state):
@@ -345,8 +367,7 @@ class GPT(nn.Module):
             if optimizer_state is not None and olds:
                 states = [(optimizer_state.get(params[name]), weight) for params, weight in olds]
                 if all(state for state, _ in states):
-                    keys = states[0][0].keys()
-                    optimizer_state[p] = {k: sum(w * s[k] for s, w in states) for k in keys}
+                    optimizer_state[p] = _mix_state(states)
 
     # --- freezing
 

@@ -10,13 +10,12 @@ and `with_skip_policy` turn a schedule into another one, so methods compose. To 
 skipped blocks, write a function at the end of this file.
 """
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 import growth
 from stagewise.errors import UserError, did_you_mean
@@ -32,13 +31,13 @@ class SkipPolicy:
 
     name: str  # one of SKIP_POLICIES
     rate: float
-    n_steps: int  # T, the steps over which the policy runs
+    n_steps: int  # T, the steps over which it changes; afterwards it stays as in the last one
     seed: int
 
     def residual_scales(self, n_blocks: int, step: int) -> tuple[float, ...]:
         """Return every block's factor on its residual branches; a block with 0 is skipped."""
         uniform = derived_uniform(n_blocks, "skip", self.seed, step)
-        progress = step / max(1, self.n_steps - 1)
+        progress = min(1, step / max(1, self.n_steps - 1))
         return SKIP_POLICIES[self.name](uniform, progress, self.rate)
 
 
@@ -96,6 +95,11 @@ class Schedule:
     @property
     def n_steps(self) -> int:
         return self.phases[-1].stop
+
+    @property
+    def stage_steps(self) -> int:
+        """Steps before continual training, which may be extended later."""
+        return max((p.stop for p in self.phases if p.kind != "continual"), default=0)
 
     def phase_at(self, step: int) -> Phase:
         """Return the phase of optimizer step `step` (from 0); past the end, the last phase."""
@@ -211,7 +215,7 @@ def make_schedule(
         if kind == "new_blocks" and phases:  # phases[-1] belongs to the stage before
             sources = growth.source_map(growth_operator, phases[-1].n_blocks, n_blocks)
             trains = growth.new_blocks(sources)
-        fixed = len(trains) < n_blocks and phase1 == "paper"
+        fixed = kind == "new_blocks" and bool(phases) and phase1 == "paper"
         phases.append(
             Phase(
                 name=_phase_name(S, stage, kind, len(kinds)),
@@ -282,7 +286,9 @@ def _boundaries(steps, stages, per_stage, fractions):
         or any(not 0 <= f < math.inf for f in fractions)
         or sum(map(Fraction, fractions)) == 0
     ):
-        needed = f"2 numbers (phase 1 and 2 of every stage) or {n}" if per_stage == 2 else f"{n}"
+        needed = f"{n} numbers"
+        if per_stage == 2:
+            needed = f"2 numbers (phase 1 and 2 of every stage) or {n}"
         raise UserError(
             f"phase_fractions={tuple(fractions)} must be {needed}, one for every phase, and not "
             "negative"
@@ -317,14 +323,20 @@ def schedule_from_config(config, continual_steps: int) -> Schedule:
         context_length=config.block_size,
         tokens_per_step=config.tokens_per_step,
     )
+    block_size = config.block_size
     schedule = with_ramp(schedule, "tokens_per_step", config.tokens_per_step_ramp)
     schedule = with_ramp(schedule, "context_length", config.context_ramp)
     for phase in schedule.phases:
-        if config.block_size % phase.context_length:
+        if block_size % phase.context_length:
             raise UserError(
                 f"context_ramp={config.context_ramp}: {phase.context_length} must divide "
-                f"block_size={config.block_size}"
+                f"block_size={block_size}"
             )
+    if schedule.phases[-1].context_length != block_size:
+        raise UserError(
+            f"context_ramp={config.context_ramp}: must reach block_size={block_size} before the "
+            "end, because evaluations use all positions"
+        )
     if config.skip_policy == "none":
         return schedule
     return with_skip_policy(schedule, config.skip_policy, config.skip_rate, config.seed)
@@ -340,7 +352,8 @@ def with_ramp(schedule: Schedule, field: str, ramp: str) -> Schedule:
     Args:
         field: "context_length" or "tokens_per_step".
         ramp: START:VALUE pairs such as "0:512 50%:1024". A start is a number of tokens (with K, M
-            or B for thousands, millions, billions) or a percentage of all steps. Empty: no change.
+            or B for thousands, millions, billions) or a percentage of the steps before continual
+            training. Empty: no change.
 
     Phases are cut where the value changes. A cut alone neither grows the model nor resets optimizer
     state, warms the learning rate up again, or keeps a checkpoint.
@@ -350,18 +363,19 @@ def with_ramp(schedule: Schedule, field: str, ramp: str) -> Schedule:
     """
     former = -1
     for pair in ramp.split():
-        match = re.fullmatch(r"([\d_]+(?:\.\d+)?)([KMB%]?):([1-9][\d_]*)", pair)
-        if not match:
+        match = re.fullmatch(r"(\d+(?:_\d+)*(?:\.\d+)?)([KMB%]?):(\d+(?:_\d+)*)", pair)
+        if not match or not int(match[3]):
             raise UserError(
                 f"{field} ramp {ramp!r}: {pair!r} must be START:VALUE, for example 0:512, 100M:512 "
                 "or 50%:1024"
             )
         number, unit, value = Fraction(match[1]), match[2], int(match[3])
         if unit == "%":
-            step = round_half_up(number / 100 * schedule.n_steps)
+            step = round_half_up(min(number / 100, Fraction(1)) * schedule.stage_steps)
         else:
             step = _first_step(schedule, number * {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}[unit])
-        if (step > 0) if former < 0 else (step <= former):
+        at_end = step == schedule.n_steps  # or beyond: nothing to change
+        if (step > 0) if former < 0 else (step <= former and not at_end):
             raise UserError(
                 f"{field} ramp {ramp!r}: starts must rise from 0, each by a step or more"
             )
@@ -408,13 +422,19 @@ def with_skip_policy(schedule: Schedule, name: str, rate: float, seed: int) -> S
         )
     if not 0 <= rate < 1:
         raise UserError(f"skip_rate={rate} must be at least 0 and below 1")
-    skip = SkipPolicy(name, rate, schedule.n_steps, seed)
+    skip = SkipPolicy(name, rate, schedule.stage_steps, seed)
     return Schedule(tuple(replace(p, skip=skip) for p in schedule.phases))
 
 
 def begun(phases: Sequence[Phase], step: int) -> list[Phase]:
     """Return the phases up to `step`, which a schedule must share to continue another one."""
-    return [dataclasses.replace(p, stop=min(p.stop, step)) for p in phases if p.start < step]
+    # Not compared: what does not change the training, and how the model of step 0 was made.
+    ignored: dict[str, Any] = dict(name="", stage=0, milestone=False)
+    return [
+        replace(p, stop=min(p.stop, step), growth=p.growth if p.start else None, **ignored)
+        for p in phases
+        if p.start < step
+    ]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -81,6 +81,7 @@ def main() -> None:
     for phase in schedule.phases:
         grad_accum_steps(config, phase.tokens_per_step, ranks.world_size)
     summary = summarize(schedule, baseline, model_config)
+    summary["is_baseline"] &= not config.init_weights
     add_parameter_counts(summary, schedule, model_config)
     if config.dry_run or meta is None:
         if ranks.master:
@@ -245,8 +246,8 @@ def main() -> None:
             if ranks.master and (saves or stopping):
                 metrics.sync()
                 position = dict(step=step, n_blocks=model.n_blocks, seconds=seconds)
-                history = {"loss_history": monitor.state()}
-                writer.save(model, optimizer, run | position | history)
+                position["loss_history"] = monitor.state()
+                writer.save(model, optimizer, run | position)
             interval_start, batches.waited = time.perf_counter(), 0.0
 
     # --- end
@@ -587,6 +588,12 @@ def initial_model(
         raise UserError(
             f"{where}: has {checkpoint['n_blocks']} blocks, but the first phase has "
             f"{phase.n_blocks}: use a schedule that starts with more"
+        )
+    if checkpoint["n_blocks"] < phase.n_blocks and phase.kind == "new_blocks":
+        raise UserError(
+            f"{where}: has {checkpoint['n_blocks']} blocks, but phase 1 of the first stage would "
+            f"train all {phase.n_blocks}: give the first stage {checkpoint['n_blocks']} blocks, or "
+            "use --freezing=False"
         )
     for name in ("lm_head.weight", "transformer.wte.weight"):  # GPT-2's own is not padded
         w = checkpoint["model"][name]

@@ -101,7 +101,7 @@ class Config:
     phase1: Literal["paper", "released_code"] = "paper"
     """What phase 1 trains besides new blocks: "released_code" also embeddings and head."""
     growth: str = "random"
-    """How new blocks are made (growth.py): random, copy_last, stack, zero_output."""
+    """How new blocks are made: an operator of growth.py, such as random or stack."""
     optimizer_state: Literal["carry", "copy", "reset"] = "carry"
     """At the start of a phase: "carry" it, "copy" it to copied blocks too, or "reset" it."""
     continual_optimizer_state: Literal["carry", "reset"] = "carry"
@@ -113,7 +113,7 @@ class Config:
     tokens_per_step_ramp: str = ""
     """The same for tokens_per_step, for example "0:262144 100M:524288"."""
     skip_policy: str = "none"
-    """Skips blocks during training (schedule.py): none, layer_dropout."""
+    """Skips blocks in training: none, or a policy of schedule.py, such as layer_dropout."""
     skip_rate: float = 0.2
     """Highest probability with which the policy skips a block."""
 

@@ -52,12 +52,14 @@ def arguments(out_dir, **options) -> list[str]:
     return words
 
 
-def script(*command, check=True, timeout=300, **environment) -> subprocess.CompletedProcess:
+def script(
+    *command, check=True, timeout=300, cwd=ROOT, **environment
+) -> subprocess.CompletedProcess:
     """Run a script of the project as a user does, from the project's folder."""
     env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, *map(str, command)]
     result = subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
+        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
     )
     if check:
         assert result.returncode == 0, result.stdout + result.stderr

@@ -39,7 +39,7 @@ from growth import OPERATORS
 from hellaswag import ending_losses, load_examples
 from model import GPT
 from plot import load_run
-from schedule import SKIP_POLICIES, begun
+from schedule import SKIP_POLICIES
 from stagewise.checkpoint import (
     SUMS,
     checkpoints,
@@ -287,7 +287,7 @@ def walk(config: Config) -> None:
     assert phases[-1].n_blocks == config.n_layer and phases[-1].milestone
     plain = [dataclasses.asdict(p) for p in phases]
     again = train.convert(json.loads(json.dumps(plain)), list[train.Phase])
-    assert begun(again, n) == list(phases), "what is in a checkpoint is another schedule"
+    assert again == list(phases), "what is in a checkpoint is another schedule"
     for metric in COST_METRICS:
         points = sorted({0, 1, n // 2, n, *(p.start for p in phases)})
         costs = [cumulative_cost(schedule, step, metric, model_config) for step in points]

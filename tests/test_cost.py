@@ -199,8 +199,32 @@ def test_continual_steps_until_compute_matched():
         assert schedule.n_steps == total and baseline.n_steps == 10_000
 
 
+@pytest.mark.parametrize("metric", ["paper_cost", "flops"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        ["--context_ramp=0:128 90%:1024"],
+        ["--context_ramp=0:128 100M:1024"],
+        ["--tokens_per_step_ramp=0:131072 50%:524288"],
+        ["--skip_policy=layer_dropout", "--skip_rate=0.8"],
+        ["--freezing=False", "--growth=stack"],
+    ],
+)
+def test_continual_steps_match_the_baseline_whatever_the_method(metric, method):
+    """Percentages and policies refer to the steps before them, so adding them changes nothing."""
+    options = ["--stages=4", "--steps=1000", f"--continual_steps=match_{metric}", *method]
+    schedule, baseline = make_schedules(load_config(options, Config()), GPT2)
+    n = schedule.n_steps
+    budget = cumulative_cost(baseline, 1000, metric, GPT2)
+    assert n > 1000
+    before, at, after = (cumulative_cost(schedule, n + i, metric, GPT2) for i in (-1, 0, 1))
+    one_step = at - before
+    assert abs(at - budget) <= one_step / 2
+    assert compute_matched_steps(schedule, baseline, GPT2)[metric] == n and after == at
+
+
 def test_the_baseline_has_nothing_of_the_method():
-    options = ["--stages=4", "--context_ramp=0:512", "--skip_policy=layer_dropout"]
+    options = ["--stages=4", "--context_ramp=0:512 50%:1024", "--skip_policy=layer_dropout"]
     options += ["--tokens_per_step_ramp=0:262144 50%:524288", "--growth=stack"]
     schedule, baseline = make_schedules(load_config(options, Config()), GPT2)
     assert baseline == make_schedule(12, 10_000) and baseline.is_baseline
@@ -241,6 +265,8 @@ def test_the_summary_adds_up():
         (["--stage_blocks", "1", "12"], None),
         (["--stages=4", "--skip_policy=layer_dropout"], None),
         (["--stages=4", "--context_ramp=0:512 30%:1024"], None),
+        (["--stages=4", "--tokens_per_step_ramp=0:262144"], None),
+        (["--stages=4", "--tokens_per_step_ramp=0:262144 50%:524288"], None),
     ],
 )
 def test_the_papers_formula_is_quoted_only_for_schedules_that_it_describes(options, step):

@@ -17,6 +17,7 @@ from stagewise.errors import UserError
 
 MODEL = GPTConfig(**TINY | {"n_layer": 8})
 CPU = torch.device("cpu")
+BUILT_IN = ("random", "copy_last", "stack", "zero_output")
 
 
 def sources(name, old, new):
@@ -53,10 +54,10 @@ def test_source_maps(name, old, new, expected):
     assert sources(name, old, new) == expected
 
 
-@pytest.mark.parametrize("name", growth.OPERATORS)
+@pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize("old", range(1, 7))
 @pytest.mark.parametrize("added", range(1, 8))
-def test_every_operator_keeps_every_old_block_in_order(name, old, added):
+def test_these_operators_keep_every_old_block_in_order(name, old, added):
     m = source_map(name, old, old + added)
     assert [s.mix[0][0] for s in m if s.keep] == list(range(old))
     assert len(growth.new_blocks(m)) == added
@@ -70,7 +71,26 @@ def test_operators_are_refused_by_name():
         source_map("stack", 0, 4)
 
 
-@pytest.mark.parametrize("bad", [(keep(0),), (keep(0), keep(0), FRESH), (keep(0), copy(2), FRESH)])
+def test_what_is_refused_without_blocks_is_copying_not_a_name(monkeypatch):
+    monkeypatch.setitem(growth.OPERATORS, "fresh_bottom", lambda old, new: (FRESH,) * new)
+    assert source_map("fresh_bottom", 0, 2) == (FRESH, FRESH)
+    for name in set(growth.OPERATORS) - {"random", "fresh_bottom"}:
+        with pytest.raises(UserError, match="copies existing blocks"):
+            source_map(name, 0, 2)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        (keep(0),),
+        (keep(0), keep(0), FRESH),
+        (keep(0), copy(2), FRESH),
+        (keep(0), keep(1), Source(keep=True)),
+        (keep(0), Source(mix=((1, 0.5),), keep=True), FRESH),
+        (keep(0), Source(mix=((1, 1.0),), fresh=0.1, keep=True), FRESH),
+        (keep(0), Source(mix=((1, 1.0),), zero_output=True, keep=True), FRESH),
+    ],
+)
 def test_an_operator_that_returns_no_map_is_an_error(monkeypatch, bad):
     monkeypatch.setitem(growth.OPERATORS, "bad", lambda old, new: bad)
     with pytest.raises(ValueError, match="growth operator bad returned no map from 2 to 3"):
@@ -98,7 +118,7 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("name", growth.OPERATORS)
+@pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize("old, new", [(2, 4), (3, 7), (4, 5)])
 def test_blocks_are_what_the_map_says(name, old, new):
     model = random_model(old)
@@ -147,6 +167,11 @@ def test_a_new_block_in_the_middle_does_not_repeat_earlier_weights():
     first = tensors(model.transformer.h[1])
     model.grow((keep(0), FRESH, keep(1), keep(2)), seed=1337)
     inserted = tensors(model.transformer.h[1])
+    two = GPT(MODEL, n_blocks=2)
+    two.grow((FRESH, keep(0), FRESH, keep(1)), seed=1337)
+    assert not torch.equal(
+        two.transformer.h[0].mlp.c_fc.weight, two.transformer.h[2].mlp.c_fc.weight
+    )
     assert not torch.equal(inserted["mlp.c_fc.weight"], first["mlp.c_fc.weight"])
     other = GPT(MODEL, n_blocks=3)
     other.grow((keep(0), FRESH, keep(1), keep(2)), seed=1337)
@@ -220,13 +245,30 @@ def test_a_mix_of_blocks_mixes_their_state():
 
 def test_a_source_that_never_trained_gives_no_state():
     model, optimizer = trained(2)
-    never = GPT(MODEL, n_blocks=2)
-    state = {}
-    never.grow(source_map("stack", 2, 4), 0, state)
-    assert state == {}
+    for p in model.transformer.h[1].parameters():
+        del optimizer.state[p]
+    between = Source(mix=((0, 0.5), (1, 0.5)))
+    model.grow((keep(0), copy(0), between, copy(1), keep(1)), 0, optimizer.state)
+    has_state = [all(p in optimizer.state for p in b.parameters()) for b in model.transformer.h]
+    assert has_state == [True, True, False, False, False]
 
 
-@pytest.mark.parametrize("name", growth.OPERATORS)
+def test_mixed_state_stays_valid():
+    """Second moments are not negative, and a number of steps is one, whatever the weights."""
+    model, optimizer = trained(2)
+    difference = Source(mix=((1, 2.0), (0, -1.0)))
+    shrunk = Source(mix=((1, 0.1),), fresh=1.0)
+    model.grow((keep(0), keep(1), difference, shrunk), 0, optimizer.state)
+    for block in model.transformer.h[2:]:
+        for p in block.parameters():
+            assert (optimizer.state[p]["exp_avg_sq"] >= 0).all()
+            assert optimizer.state[p]["step"] == 3
+    optimizer = train.make_optimizer(model, Config(learning_rate=1e-2), optimizer.state)
+    step(model, optimizer)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize("state", ["carry", "copy", "reset"])
 def test_new_parameters_train_and_their_first_update_is_not_inflated(name, state):
     """Public code forgets to hand new parameters to the optimizer, or resets Adam's step count but

@@ -137,6 +137,12 @@ def test_a_stage_without_steps_leaves_nothing_to_freeze():
     assert len(first.trained_blocks) == 12 and first.train_head
 
 
+def test_phase_1_fixes_embeddings_and_head_also_if_all_blocks_are_new():
+    schedule = make_schedule(12, 100, stage_blocks=(0, 12))
+    assert values(schedule, "train_embeddings") == [True, True, False, True]
+    assert schedule.phases[2].trained_blocks == tuple(range(12))
+
+
 def test_a_run_may_start_with_embeddings_and_head_alone():
     schedule = make_schedule(12, 100, stage_blocks=(0, 12), freezing=False)
     assert values(schedule, "n_blocks") == [0, 12]
@@ -196,7 +202,7 @@ def test_phases_survive_json():
 
 def test_a_ramp_cuts_phases_where_the_value_changes():
     base = make_schedule(12, 100, 2, 20, rewarmup_steps=4, optimizer_state="reset")
-    schedule = with_ramp(base, "context_length", "0:256 50%:512 75%:1024")
+    schedule = with_ramp(base, "context_length", "0:256 60%:512 90%:1024")
     assert values(schedule, "name", "start", "stop", "context_length") == [
         ("stage 1 phase 1", 0, 25, 256),
         ("stage 1 phase 2", 25, 50, 256),
@@ -239,6 +245,9 @@ def test_ramps_compose_and_cut_again():
         ("0:512 0%:1024", "must rise from 0"),
         ("0:512 50%:1024 40%:512", "must rise from 0"),
         ("0:512 1T:1024", "'1T:1024' must be"),
+        ("0:64_", "'0:64_' must be"),
+        ("=_:512", "must be START:VALUE"),
+        ("0:512 1__0:1024", "'1__0:1024' must be"),
     ],
 )
 def test_ramps_that_cannot_be_are_refused(ramp, said):
@@ -247,7 +256,7 @@ def test_ramps_that_cannot_be_are_refused(ramp, said):
 
 
 def test_a_start_beyond_the_end_changes_nothing():
-    schedule = with_ramp(make_schedule(12, 10), "context_length", "0:512 100B:1024")
+    schedule = with_ramp(make_schedule(12, 10), "context_length", "0:512 100B:1024 200B:256")
     assert values(schedule, "stop", "context_length") == [(10, 512)]
 
 
@@ -307,6 +316,29 @@ def test_policies_that_cannot_be_are_refused(name, rate, said):
 
 
 # --- what resuming compares
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: with_ramp(s, "context_length", "0:512 50%:1024"),
+        lambda s: with_skip_policy(s, "layer_dropout", 0.5, seed=0),
+    ],
+)
+def test_continual_steps_may_grow_under_any_method(change):
+    short, long = (change(make_schedule(12, 100, 4, n)) for n in (0, 30))
+    assert begun(short.phases, 100) == begun(long.phases, 100)
+    assert [short.at(s).residual_scales for s in range(100)] == [
+        long.at(s).residual_scales for s in range(100)
+    ]
+    assert long.at(120).residual_scales in (None, (1.0,) * 12)
+
+
+def test_what_does_not_change_the_training_is_not_compared():
+    plain, stack = make_schedule(12, 100), make_schedule(12, 100, growth_operator="stack")
+    assert begun(plain.phases, 50) == begun(stack.phases, 50)
+    ramp = with_ramp(make_schedule(12, 200, tokens_per_step=8), "tokens_per_step", "0:8 50%:16")
+    assert begun(ramp.phases, 100) == begun(make_schedule(12, 100, tokens_per_step=8).phases, 100)
 
 
 def test_a_longer_run_begins_like_the_shorter_one():
