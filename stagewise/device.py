@@ -136,7 +136,6 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with contextlib.suppress(
-            OSError
-        ):  # where a sandbox forbids it, the peak stays that of the whole run
+        # If a sandbox forbids it, the peak stays that of the run so far.
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
