@@ -130,7 +130,7 @@ def test_stage_boundaries(runs):
 
 
 def test_a_phase_that_a_ramp_cuts_is_no_stage_boundary(run_train):
-    ramp = "0:32 7%:64 80%:32"  # changes within stage 1 and within the continual phase
+    ramp = "0:16 1K:32 11K:64"  # changes within stage 1 and within the continual phase
     path = run_train("ramp", stages=2, steps=8, continual_steps=6, context_ramp=ramp)
     names = [p["name"] for p in schedule_of(path)["phases"]]
     assert sum(", part 2" in name for name in names) == 2
