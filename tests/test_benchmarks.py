@@ -202,13 +202,13 @@ def test_graphs_and_compile_seconds_are_counted(tmp_path):
     assert 3 <= sum(row["graphs"] for row in rows) <= 4
 
 
+# On a CPU there are two backends, and inductor would replace the one by the other.
+@torch._inductor.config.patch(pattern_matcher=False)
 @pytest.mark.slow
 @pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler on the CPU")
 def test_a_variant_runs_its_own_graph(tmp_path, monkeypatch):
     """Not the baseline's, which is compiled first, and the baseline not the variant's."""
-    # On a CPU there are two backends, and inductor would replace the one by the other.
     monkeypatch.setitem(benchmark.BACKENDS, "math", SDPBackend.MATH)
-    monkeypatch.setattr(torch._inductor.config, "pattern_matcher", False)
     torch._dynamo.reset()
     bench, _, baseline = tiny_benchmark(tmp_path, compile="blocks")
     (phase,) = baseline.phases
