@@ -361,13 +361,14 @@ def with_ramp(schedule: Schedule, field: str, ramp: str) -> Schedule:
     Raises:
         UserError: if `ramp` is not of this form.
     """
+    option = "context_ramp" if field == "context_length" else f"{field}_ramp"
     former = -1
     for pair in ramp.split():
         match = re.fullmatch(r"(\d+(?:_\d+)*(?:\.\d+)?)([KMB%]?):(\d+(?:_\d+)*)", pair)
         if not match or not int(match[3]):
             raise UserError(
-                f"{field} ramp {ramp!r}: {pair!r} must be START:VALUE, for example 0:512, 100M:512 "
-                "or 50%:1024"
+                f"{option}={ramp!r}: {pair!r} must be START:VALUE, for example 0:512, 100M:512 or "
+                "50%:1024"
             )
         number, unit, value = Fraction(match[1]), match[2], int(match[3])
         if unit == "%":
@@ -376,9 +377,7 @@ def with_ramp(schedule: Schedule, field: str, ramp: str) -> Schedule:
             step = _first_step(schedule, number * {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}[unit])
         at_end = step == schedule.n_steps  # or beyond: nothing to change
         if (step > 0) if former < 0 else (step <= former and not at_end):
-            raise UserError(
-                f"{field} ramp {ramp!r}: starts must rise from 0, each by a step or more"
-            )
+            raise UserError(f"{option}={ramp!r}: starts must rise from 0, each by a step or more")
         former = step
         phases = _cut(schedule.phases, step)
         schedule = Schedule(
