@@ -6,14 +6,14 @@ RUNS := out/demo/baseline out/demo/s4
 
 setup: .venv/installed
 
-# python -m venv alone would keep a half-made environment from an interrupted setup; --clear starts over.
+# --clear removes an incomplete environment left by an interrupted setup.
 .venv/installed: requirements.txt requirements-test.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or later is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-test.txt
 	touch $@
 
-# The paper's experiment at a small size.
+# The paper's experiment with a small model.
 demo: setup
 	test -f data/stdlib/meta.json || $(BIN)/python fineweb.py --source stdlib --out data/stdlib
 	rm -rf $(RUNS)
@@ -21,14 +21,14 @@ demo: setup
 	$(BIN)/python train.py configs/demo.py configs/s4.py --continual_steps=match_paper_cost --out_dir=out/demo/s4
 	$(BIN)/python plot.py $(RUNS) --out plots/demo --title "demo: 8 blocks of width 64, bytes of Python's standard library, CPU"
 	@echo
-	@echo "A baseline and an S=4 incremental run, compute-matched in the paper's unit, with figures 1 and 2 of the"
-	@echo "paper. The model has 0.4M parameters and reads a few million bytes: it shows that the experiment runs"
-	@echo "end to end, not which schedule is better for a language model of useful size."
+	@echo "This trained a baseline and an S=4 incremental run, compute-matched in the paper's unit, and drew the"
+	@echo "paper's figures 1 and 2. The model has 0.4M parameters and reads a few million bytes. It shows that the"
+	@echo "experiment runs end to end, not which schedule is better for a language model of useful size."
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow"
 
-# Also kills, restarts, lost hosts and compilation.
+# Also runs the slow tests: kills, restarts, network failures, compilation.
 test-all: setup
 	$(BIN)/python -m pytest
 
@@ -37,11 +37,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# 12,000 mutated inputs, some minutes.
+# Tests 12,000 mutated inputs; takes some minutes.
 fuzz: setup
 	$(BIN)/python tests/fuzz.py
 
-# Two hours of training that is killed every few minutes.
+# Trains for two hours and kills the run every few minutes.
 soak: setup
 	test -f data/stdlib/meta.json || $(BIN)/python fineweb.py --source stdlib --out data/stdlib
 	$(BIN)/python tests/soak.py

@@ -1,14 +1,14 @@
-"""What training costs, in three metrics. One account for training, tables, figures and tests.
+"""The cost of training in three metrics, used by training, tables, figures and tests.
 
     tokens       training tokens read
-    paper_cost   the unit c of arXiv:2411.18700, section 3: one block, one token, one pass; backward
-                 passes cost as much as forward passes, embeddings and head are free
-    flops        matrix products of the forward and backward pass that really run, head included;
-                 attention over the full square of the context (as in PaLM, appendix B, and in
-                 torch.utils.flop_counter)
+    paper_cost   the unit c of arXiv:2411.18700, section 3: one block, one token, one pass. Backward
+                 passes cost the same as forward passes; embeddings and head are free
+    flops        FLOPs of the matrix products that the forward and backward passes execute,
+                 including the head. Attention is counted without using causality, as in PaLM
+                 (appendix B) and torch.utils.flop_counter
 
-A schedule has no single cost per token: context, trained blocks and skipped blocks may differ from
-step to step, so the cumulative cost is a sum over what `Schedule.at` says of every step.
+The cost per token may differ between steps, because the context length, the trained blocks and the
+skipped blocks may change. The cumulative cost is therefore a sum over steps (`Schedule.at`).
 """
 
 import dataclasses
@@ -38,15 +38,15 @@ def flops_per_token(
 ) -> int:
     """Return the FLOPs of one forward and backward pass, per token.
 
-    With width d, context c and padded vocabulary V, the forward pass of a block costs 24 d^2 + 4 c
-    d and that of the head 2 V d. A matrix product with a weight costs its forward again for each of
-    the two gradients, of weight and input. Attention's two products have no weights: they cost
-    twice their forward in any backward pass, also in that of a frozen block that only passes the
-    gradient down. A frozen block with nothing trained below it has no backward pass. The final norm
-    always trains.
+    For width d, context length c and padded vocabulary size V, the forward pass of a block costs
+    24 d^2 + 4 c d, and that of the head 2 V d. For a product with a weight, the gradient of the
+    weight and the gradient of the input each cost as much as the forward pass. The two attention
+    products have no weights. Their backward pass always costs twice the forward pass, even in a
+    frozen block that only propagates the gradient. A frozen block with no trained part below it has
+    no backward pass. The final norm always trains.
 
     Args:
-        model_config: has n_embd (d) and vocab_size (V), such as `model.GPTConfig`.
+        model_config: an object with n_embd (d) and vocab_size (V), such as `model.GPTConfig`.
         running_blocks: blocks that are not skipped.
         trained_blocks: blocks that are not frozen.
     """
@@ -65,11 +65,11 @@ def flops_per_token(
 
 
 def cost_per_token(step: Step, metric: Metric, model_config) -> int:
-    """Return what a training token costs in a step."""
+    """Return the cost of one training token in a step."""
     phase, running = step.phase, step.running_blocks
     if metric == "tokens":
         return 1
-    if metric == "paper_cost":  # forward through the blocks that run, backward through the trained
+    if metric == "paper_cost":  # forward: blocks that run; backward: blocks that run and train
         return len(running) + len(set(running) & set(phase.trained_blocks))
     return flops_per_token(
         model_config,
@@ -87,8 +87,8 @@ def _step_cost(step, metric, model_config):
 
 @functools.cache
 def _skipping_phase_cost(phase: Phase, metric: Metric, model_config) -> list[int]:
-    """What the first 0, 1, 2, ... steps of a phase cost whose blocks are skipped by a policy."""
-    cost_of: dict = {}  # by running blocks: a policy draws the same ones again and again
+    """Return the cost of the first 0, 1, 2, ... steps of a phase with skipped blocks."""
+    cost_of: dict = {}  # by running blocks, because many steps skip the same blocks
     costs = []
     for step in _steps(phase):
         running = step.running_blocks
@@ -104,14 +104,14 @@ def _steps(phase: Phase) -> list[Step]:
 
 
 def _phase_cost(phase, n_steps, metric, model_config):
-    """What the first `n_steps` steps of a phase cost."""
+    """Return the cost of the first `n_steps` steps of a phase."""
     if phase.skip and metric != "tokens":
         return _skipping_phase_cost(phase, metric, model_config)[n_steps]
     return n_steps * _step_cost(Step(phase, None), metric, model_config)
 
 
 def cumulative_cost(schedule: Schedule, step: int, metric: Metric, model_config) -> int:
-    """Return what the first `step` steps of a schedule cost in all."""
+    """Return the total cost of the first `step` steps of a schedule."""
     return sum(
         _phase_cost(p, min(step, p.stop) - p.start, metric, model_config)
         for p in schedule.phases
@@ -122,15 +122,15 @@ def cumulative_cost(schedule: Schedule, step: int, metric: Metric, model_config)
 def compute_matched_step(
     schedule: Schedule, baseline: Schedule, metric: Metric, model_config
 ) -> float:
-    """Return the (fractional) step at which `schedule` has cost what the whole of `baseline` costs.
+    """Return the (fractional) step at which `schedule` has cost as much as all of `baseline`.
 
-    Past its end a schedule continues with all blocks running and training.
+    After its end, a schedule is assumed to continue with all blocks running and training.
     """
     budget = Fraction(cumulative_cost(baseline, baseline.n_steps, metric, model_config))
     for p in schedule.phases:
         cost = _phase_cost(p, p.n_steps, metric, model_config)
         if budget <= cost:
-            # The last step of the phase before which the budget is not exceeded.
+            # Find the last step of the phase that starts within the budget.
             low, high = 0, p.n_steps
             while high - low > 1:
                 middle = (low + high) // 2
@@ -155,7 +155,7 @@ def compute_matched_step(
 def compute_matched_steps(
     schedule: Schedule, baseline: Schedule, model_config
 ) -> dict[Metric, int]:
-    """Return the compute-matched step in every metric, rounded to whole steps."""
+    """Return the compute-matched step in every metric, rounded to an integer."""
     return {
         metric: round_half_up(compute_matched_step(schedule, baseline, metric, model_config))
         for metric in COST_METRICS
@@ -163,25 +163,26 @@ def compute_matched_steps(
 
 
 def paper_compute_matched_step(stages: int, steps: int) -> int:
-    """Return the compute-matched step by the paper's formula, T + T_cont.
+    """Return the compute-matched step according to the paper's formula, T + T_cont.
 
-    T_cont = 5/8 (1 - 1/S) T for T steps in S stages, which assumes that S divides L. With 10,000
-    steps it is 14,688 (S=4), 15,469 (S=8) and 15,729 (S=12), the solid circles of the paper's
-    figures.
+    T_cont = 5/8 (1 - 1/S) T for T steps in S stages. The formula assumes that S divides L. With
+    10,000 steps, the result is 14,688 (S=4), 15,469 (S=8) and 15,729 (S=12), which are the solid
+    circles in the paper's figures.
     """
     return round_half_up(steps + Fraction(5, 8) * (1 - Fraction(1, stages)) * steps)
 
 
 def make_schedules(config, model_config) -> tuple[Schedule, Schedule]:
-    """Return the schedule of a run, and that of the baseline which it is measured against.
+    """Return the schedule of a run and the schedule of its baseline.
 
-    The baseline has the same model and number of steps, and none of what makes a method.
+    The baseline has the same model and the same number of steps, without stages, ramps or skipped
+    blocks.
 
     Args:
-        config: the run's options, a `stagewise.config.Config`.
+        config: the options of the run, a `stagewise.config.Config`.
 
     Raises:
-        UserError: if the options make no schedule.
+        UserError: if the options do not describe a valid schedule.
     """
     baseline = schedules.make_schedule(
         config.n_layer,
@@ -203,10 +204,10 @@ def make_schedules(config, model_config) -> tuple[Schedule, Schedule]:
 
 
 def summarize(schedule: Schedule, baseline: Schedule, model_config) -> dict:
-    """Return what schedule.json and the table of --dry_run hold: phases with costs, and totals.
+    """Return the content of schedule.json and of the --dry_run table: phases, costs and totals.
 
-    "fraction" and "cumulative" are relative to the baseline's total, the latter up to the end of
-    the phase.
+    "fraction" is the cost of the phase, and "cumulative" the cost up to its end, both as a fraction
+    of the baseline's total.
     """
     totals = {m: cumulative_cost(baseline, baseline.n_steps, m, model_config) for m in COST_METRICS}
     rows = []
@@ -234,7 +235,7 @@ def summarize(schedule: Schedule, baseline: Schedule, model_config) -> dict:
 
 
 def _paper_formula_step(schedule, baseline):
-    """By the paper's formula, None where it does not describe the schedule."""
+    """Return the step given by the paper's formula, or None if the formula does not apply."""
     stages, n_layer = schedule.phases[-1].stage, baseline.phases[0].n_blocks
     before = [p for p in schedule.phases if p.kind != "continual"]
     if stages > 1 and n_layer >= stages:
@@ -252,7 +253,7 @@ def _paper_formula_step(schedule, baseline):
 
 
 def summary_table(summary: dict) -> str:
-    """Return `summarize`, with "trained_parameters" added to its phases, as a table to print."""
+    """Return a table of a summary (`summarize`) whose phases also have "trained_parameters"."""
     rows = []
     context = len({p["context_length"] for p in summary["phases"]}) > 1
     batch = len({p["tokens_per_step"] for p in summary["phases"]}) > 1
@@ -272,27 +273,27 @@ def summary_table(summary: dict) -> str:
     base, matched = summary["baseline"], summary["compute_matched_step"]
     lines = [
         table,
-        "blocks, params: those that train. cost: the paper's unit c, one block x token x pass.",
-        f"100% is the baseline of {base['steps']:,} steps: {short_number(base['tokens'])} tokens, "
-        f"{base['paper_cost']:.4g} c, {base['flops']:.4g} FLOPs.",
-        "Compute-matched with it at step "
+        "blocks, params: the ones that train. cost: in the paper's unit c (block x token x pass).",
+        f"100% is the baseline with {base['steps']:,} steps: {short_number(base['tokens'])} "
+        f"tokens, {base['paper_cost']:.4g} c, {base['flops']:.4g} FLOPs.",
+        "Compute-matched with the baseline at step "
         + ", ".join(f"{matched[m]:,} in {NAMES[m]}" for m in COST_METRICS)
         + ".",
     ]
     if any(p["skip"] for p in summary["phases"]):
         lines.append(
-            "Skipped blocks cost nothing; the table counts the ones that run in each step."
+            "Skipped blocks cost nothing. The costs count only the blocks that run in each step."
         )
     if summary["paper_formula_step"] is not None:
         lines.append(
-            f"By the paper's formula, which assumes that stages divide blocks: step "
+            f"The paper's formula, which assumes that S divides L, gives step "
             f"{summary['paper_formula_step']:,} in paper cost."
         )
     return "\n".join(lines)
 
 
 def short_number(n: float) -> str:
-    """Return three digits and a unit, such as 21.3M."""
+    """Format a number with three digits and a unit, for example 21.3M."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if n >= size:
             return f"{n / size:.3g}{unit}"

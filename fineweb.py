@@ -4,10 +4,10 @@
     python fineweb.py --source PATH --out DIR      local parquet, jsonl or txt, a file or a folder
     python fineweb.py --source stdlib --out DIR    the built-in corpus: Python's standard library
 
-Every document begins with <|endoftext|>. The first tokens are for validation: one shard, but at
-most a tenth of the corpus. DIR gets the shards (format: see stagewise/data.py) and meta.json. The
-built-in corpus also has hellaswag.jsonl, a task in HellaSwag's format made from its validation
-documents.
+Every document starts with <|endoftext|>. The beginning of the corpus is the validation set: one
+shard, but at most a tenth of all tokens. DIR contains the shards (see stagewise/data.py for the
+format) and meta.json. The built-in corpus also has hellaswag.jsonl, a task in HellaSwag's format
+that is created from the validation documents.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ from stagewise.fileio import fsync, sha256
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
 DOCUMENTS_AT_A_TIME = 64
-# In DIR.partial: shows that this script made the folder, and is locked while it is written.
+# In DIR.partial. Identifies folders created by this script. Locked while the folder is written.
 LOCK = ".fineweb.lock"
 
 
@@ -49,20 +49,20 @@ class Args:
     """Tokenize a corpus into shards for train.py."""
 
     source: str = FINEWEB
-    """The FineWeb-Edu data set; "stdlib", Python's standard library; or a local file or folder:
-    parquet or jsonl with a column `text`, or txt."""
+    """The FineWeb-Edu dataset; "stdlib" for Python's standard library; or a local file or folder
+    (parquet or jsonl with a `text` column, or txt)."""
     out: Path | None = None
-    """Folder to create; default: data/NAME, named after the source.
-    Nothing appears there before the corpus is complete.
+    """Folder to create. Default: data/NAME, named after the source.
+    The folder appears only when the corpus is complete.
     An interrupted run cannot be resumed: start it again."""
     subset: str = "sample-10BT"
     """Subset of FineWeb-Edu."""
     tokenizer: str | None = None
-    """A tiktoken encoding, or "bytes". Default: gpt2; for the standard library, bytes."""
+    """A tiktoken encoding, or "bytes". Default: gpt2, or bytes for the standard library."""
     shard_tokens: int = 100_000_000
-    """Tokens per shard. Validation gets one shard, but at most a tenth of the corpus."""
+    """Tokens per shard. The validation set is one shard, but at most a tenth of the corpus."""
     processes: int = os.cpu_count() or 1
-    """Number of processes that tokenize."""
+    """Number of tokenizer processes."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -70,9 +70,9 @@ class Args:
 
 
 def stdlib_documents() -> list[tuple[str, str]]:
-    """Return (name, text) of the running interpreter's standard library, in a fixed random order.
+    """Return (name, text) for the modules of Python's standard library, in a fixed random order.
 
-    Tests, installed packages and the generated tables of `encodings` are left out.
+    Tests, installed packages and the generated tables in `encodings` are excluded.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {
@@ -94,20 +94,21 @@ def stdlib_documents() -> list[tuple[str, str]]:
 
 
 def load_source(source: str, subset: str):
-    """Return a Hugging Face data set with the column `text`, from the Hub or from local files.
+    """Return a Hugging Face dataset with a `text` column, from the Hub or from local files.
 
     Raises:
-        UserError: if the files are unreadable, not of one known format, or lack the column.
+        UserError: if the files cannot be read, have different or unknown formats, or do not have
+            the column.
     """
-    import datasets  # slow to import, and the built-in corpus does not need it
+    import datasets  # slow to import, and not needed for the built-in corpus
 
     if source == FINEWEB:
         try:
             return datasets.load_dataset(FINEWEB, name=subset, split="train").select_columns("text")
-        except Exception as error:  # of the Hub, of its HTTP library, of the disk
+        except Exception as error:  # raised by the Hub, its HTTP library or the disk
             raise UserError(
                 f"{FINEWEB} ({subset}) could not be loaded ({first_line(error)}): check the "
-                "connection and --subset, or name a local --source"
+                "connection and --subset, or use a local --source"
             ) from None
     datasets.disable_progress_bars()
     path = Path(source)
@@ -116,8 +117,8 @@ def load_source(source: str, subset: str):
     suffixes = {p.suffix for p in files}
     if len(suffixes) != 1 or not suffixes <= builders.keys():
         raise UserError(
-            f"--source={source}: needs files of one format out of {', '.join(builders)}; found "
-            f"{', '.join(sorted(suffixes)) or 'none'}"
+            f"--source={source}: found {', '.join(sorted(suffixes)) or 'no'} files: use files of "
+            f"one format out of {', '.join(builders)}"
         )
     builder = builders[suffixes.pop()]
     options = {"sample_by": "document"} if builder == "text" else {}
@@ -125,7 +126,7 @@ def load_source(source: str, subset: str):
         loaded = datasets.load_dataset(
             builder, data_files=[str(p) for p in files], split="train", **options
         )
-    except Exception as error:  # the readers of three formats fail in many ways on a corrupted file
+    except Exception as error:  # the readers raise many kinds of errors for corrupted files
         raise UserError(
             f"--source={source}: cannot be read as {builder} "
             f"({first_line(error.__cause__ or error)}): fix or remove the corrupted file"
@@ -133,7 +134,7 @@ def load_source(source: str, subset: str):
     text = loaded.features.get("text")
     if getattr(text, "dtype", None) not in ("string", "large_string"):
         raise UserError(
-            f"--source={source}: needs a column `text` of strings; it has {loaded.column_names}"
+            f"--source={source}: needs a `text` column of strings; found {loaded.column_names}"
         )
     return loaded.select_columns("text")
 
@@ -145,19 +146,20 @@ def load_source(source: str, subset: str):
 def tokenize_documents(
     read: Callable[[int, int], list[str]], total: int, encoding: tiktoken.Encoding, processes: int
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (number of documents, their tokens as uint16), in the order of the documents.
+    """Yield (number of documents, their tokens as uint16), in document order.
 
-    The worker processes read the documents themselves, so that only tokens pass between processes,
-    and the number of results in flight is bounded.
+    The worker processes read the documents, so only tokens are sent between processes. The number
+    of pending results is bounded.
 
     Args:
-        read: read(start, stop) returns the documents of a range; it runs in the workers.
+        read: a function of (start, stop) that returns the documents in this range. It runs in the
+            workers.
         total: number of documents.
 
     Raises:
-        UserError: if a document is not text, or a worker is killed.
+        UserError: if a document is not valid text, or a worker is killed.
     """
-    # Forked, so that the workers share the tokenizer and the memory map of the documents.
+    # Fork, so that the workers share the tokenizer and the memory map of the documents.
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(
         processes, fork, initializer=_init_worker, initargs=(read, encoding)
@@ -174,8 +176,8 @@ def tokenize_documents(
                 yield n, future.result()
         except BrokenProcessPool:
             raise UserError(
-                "a tokenizing process was killed, perhaps because memory ran out: use fewer "
-                "--processes"
+                "a tokenizer process was killed, possibly because of insufficient memory: use "
+                "fewer --processes"
             ) from None
 
 
@@ -185,12 +187,12 @@ _shared: tuple  # in a worker process: read, encoding
 def _init_worker(*shared):
     global _shared
     _shared = shared
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def _exit_with_parent():
-    """End this worker if the main process is killed: it would wait for work forever."""
+    """Exit when the main process is killed. Otherwise this worker would wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent
     parent.join()
@@ -208,7 +210,7 @@ def _tokenize(start, stop):
         ) from None
     if None in texts:
         raise UserError(
-            f"document {start + texts.index(None):,}: its `text` is null: remove it from the source"
+            f"document {start + texts.index(None):,}: `text` is null: remove it from the source"
         )
     parts, end_of_text = [], np.array([encoding.eot_token])
     for text in texts:
@@ -221,13 +223,13 @@ def _tokenize(start, stop):
 
 
 class ShardWriter:
-    """Cuts a stream of tokens into shards of `shard_tokens`. A thread writes them.
+    """Splits a stream of tokens into shards of `shard_tokens` and writes them in a thread.
 
-    The first shard is for validation. `finish` cuts it to a tenth of all tokens if it has more; the
-    rest of it becomes the last training shard.
+    The first shard is the validation set. If it has more than a tenth of all tokens, `finish`
+    shortens it and writes the rest as the last training shard.
 
     Attributes:
-        shards: the entries of meta.json; complete after `finish`.
+        shards: the entries of meta.json. Complete after `finish`.
     """
 
     def __init__(self, folder: Path, name: str, shard_tokens: int):
@@ -254,7 +256,7 @@ class ShardWriter:
                 self._buffer, self._used = np.empty_like(self._buffer), 0
 
     def finish(self) -> None:
-        """Write the remaining tokens; return when all shards are on the disk."""
+        """Write the remaining tokens and wait until all shards are written."""
         if self._used:
             self._append(self._buffer[: self._used])
         self._wait()
@@ -287,9 +289,9 @@ class ShardWriter:
 
 @contextlib.contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
-    """Yield the new folder OUT.partial; rename it to `out` at the end, or remove it after an error.
+    """Create and yield the folder OUT.partial. Rename it to `out` on success, else remove it.
 
-    OUT.partial is locked meanwhile. Files that a killed process left in it are removed.
+    OUT.partial is locked while it is in use. Files left in it by a killed process are removed.
 
     Raises:
         UserError: if `out` exists; if OUT.partial is in use by another process, or was not created
@@ -302,13 +304,13 @@ def atomic_folder(out: Path) -> Iterator[Path]:
             raise UserError(f"--out={out} already exists: choose another folder, or remove it")
         left = [path for path in partial.iterdir() if path.name != LOCK]
         if left:
-            print(f"{partial}: removing the files of an interrupted run", file=sys.stderr)
+            print(f"{partial}: removing files left by an interrupted run", file=sys.stderr)
         for path in left:
             path.unlink()
         yield partial
         for path in (*partial.iterdir(), partial):
             fsync(path)
-        # With the lock in it: nobody else may lock the folder until it has its final name.
+        # The lock is released only after renaming, so no other process can lock OUT.partial first.
         partial.rename(out)
         (out / LOCK).unlink()
     except BaseException as error:
@@ -319,7 +321,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise _cannot_be_written(out, error) from None
         if isinstance(error, KeyboardInterrupt):
-            print(f"\n{out} was not written: start again from the beginning", file=sys.stderr)
+            print(f"\n{out} was not written: start again", file=sys.stderr)
         raise
     finally:
         lock.release()
@@ -332,12 +334,13 @@ def _lock(partial: Path, out: Path) -> filelock.FileLock:
         lock.acquire()
     except FileExistsError:
         raise UserError(
-            f"{partial} exists, but fineweb.py did not create it: rename or remove it, or choose "
+            f"{partial} exists, but was not created by fineweb.py: rename or remove it, or choose "
             "another --out"
         ) from None
     except filelock.Timeout:
         raise UserError(
-            f"--out={out}: another fineweb.py is writing it: wait for it, or choose another --out"
+            f"--out={out}: another fineweb.py is writing it: wait until it ends, or choose another "
+            "--out"
         ) from None
     except (OSError, NotImplementedError) as error:
         raise _cannot_be_written(out, error) from None
@@ -349,20 +352,20 @@ def _cannot_be_written(out, error):
 
 
 # --------------------------------------------------------------------------------------------------
-# the built-in corpus's task
+# task of the built-in corpus
 
 
 def continuation_task(
     held_out: list[tuple[str, str]], others: str, n_examples: int, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Return up to `n_examples` examples in HellaSwag's format: how does this line end?
+    """Return up to `n_examples` examples in HellaSwag's format that ask how a line ends.
 
-    The wrong endings are the ends of lines in other documents. A context has 100 characters and
-    stops at a space, which the scorer puts before an ending; an ending has 8 to 32 characters.
+    The wrong endings are line endings from other documents. A context has 100 characters and stops
+    before a space, which the evaluation adds before each ending. An ending has 8 to 32 characters.
 
     Args:
-        held_out: (name, text) of the documents that the examples come from.
-        others: all other text; passages that occur in it are not used.
+        held_out: (name, text) of the documents from which examples are created.
+        others: the text of all other documents. Passages that occur in it are not used.
     """
     rng = random.Random(seed)
     passages = []  # (name, context, ending)
@@ -395,7 +398,7 @@ def continuation_task(
 
 
 def write_continuation_task(path: Path, documents: list[tuple[str, str]], val_tokens: int) -> None:
-    """Write 1,000 examples made from the documents that end within the first `val_tokens` bytes."""
+    """Write up to 1,000 examples from the documents that end within the first `val_tokens`."""
     ends = np.cumsum([1 + len(text.encode()) for _, text in documents])
     n = int(np.searchsorted(ends, val_tokens, side="right"))
     others = "\n".join(text for _, text in documents[n:])
@@ -411,20 +414,20 @@ def main(args: Args) -> None:
     out = args.out or Path("data") / name
     if not 2 <= args.shard_tokens < 2**31:
         raise UserError(
-            f"--shard_tokens={args.shard_tokens} must be between 2 and 2**31 - 1, the most that a "
-            "shard's header can express"
+            f"--shard_tokens={args.shard_tokens} must be between 2 and 2**31 - 1, the maximum in a "
+            "shard's header"
         )
     if args.processes < 1:
         raise UserError(f"--processes={args.processes} must be at least 1")
     if args.source not in (FINEWEB, "stdlib") and not Path(args.source).exists():
         raise UserError(
-            f"--source={args.source}: no such file or folder: give a path, {FINEWEB} or stdlib"
+            f"--source={args.source}: no such file or folder: use a path, {FINEWEB} or stdlib"
         )
     encoding = get_tokenizer(args.tokenizer or ("bytes" if stdlib else "gpt2"))
     if encoding.n_vocab > 2**16:
         raise UserError(
-            f"--tokenizer={args.tokenizer} has {encoding.n_vocab:,} tokens, but shards hold ids "
-            "below 65,536: choose another"
+            f"--tokenizer={args.tokenizer} has {encoding.n_vocab:,} tokens, but shards store ids "
+            "below 65,536: choose another tokenizer"
         )
 
     with atomic_folder(out) as folder, ShardWriter(folder, name, args.shard_tokens) as writer:
@@ -445,7 +448,7 @@ def main(args: Args) -> None:
                 bar.update(n_documents)
         if n_tokens < 20:
             raise UserError(
-                f"--source={args.source}: only {n_tokens} tokens, too few for a training and a "
+                f"--source={args.source}: only {n_tokens} tokens, not enough for a training and a "
                 "validation shard"
             )
         writer.finish()

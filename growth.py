@@ -1,11 +1,11 @@
-"""Growth operators: where each block of a deeper model comes from.
+"""Growth operators, which define the source of each block in a deeper model.
 
-A growth operator is a pure function from the old and the new number of blocks to a source map: one
-`Source` for each block of the grown model, bottom first. It knows nothing about models;
-`model.GPT.grow` applies a source map to parameters and optimizer state.
+A growth operator is a pure function. It takes the old and the new number of blocks and returns a
+source map: one `Source` for each block of the grown model, from bottom to top. Operators do not
+depend on the model; `model.GPT.grow` applies a source map to parameters and optimizer state.
 
-To add an operator, write a function here, decorate it with ``@operator``, and select it with
-``--growth=NAME``. CONTRIBUTING.md has a worked example.
+To add an operator, write a function in this file, decorate it with ``@operator``, and select it
+with ``--growth=NAME``. See the worked example in CONTRIBUTING.md.
 """
 
 from collections.abc import Callable
@@ -16,28 +16,28 @@ from stagewise.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Source:
-    """Where one block of the grown model comes from.
+    """Source of one block of the grown model.
 
-    The block's tensors are ``sum(weight * old[i] for i, weight in mix) + fresh * init``, where
-    ``old`` are the blocks before growth and ``init`` is a newly initialized block.
+    The block's tensors are ``sum(weight * old[i] for i, weight in mix) + fresh * init``. Here
+    ``old`` are the blocks before growth, and ``init`` is a newly initialized block.
     """
 
     mix: tuple[tuple[int, float], ...] = ()  # (old block, weight) pairs
-    fresh: float = 0.0  # weight of newly initialized tensors
-    keep: bool = False  # the block is old block mix[0] itself, perhaps at another position
-    zero_output: bool = False  # zero both residual projections: the block starts as the identity
+    fresh: float = 0.0  # weight of the newly initialized tensors
+    keep: bool = False  # reuse old block mix[0] itself, possibly at a different position
+    zero_output: bool = False  # zero both residual projections; the block starts as the identity
 
 
 FRESH = Source(fresh=1.0)
 
 
 def keep(i: int) -> Source:
-    """Old block `i` itself: its parameters stay the same objects."""
+    """Old block `i` itself, with the same parameter objects."""
     return Source(mix=((i, 1.0),), keep=True)
 
 
 def copy(i: int, zero_output: bool = False) -> Source:
-    """A new block with the tensors of old block `i`."""
+    """A new block with a copy of the tensors of old block `i`."""
     return Source(mix=((i, 1.0),), zero_output=zero_output)
 
 
@@ -46,22 +46,22 @@ OPERATORS: dict[str, Callable[[int, int], SourceMap]] = {}
 
 
 def operator(function: Callable[[int, int], SourceMap]) -> Callable[[int, int], SourceMap]:
-    """Make an operator selectable by its name."""
+    """Register a growth operator under its function name."""
     OPERATORS[function.__name__] = function
     return function
 
 
 @operator
 def random(old: int, new: int) -> SourceMap:
-    """Newly initialized blocks on top (Li et al. 2024, arXiv:2411.18700)."""
+    """Add newly initialized blocks on top (Li et al. 2024, arXiv:2411.18700)."""
     return tuple(map(keep, range(old))) + (FRESH,) * (new - old)
 
 
 @operator
 def copy_last(old: int, new: int) -> SourceMap:
-    """A copy of the last group of blocks on top (gradual stacking, Reddi et al. 2023).
+    """Add a copy of the last blocks on top (gradual stacking, Reddi et al. 2023).
 
-    The group has as many blocks as are added. If there are fewer, it is the whole stack, repeated.
+    As many blocks are copied as are added. If there are fewer, all blocks are copied repeatedly.
     """
     group = min(old, new - old)
     return tuple(map(keep, range(old))) + tuple(
@@ -71,20 +71,20 @@ def copy_last(old: int, new: int) -> SourceMap:
 
 @operator
 def stack(old: int, new: int) -> SourceMap:
-    """Copies of the whole stack on top of itself, by any factor.
+    """Add copies of all existing blocks on top, in order, until there are `new` blocks.
 
-    Progressive stacking (Gong et al. 2019) repeats it by factor 2, G_stack (Du et al. 2024,
-    arXiv:2405.15319) applies it once. If `old` does not divide `new`, the last copy is cut off.
+    Progressive stacking (Gong et al. 2019) doubles the depth repeatedly. G_stack (Du et al. 2024,
+    arXiv:2405.15319) stacks once. If `old` does not divide `new`, the last copy is incomplete.
     """
     return tuple(keep(i) if i < old else copy(i % old) for i in range(new))
 
 
 @operator
 def zero_output(old: int, new: int) -> SourceMap:
-    """Copies that start as the identity, spread evenly: the function of the model is preserved.
+    """Add evenly spaced copies that start as the identity, so the model's function is preserved.
 
-    Each copy stands above its source and has both residual projections zero (LLaMA Pro, Wu et al.
-    2024, arXiv:2401.02415).
+    Each copy is placed above its source. Both of its residual projections are zero (LLaMA Pro, Wu
+    et al. 2024, arXiv:2401.02415).
     """
     sources = [i * old // new for i in range(new)]
     first = [i == 0 or sources[i - 1] != j for i, j in enumerate(sources)]
@@ -95,8 +95,8 @@ def source_map(name: str, old: int, new: int) -> SourceMap:
     """Return the source map of the operator `name` for growth from `old` to `new` blocks.
 
     Raises:
-        UserError: if there is no such operator, or if it copies blocks and there are none.
-        ValueError: if the operator returns a map that cannot be applied.
+        UserError: if the operator does not exist, or copies blocks although there are none.
+        ValueError: if the operator returns an invalid source map.
     """
     if name not in OPERATORS:
         raise UserError(f"growth={name!r} is unknown{did_you_mean(name, OPERATORS)}")
@@ -109,17 +109,17 @@ def source_map(name: str, old: int, new: int) -> SourceMap:
     used = {i for s in sources for i, _ in s.mix}
     if old == 0 and (used or not sources):
         raise UserError(
-            f"growth={name} copies existing blocks, but there are none yet: use growth=random"
+            f"growth={name} copies existing blocks, but the model has none: use growth=random"
         )
     kept = [s for s in sources if s.keep]
     valid = len(sources) == new and used <= set(range(old)) and len(set(kept)) == len(kept)
     if not valid or any(len(s.mix) != 1 or s != keep(s.mix[0][0]) for s in kept):
         raise ValueError(
-            f"growth operator {name} returned no map from {old} to {new} blocks: {sources}"
+            f"growth operator {name} returned an invalid map from {old} to {new} blocks: {sources}"
         )
     return sources
 
 
 def new_blocks(sources: SourceMap) -> tuple[int, ...]:
-    """Return the positions of the blocks that did not exist before growth."""
+    """Return the positions of the added blocks."""
     return tuple(i for i, source in enumerate(sources) if not source.keep)

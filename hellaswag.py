@@ -1,15 +1,15 @@
-"""Score a model on HellaSwag (Zellers et al. 2019): which of four endings continues a context?
+"""Evaluate a model on HellaSwag (Zellers et al. 2019): which of four endings continues a context?
 
     python hellaswag.py CHECKPOINT [--data FILE]
 
-The metrics are build-nanogpt's, completion style: the context and " " + ending are tokenized
-separately, and an ending's loss is the cross entropy of its own tokens given all tokens before.
+The metrics are build-nanogpt's (completion style). The context and " " + ending are tokenized
+separately. The loss of an ending is the cross-entropy of its tokens given all previous tokens.
 
-    acc       fraction of examples whose true ending has the lowest summed loss
-    acc_norm  the same with the lowest mean loss per token
+    acc       fraction of examples whose correct ending has the lowest total loss
+    acc_norm  fraction of examples whose correct ending has the lowest mean loss per token
 
-Any file in HellaSwag's format works: JSON lines with `ctx`, `endings` (two or more) and `label`.
-The official validation set is downloaded once if no file is named.
+Any file in HellaSwag's format works: JSON lines with `ctx`, `endings` (two or more) and `label`. If
+no file is specified, the official validation set is downloaded once.
 """
 
 import math
@@ -39,13 +39,13 @@ from stagewise.loss import token_losses
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # 10,042 examples
-PAUSES = (1, 2, 4, 8)  # seconds before each further attempt
+PAUSES = (1, 2, 4, 8)  # seconds to wait before each retry
 ALTERNATIVE = (
-    "try again, or name a file in HellaSwag's format with --hellaswag_data (train.py; none skips "
-    "HellaSwag) or --data (hellaswag.py)"
+    "try again, or specify a file in HellaSwag's format with --hellaswag_data (train.py; none "
+    "skips HellaSwag) or --data (hellaswag.py)"
 )
 DEFAULT_PATH = Path(__file__).parent / "data" / "hellaswag_val.jsonl"
-# Positions in a forward pass. Measured on a CPU; the size for a GPU has not been measured.
+# Positions per forward pass. The value for CPUs is based on measurements, the one for GPUs is not.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
@@ -54,9 +54,9 @@ BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
 def task_file(option: str, data_dir: str) -> Path | None:
-    """Return the file that train.py's option hellaswag_data means, None for "none".
+    """Return the file selected by train.py's option hellaswag_data, or None for "none".
 
-    "auto" is the corpus's own task if it has one, otherwise DEFAULT_PATH, which `download` writes.
+    "auto" selects the corpus's own file if it exists, otherwise DEFAULT_PATH (see `download`).
     """
     if option == "none":
         return None
@@ -67,9 +67,9 @@ def task_file(option: str, data_dir: str) -> Path | None:
 
 
 def download(path: Path = DEFAULT_PATH) -> Path:
-    """Download the official validation set to `path` unless it exists, and return `path`.
+    """Download the official validation set to `path` unless the file exists, and return `path`.
 
-    The file appears there only after its sha256 has been checked.
+    The file is moved to `path` only after its sha256 has been verified.
 
     Raises:
         UserError: if all attempts fail, or the file cannot be written.
@@ -78,7 +78,7 @@ def download(path: Path = DEFAULT_PATH) -> Path:
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # In a folder of its own: machines that share data/ may download at the same time.
+        # Use a temporary folder, because nodes that share data/ may download at the same time.
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             partial = Path(folder, path.name)
             _download_verified(partial)
@@ -90,20 +90,20 @@ def download(path: Path = DEFAULT_PATH) -> Path:
 
 
 def _download_verified(path):
-    """Download URL to `path` until its sha256 is right.
+    """Download URL to `path` and verify its sha256.
 
     huggingface_hub resumes a connection that breaks or stalls, and gives up after 5 attempts
-    without data. Retried here, after PAUSES: what it does not retry, and a wrong sha256.
+    without data. Errors that it does not retry, and a wrong sha256, are retried here after PAUSES.
     """
-    # Slow to import, and most runs do without.
+    # Slow to import, and not needed by most runs.
     import httpx2
     from huggingface_hub import constants
     from huggingface_hub.file_download import http_get
 
-    # By default it writes 10 MiB at a time, most of this file, and loses what it has not written.
+    # The default is 10 MiB, most of this file. Data of an incomplete chunk is lost on an error.
     constants.DOWNLOAD_CHUNK_SIZE = 2**16
     given_up = (httpx2.ConnectError, httpx2.TimeoutException, httpx2.RemoteProtocolError)
-    # Not compressed: a range of a compressed response would be of its compressed bytes.
+    # No compression, because a range would refer to the compressed bytes.
     headers = {"Accept-Encoding": "identity"}
     with open(path, "wb") as f:
         for pause in (*PAUSES, None):
@@ -114,14 +114,14 @@ def _download_verified(path):
                 digest = sha256(path)
                 if digest == SHA256:
                     return
-                wrong = f"its sha256 is {digest[:12]}..., not {SHA256[:12]}..."
+                wrong = f"its sha256 is {digest[:12]}..., expected {SHA256[:12]}..."
                 f.truncate(0)
             except httpx2.HTTPError as error:
                 wrong = f"{type(error).__name__}: {first_line(error)}"
                 if isinstance(error, given_up):
                     break
             except OSError as error:
-                if error.errno is not None:  # of the disk
+                if error.errno is not None:  # a disk error
                     raise
                 wrong = f"{type(error).__name__}: {first_line(error)}"
                 f.truncate(0)
@@ -136,7 +136,7 @@ NonEmpty = Annotated[str, Meta(min_length=1)]
 
 @dataclass
 class _Line:
-    """A line of the file; there may be more fields."""
+    """A line of the file. Other fields are ignored."""
 
     ctx: NonEmpty
     endings: Annotated[list[NonEmpty], Meta(min_length=2)]
@@ -149,7 +149,7 @@ class Example:
 
     context: list[int]
     endings: list[list[int]]
-    label: int  # index of the true ending
+    label: int  # index of the correct ending
 
 
 def load_examples(
@@ -158,18 +158,18 @@ def load_examples(
     """Return the tokenized examples of a file in HellaSwag's format.
 
     Args:
-        limit: if not 0, only the first `limit` examples.
+        limit: if not 0, return only the first `limit` examples.
 
     Raises:
-        UserError: naming the first line that is not in this format, or has an ending of more than
-            `block_size` tokens; or if the file cannot be read or has no examples.
+        UserError: if the file cannot be read, has no examples, has a line that is not in this
+            format, or has an ending of more than `block_size` tokens. The message names the line.
     """
     examples: list[Example] = []
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}): name a file in HellaSwag's format"
+            f"{path}: cannot be read ({error.strerror}): specify a file in HellaSwag's format"
         ) from None
     for number, text in enumerate(lines, start=1):
         if limit and len(examples) == limit:
@@ -191,12 +191,12 @@ def load_examples(
         longest = max(map(len, endings))
         if longest > block_size:
             raise UserError(
-                f"{where}: an ending of {longest} tokens does not fit into "
-                f"block_size={block_size}: shorten it, or use a model with a longer context"
+                f"{where}: an ending has {longest} tokens, more than block_size={block_size}: "
+                "shorten it, or use a model with a longer context"
             )
         examples.append(Example(encoding.encode_ordinary(line.ctx), endings, label))
     if not examples:
-        raise UserError(f"{path}: has no examples: name a file in HellaSwag's format")
+        raise UserError(f"{path}: has no examples: specify a file in HellaSwag's format")
     return examples
 
 
@@ -210,24 +210,26 @@ def pack(
     """Return a batch of packed rows: a context, its endings without their last tokens, padding.
 
     Args:
-        rows: (context, endings, id of the first ending) each; ids count up within a row.
+        rows: (context, endings, id of the first ending) for each row. Endings are numbered
+            consecutively within a row.
         T: length of the longest row.
-        width: the most endings of a row.
+        width: maximum number of endings in a row.
 
     Returns:
-        int64 arrays, with M positions where something is predicted and N tokens of all endings:
+        int64 arrays, where M is the number of positions with a prediction and N the number of
+        tokens in all endings:
 
         - idx (B, T): tokens.
-        - positions (B, T): their positions in their texts.
-        - visible_until (B, T): the end of the part of the row that sees them.
-        - predict_at (M,): the positions where something is predicted, in the flattened batch.
-        - targets (M, width): what is predicted there; at the end of a context the first tokens of
-          all endings.
-        - target_rows, target_columns, ending_ids (N,): for every token of an ending, its place in
-          `targets`, and the id of its ending.
+        - positions (B, T): position of each token in its own text.
+        - visible_until (B, T): each token is visible to later positions before this one.
+        - predict_at (M,): positions with a prediction, in the flattened batch.
+        - targets (M, width): predicted tokens. At the end of a context, these are the first tokens
+          of all endings.
+        - target_rows, target_columns, ending_ids (N,): for every token of an ending, its index in
+          `targets` and the id of its ending.
     """
     idx, positions = np.zeros((2, len(rows), T), dtype=np.int64)
-    # A context is seen by its whole row, an ending by itself, and padding comes last.
+    # A context is visible to its entire row, an ending only to itself. Padding comes last.
     visible_until = np.full((len(rows), T), T)
     predict_at: list[int] = []
     tokens: list[int] = []
@@ -261,20 +263,20 @@ def ending_losses(
     world_size: int = 1,
     progress: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the summed loss in nats and the number of tokens of every ending.
+    """Return the total loss in nats and the number of tokens of every ending.
 
-    A row of a batch is an example: its context once, then its endings, each of which sees the
-    context and itself. The head runs only where an ending is scored. Contexts that are too long for
-    the model lose their beginning.
+    Each row of a batch contains one example: the context once, followed by its endings. Each ending
+    attends to the context and to itself. The head runs only at the scored positions. If a context
+    is too long for the model, its beginning is removed.
 
     Args:
-        batch_tokens: positions in a forward pass; default BATCH_TOKENS.
-        rank, world_size: every rank scores a share of the rows, and all get all results.
+        batch_tokens: positions per forward pass. Default: BATCH_TOKENS.
+        rank, world_size: every rank scores a part of the rows, and all ranks get all results.
         progress: whether to show a progress bar.
 
     Returns:
-        Two float64 arrays (examples, most endings of an example). Where an example has fewer
-        endings, the losses are inf and the counts 1.
+        Two float64 arrays (number of examples, maximum number of endings). For missing endings, the
+        loss is inf and the count is 1.
     """
     block_size, device = model.config.block_size, model.lm_head.weight.device
     batch_tokens = batch_tokens or BATCH_TOKENS[device.type]
@@ -284,9 +286,9 @@ def ending_losses(
     for i, e in enumerate(examples):
         lengths = [len(ending) for ending in e.endings]
         counts[i, : len(lengths)] = lengths
-        if len(e.context) + max(lengths) <= block_size + 1:  # the last token is only predicted
+        if len(e.context) + max(lengths) <= block_size + 1:  # the last token is not an input
             rows.append((e.context, e.endings, i * width))
-        else:  # each ending leaves room for a different part of the context
+        else:  # the context is truncated differently for each ending
             for j, ending in enumerate(e.endings):
                 rows.append((e.context[len(ending) - block_size - 1 :], [ending], i * width + j))
 
@@ -321,8 +323,7 @@ def ending_losses(
 def evaluate(model: GPT, examples: list[Example], **options: Any) -> dict[str, float]:
     """Return the scores of a model in eval mode: n, acc, acc_norm, acc_stderr, acc_norm_stderr.
 
-    The standard errors are those of the mean, from the sample variance. See `ending_losses` for the
-    options.
+    The standard errors of the mean use the sample variance. See `ending_losses` for the options.
     """
     sums, counts = ending_losses(model, examples, **options)
     labels = np.array([e.label for e in examples])
@@ -336,20 +337,20 @@ def evaluate(model: GPT, examples: list[Example], **options: Any) -> dict[str, f
 
 @dataclass
 class Args:
-    """Score a checkpoint on HellaSwag."""
+    """Evaluate a checkpoint on HellaSwag."""
 
     checkpoint: tyro.conf.Positional[Path]
     """A run folder, one of its checkpoints, or a model from the Hugging Face Hub:
     gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
     data: Path | None = None
     """File in HellaSwag's format.
-    Default: the file that the run used, or else the official validation set, downloaded once."""
+    Default: the file that the run used, else the official validation set (downloaded once)."""
     limit: int = 0
-    """Score only the first examples; 0 scores all."""
+    """Number of examples to evaluate, from the start of the file. 0 evaluates all."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of matrix products; auto is bfloat16 on GPUs that support it."""
+    """Precision of matrix products. auto: bfloat16 on GPUs that support it, else float32."""
 
 
 def main(args: Args) -> None:

@@ -1,11 +1,11 @@
-"""GPT-2 in one file, with hooks to grow it block by block and to freeze any part of it.
+"""GPT-2 in one file, with methods to add blocks and to freeze any part of the model.
 
-Structure and parameter names are nanoGPT's (https://github.com/karpathy/nanoGPT), so weights move
-between the two. The hooks for stagewise training are methods of `GPT`:
+The structure and the parameter names follow nanoGPT (https://github.com/karpathy/nanoGPT), so
+weights are interchangeable. These methods of `GPT` support stagewise training:
 
-    grow(source_map, seed)              make the stack of blocks deeper
-    set_trainable(blocks, ...)          train exactly these parts; freeze and unfreeze change some
-    forward(..., residual_scales=...)   skip blocks, or scale what they add
+    grow(source_map, seed)              add blocks
+    set_trainable(blocks, ...)          train exactly these parts (see also freeze and unfreeze)
+    forward(..., residual_scales=...)   skip blocks, or scale their residual branches
 """
 
 import math
@@ -26,7 +26,7 @@ from stagewise.seeding import derived_seed
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Sizes of the finished model; a growing model has fewer blocks before its last stage."""
+    """Configuration of the final model. In stagewise training, earlier stages have fewer blocks."""
 
     block_size: int = 1024
     vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for faster matrix products
@@ -72,8 +72,8 @@ class CausalSelfAttention(nn.Module):
 
 
 def gelu(x):
-    """GELU in the tanh approximation, GPT-2's own."""
-    if torch.compiler.is_compiling():  # the same function; compilers make more of exp than of tanh
+    """GELU with the tanh approximation, as in GPT-2."""
+    if torch.compiler.is_compiling():  # the same function; exp compiles to faster code than tanh
         return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
     return F.gelu(x, approximate="tanh")
 
@@ -98,7 +98,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, mask=None, residual_scale=None):
-        """residual_scale: a 0-dimensional tensor that multiplies both branches; None is 1."""
+        """Scale both residual branches by `residual_scale`, a 0-dimensional tensor; None is 1."""
         attn = self.attn(self.ln_1(x), mask)
         x = x + (attn if residual_scale is None else residual_scale * attn)
         mlp = self.mlp(self.ln_2(x))
@@ -107,7 +107,7 @@ class Block(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, n_layer: int, seed: int) -> None:
-        """GPT-2's N(0, 0.02), residual projections scaled by 1/sqrt(2L) for the final depth L."""
+        """Initialize as GPT-2: N(0, 0.02), residual projections scaled by 1/sqrt(2 n_layer)."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             std = 0.02 / math.sqrt(2 * n_layer) if name.endswith("c_proj.weight") else 0.02
@@ -115,15 +115,15 @@ class Block(nn.Module):
 
 
 def _compile(block):
-    # Static shapes: a ramp has few context lengths, and each deserves kernels as fast as the
-    # baseline's.
+    # Static shapes: a ramp has few context lengths, and specialized kernels are faster.
     block.compile(dynamic=False)
 
 
 def _mix_state(states):
-    """Adam's state of a weighted sum of parameters, from (state, weight) pairs.
+    """Return Adam's state for a weighted sum of parameters, given (state, weight) pairs.
 
-    A second moment must not become negative, and a number of steps must stay one.
+    Second moments are summed with absolute weights, so that they stay nonnegative. The step count
+    is the largest one.
     """
     mixed = {}
     for key in states[0][0]:
@@ -139,16 +139,16 @@ def _mix_state(states):
 def _init(p, name, std, generator):
     if p.is_meta:
         return
-    if p.dim() >= 2:  # drawn on the CPU, so that the weights do not depend on the device
+    if p.dim() >= 2:  # sampled on the CPU, so that the weights do not depend on the device
         p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
     else:
         p.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
 class GPT(nn.Module):
-    """GPT-2 with `n_blocks` of its `config.n_layer` blocks (default: all), everything trainable.
+    """GPT-2 with `n_blocks` of `config.n_layer` blocks (default: all), all parameters trainable.
 
-    The initial weights depend on `seed` alone, not on the device or on when a block is added. On
+    The initial weights depend only on `seed`, not on the device or on when a block is added. On
     device "meta" the model has shapes but no weights.
 
     Raises:
@@ -159,7 +159,7 @@ class GPT(nn.Module):
         self, config: GPTConfig, n_blocks: int | None = None, seed: int = 1337, device="cpu"
     ):
         super().__init__()
-        self.transformer: Any  # what is in a ModuleDict has no types of its own
+        self.transformer: Any  # the entries of a ModuleDict have no static types
         self.lm_head: nn.Linear
         if config.n_embd % config.n_head:
             raise ValueError(f"n_head={config.n_head} does not divide n_embd={config.n_embd}")
@@ -194,10 +194,10 @@ class GPT(nn.Module):
         weights: dict[str, torch.Tensor],
         device: torch.device | str = "cpu",
     ) -> "GPT":
-        """Build the model whose state dict is `weights`, with as many blocks as it has.
+        """Return a model with the state dict `weights`, which determines the number of blocks.
 
         Raises:
-            UserError: if the weights do not fit `config`.
+            UserError: if the weights do not match `config`.
         """
         try:
             numbers = [int(name.split(".")[2]) for name in weights if ".h." in name]
@@ -219,9 +219,9 @@ class GPT(nn.Module):
         targets: torch.Tensor | None = None,
         residual_scales: Sequence[float] | None = None,
     ) -> torch.Tensor:
-        """Return the logits (B, T, V) of token ids `idx` (B, T); with `targets`, the loss.
+        """Return the logits (B, T, V) for token ids `idx` (B, T), or the loss given `targets`.
 
-        The loss is the mean cross entropy in nats with `targets` (B, T). See `hidden` for
+        The loss is the mean cross-entropy in nats against `targets` (B, T). See `hidden` for
         `residual_scales`.
 
         Raises:
@@ -242,16 +242,17 @@ class GPT(nn.Module):
         mask: torch.Tensor | None = None,
         residual_scales: Sequence[float] | None = None,
     ) -> torch.Tensor:
-        """Return the states (B, T, C) after the final norm, the input of `head`.
+        """Return the hidden states (B, T, C) after the final layer norm, the input of `head`.
 
-        Below the first trained part nothing requires gradients, so autograd records nothing there:
-        a frozen trunk under frozen embeddings keeps no activations.
+        Autograd records nothing below the lowest trainable part. With frozen embeddings, the frozen
+        blocks at the bottom therefore store no activations.
 
         Args:
-            positions: (B, T), each token's position in its text; default 0..T-1.
-            mask: (B, 1, T, T), True where a token (row) sees another (column); default causal.
-            residual_scales: for every block, what multiplies its two branches. A block with 0 does
-                not run. None runs all of them unscaled.
+            positions: (B, T), position of each token in its text; default 0..T-1.
+            mask: (B, 1, T, T), True where a token (row) attends to another (column); default
+                causal.
+            residual_scales: factor on both residual branches of each block. A block with factor 0
+                is skipped. None runs all blocks unscaled.
         """
         T = idx.shape[1]
         if positions is None and self.config.block_size < T:
@@ -259,7 +260,7 @@ class GPT(nn.Module):
                 f"a sequence of {T} tokens is longer than block_size={self.config.block_size}"
             )
         wte, wpe = self.transformer.wte.weight, self.transformer.wpe.weight
-        if not self._embeddings_train:  # the tensor is the head's too, which may train by itself
+        if not self._embeddings_train:  # tied to the head, which may still be trainable
             wte = wte.detach()
         pos_emb = wpe[:T] if positions is None else F.embedding(positions, wpe)
         x = self.transformer.drop(F.embedding(idx, wte) + pos_emb)
@@ -270,25 +271,25 @@ class GPT(nn.Module):
             for block, scale in zip(self.transformer.h, residual_scales, strict=True):
                 if scale == 1:
                     x = block(x, mask)
-                elif scale != 0:  # as a tensor: a compiled block would specialize on a number
+                elif scale != 0:  # a tensor: a compiled block would specialize on a Python float
                     x = block(x, mask, torch.full((), scale, dtype=x.dtype, device=x.device))
         return self.transformer.ln_f(x)
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the logits (..., V) of states (..., C)."""
+        """Return the logits (..., V) for hidden states (..., C)."""
         return F.linear(x, self._head_weight())
 
     def _head_weight(self):
         return self.lm_head.weight if self._head_trains else self.lm_head.weight.detach()
 
     def compile_regions(self, whole: bool = False) -> None:
-        """Compile every block, present and future, and the loss, each as a region of its own.
+        """Compile each block, current and future, and the loss as separate regions.
 
-        All blocks share a graph, so growing, freezing and skipping blocks do not compile the model
-        again. whole=True instead compiles everything before the head as one region: a faster step
-        for narrow models, but a new graph in every phase.
+        All blocks share a graph, so growing, freezing and skipping blocks do not recompile the
+        model. whole=True instead compiles everything before the head as one region, which is faster
+        for narrow models but needs a new graph in every phase.
         """
-        # By default dynamo gives up after 8 graphs and silently runs the rest uncompiled.
+        # By default, Dynamo silently falls back to eager execution after 8 recompilations.
         torch._dynamo.config.recompile_limit = 1000
         self.softmax_loss.compile()
         if whole:
@@ -302,7 +303,7 @@ class GPT(nn.Module):
 
     @property
     def n_blocks(self) -> int:
-        """The number of blocks that the model has now."""
+        """The current number of blocks."""
         return len(self.transformer.h)
 
     @torch.no_grad()
@@ -312,18 +313,18 @@ class GPT(nn.Module):
         seed: int,
         optimizer_state: dict[torch.Tensor, Any] | None = None,
     ) -> None:
-        """Build the stack of blocks that `source_map` describes. New blocks train.
+        """Replace the blocks with those that `source_map` describes. New blocks are trainable.
 
         Kept blocks keep their parameter objects, so their optimizer state stays valid. New weights
-        are drawn from (seed, position): a block on top gets the same weights in a model grown to
-        it as in one built whole.
+        are sampled from a generator seeded with (seed, position): a block added on top gets the
+        weights that it would have in a model created with all its blocks.
 
         Args:
-            source_map: for every block of the grown model where it comes from, bottom first; see
+            source_map: the source of each block of the grown model, bottom first; see
                 `growth.Source`.
             optimizer_state: an optimizer's ``state``. If given, each new parameter gets the same
-                mix of its sources' state, including Adam's step count. Without it new parameters
-                have no state, and an optimizer starts them from zero.
+                mix of its sources' state, including Adam's step count. Otherwise, new parameters
+                have no state, and the optimizer initializes it to zero.
 
         Raises:
             ValueError: if there are more than config.n_layer sources.
@@ -336,8 +337,8 @@ class GPT(nn.Module):
             if source.keep:
                 blocks.append(old[source.mix[0][0]])
                 continue
-            # A block in the middle must not repeat the weights of one drawn earlier at its
-            # position.
+            # A block inserted in the middle must not get the initial weights of an earlier block at
+            # the same position.
             parts = (1 + i,) if i >= len(old) else (1 + i, len(source_map))
             blocks.append(self._new_block())
             if source.fresh:
@@ -355,7 +356,10 @@ class GPT(nn.Module):
         return block
 
     def _fill(self, block, old, source, optimizer_state):
-        """Fill a block, which holds its newly initialized weights, as `source` says."""
+        """Set the tensors of a block as `source` describes.
+
+        If `source.fresh` is nonzero, the block must hold newly initialized tensors.
+        """
         olds = [(dict(old[i].named_parameters()), weight) for i, weight in source.mix]
         for name, p in block.named_parameters():
             if source.zero_output and ".c_proj." in name:
@@ -374,17 +378,17 @@ class GPT(nn.Module):
     def freeze(
         self, blocks: Iterable[int] = (), embeddings: bool = False, ln_f=False, head: bool = False
     ) -> None:
-        """Stop training the named parts.
+        """Freeze the given parts.
 
-        The embeddings are wte and wpe as inputs, the head is wte as output projection: the two
-        share a tensor, which is fixed only if both are frozen.
+        The embeddings are wte and wpe as inputs; the head is wte as the output projection. The two
+        share the tensor wte, which is frozen only if both are.
         """
         self._set_requires_grad(False, blocks, embeddings, ln_f, head)
 
     def unfreeze(
         self, blocks: Iterable[int] = (), embeddings: bool = False, ln_f=False, head: bool = False
     ) -> None:
-        """Train the named parts again."""
+        """Unfreeze the given parts."""
         self._set_requires_grad(True, blocks, embeddings, ln_f, head)
 
     def _set_requires_grad(self, flag, blocks, embeddings, ln_f, head):
@@ -402,12 +406,12 @@ class GPT(nn.Module):
     def set_trainable(
         self, blocks: Iterable[int], embeddings: bool = True, head: bool = True
     ) -> None:
-        """Train exactly the named blocks and parts, and the final norm."""
+        """Make the given blocks and parts and the final layer norm trainable, and nothing else."""
         self.freeze(range(self.n_blocks), embeddings=True, head=True)
         self.unfreeze(blocks, embeddings=embeddings, ln_f=True, head=head)
 
     def trainable(self) -> dict:
-        """Return what trains now: {"blocks": [bool, ...], "embeddings", "ln_f", "head": bool}."""
+        """Return what is trainable: {"blocks": [bool, ...], "embeddings", "ln_f", "head": bool}."""
         return {
             "blocks": [block.ln_1.weight.requires_grad for block in self.transformer.h],
             "embeddings": self._embeddings_train,
@@ -416,11 +420,11 @@ class GPT(nn.Module):
         }
 
     def num_params(self, trainable_only: bool = False) -> int:
-        """Return the number of parameters that the model has now; the tied head counts once."""
+        """Return the current number of parameters, counting the tied weights once."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
 
     def param_groups(self, weight_decay: float) -> list[dict]:
-        """Return AdamW's groups over all parameters: only tensors of 2 or more dimensions decay."""
+        """Return parameter groups for AdamW. Only tensors with 2 or more dimensions are decayed."""
         params = list(self.parameters())
         return [
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
@@ -433,12 +437,12 @@ class GPT(nn.Module):
     def generate(
         self, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None, generator=None
     ) -> torch.Tensor:
-        """Extend token ids `idx` (B, T) by `max_new_tokens` sampled ones: (B, T + max_new_tokens).
+        """Append `max_new_tokens` sampled tokens to `idx` (B, T); return (B, T + max_new_tokens).
 
         Args:
-            temperature: divides the logits; 0 takes the most likely token.
-            top_k: sample from the k most likely tokens only.
-            n_vocab: size of the tokenizer's vocabulary, so that padding ids are never drawn.
+            temperature: divides the logits; 0 selects the most likely token.
+            top_k: sample only from the k most likely tokens.
+            n_vocab: size of the tokenizer's vocabulary, so that padding ids are never sampled.
         """
         for _ in range(max_new_tokens):
             x = self.hidden(idx[:, -self.config.block_size :])[:, -1]

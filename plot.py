@@ -1,11 +1,11 @@
-"""Draw the paper's two figures from run folders, and print a table of where the runs ended.
+"""Draw the paper's two figures from run folders, and print a table with the final results.
 
     python plot.py [RUN_DIR ...] [--x steps|tokens|paper_cost|flops|hours]
 
-Figure 1 shows training loss (faint) and validation loss (strong), figure 2 HellaSwag accuracy.
-Ticks on a curve mark its stage boundaries. The solid circle marks where a run is compute-matched:
-it has cost as much as its whole baseline. Reads only what train.py wrote: config.json,
-schedule.json and metrics.jsonl.
+Figure 1 shows the training loss (faint lines) and the validation loss (bold lines). Figure 2 shows
+HellaSwag accuracy. Ticks on a curve mark stage boundaries. A solid circle marks the point at which
+a run is compute-matched: its cumulative cost equals the total cost of its baseline. This script
+reads only config.json, schedule.json and metrics.jsonl, which train.py writes.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ import matplotlib.pyplot as plt
 
 T = TypeVar("T")
 
-# Okabe and Ito's palette, for all kinds of color vision.
+# Palette of Okabe and Ito, suitable for all kinds of color vision.
 COLORS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 X_LABELS = {
     "steps": "steps",
@@ -55,26 +55,26 @@ STYLE: dict[str, Any] = {
     "grid.linewidth": 0.7,
     "axes.axisbelow": True,
     "legend.frameon": False,
-    "svg.hashsalt": "figures",  # the same runs give the same file
+    "svg.hashsalt": "figures",  # makes the files reproducible
 }
 
 
 @dataclass
 class Args:
-    """Draw loss and HellaSwag accuracy of runs."""
+    """Draw the loss and the HellaSwag accuracy of runs."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Run folders; default: all below out/."""
+    """Run folders. Default: all run folders in out/."""
     x: Literal["steps", "tokens", "paper_cost", "flops", "hours"] = "steps"
-    """What the x axis counts."""
+    """Quantity on the x axis."""
     match: Metric = "paper_cost"
-    """Cost metric in which a run is compute-matched with its baseline at the solid circle."""
+    """Cost metric for the compute-matched point (solid circle)."""
     metric: Literal["acc_norm", "acc"] = "acc_norm"
-    """HellaSwag metric: lowest mean loss per token, or lowest summed loss."""
+    """HellaSwag metric: by lowest mean loss per token (acc_norm) or lowest total loss (acc)."""
     out: Path = Path("plots")
     """Folder for the figures."""
     title: str = ""
-    """Title of the figures: what was run, on what, when."""
+    """Title of the figures, for example the model, the hardware and the date."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ class Args:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Config):
-    """config.json. An option that is missing was added to train.py later; it has its default."""
+    """config.json. A missing option was added to train.py later and has its default value."""
 
     vocab_size: int
     hellaswag_file: str | None
@@ -99,7 +99,7 @@ class RunConfig(Config):
 
 @dataclass(frozen=True)
 class PhaseSummary(Phase):
-    """A phase in schedule.json, with what the whole phase costs."""
+    """A phase in schedule.json, with its total cost in every metric."""
 
     tokens: int
     paper_cost: int
@@ -119,7 +119,7 @@ class BaselineSummary:
 
 @dataclass(frozen=True)
 class ScheduleSummary:
-    """The fields of schedule.json that are read here."""
+    """The fields of schedule.json that are used here."""
 
     steps: int
     is_baseline: bool
@@ -129,7 +129,7 @@ class ScheduleSummary:
 
 @dataclass(frozen=True)
 class Row:
-    """The columns of metrics.jsonl that are read here."""
+    """The columns of metrics.jsonl that are used here."""
 
     step: int
     tokens: int
@@ -149,11 +149,12 @@ class Row:
 
 @dataclass
 class Run:
-    """A run folder.
+    """The contents of a run folder.
 
-    `columns` has the columns of metrics.jsonl by name, NaN where a row has no value.
-    `relative_cost` has the cumulative cost at every row by metric, as a fraction of the baseline's
-    total.
+    Attributes:
+        columns: the columns of metrics.jsonl by name. Missing values are NaN.
+        relative_cost: the cumulative cost at every row by metric, as a fraction of the baseline's
+            total.
     """
 
     name: str
@@ -164,7 +165,7 @@ class Run:
     color: str = COLORS[0]
 
     def x(self, axis: str) -> np.ndarray:
-        """Return the position of every row on an x axis of `Args.x`."""
+        """Return the x coordinate of every row, for an axis of `Args.x`."""
         if axis == "hours":
             return self.columns["seconds"] / 3600
         if axis == "steps":
@@ -172,29 +173,29 @@ class Run:
         return self.columns["tokens"] if axis == "tokens" else self.relative_cost[axis]
 
     def measured(self, column: str) -> np.ndarray:
-        """Return for every row whether it has a value in `column`."""
+        """Return whether each row has a value in `column`."""
         return ~np.isnan(self.columns[column])
 
     def curve(self, column: str, axis: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return x and y where `column` was measured; both are empty if it never was."""
+        """Return x and y for the rows with a value in `column`, which may be none."""
         rows = self.measured(column)
         return self.x(axis)[rows], self.columns[column][rows]
 
     def last(self, column: str) -> float | None:
-        """Return the last value of `column`; None if it was never measured."""
+        """Return the last value in `column`, or None if it has no values."""
         _, y = self.curve(column, "steps")
         return float(y[-1]) if len(y) else None
 
     def compute_matched_point(
         self, column: str, axis: str, metric: str
     ) -> tuple[float, float] | None:
-        """Return x and y of a curve where the run has cost as much as its whole baseline.
+        """Return the interpolated point of a curve at which the run is compute-matched.
 
-        They are interpolated; None if the run never cost that much.
+        Return None if the run never costs as much as its baseline.
         """
         x, y = self.curve(column, axis)
         cost = self.relative_cost[metric][self.measured(column)]
-        # A compute-matched schedule is rounded to whole steps: it may end half a step early.
+        # The end of a compute-matched schedule is rounded, so it may be half a step too early.
         half_step = 0.5 * self.schedule.phases[-1].tokens_per_step / self.schedule.baseline.tokens
         if not len(y) or cost[-1] < 1 - half_step:
             return None
@@ -205,17 +206,17 @@ class Run:
         return self.schedule.is_baseline
 
     def stage_starts(self) -> list[int]:
-        """Return the steps at which a stage, or continual training, begins, except the first."""
+        """Return the steps at which a stage or continual training begins, without step 0."""
         if self.is_baseline:
             return []
-        # Ramps cut phases, so two neighbors may belong to the same stage, or both be continual.
+        # Ramps split phases, so consecutive phases may belong to the same stage.
         parts = [(p.stage, p.kind == "continual") for p in self.schedule.phases]
         phases = zip(parts, parts[1:], self.schedule.phases[1:])
         return [p.start for former, part, p in phases if part != former]
 
     @property
     def task(self) -> str:
-        """What figure 2 shows: "HellaSwag", or a task of its form that came with the corpus."""
+        """The task in figure 2: "HellaSwag", or "HellaSwag-style" for the corpus's own task."""
         own = str(Path(self.config.data_dir) / "hellaswag.jsonl")
         return "HellaSwag-style" if self.config.hellaswag_file == own else "HellaSwag"
 
@@ -224,7 +225,7 @@ def load_run(folder: Path) -> Run:
     """Read a run folder.
 
     Raises:
-        UserError: if files are missing or corrupted, or nothing has been logged yet.
+        UserError: if files are missing or corrupted, or metrics.jsonl is empty.
     """
     config, schedule = read_config(folder), _read(folder / "schedule.json", ScheduleSummary)
     path = folder / "metrics.jsonl"
@@ -237,7 +238,7 @@ def load_run(folder: Path) -> Run:
     except ValueError as error:
         raise _corrupted(path, error) from None
     if not rows:
-        raise UserError(f"{path}: is empty: wait until the run has logged a row, or train it again")
+        raise UserError(f"{path}: is empty: wait until the run logs a row, or train it again")
     columns = {
         field.name: np.array([getattr(row, field.name) for row in rows], dtype=float)
         for field in dataclasses.fields(Row)
@@ -268,13 +269,13 @@ def _read(path: Path, schema: type[T]) -> T:
 
 def _missing(path, error):
     return UserError(
-        f"{path}: cannot be read ({error.strerror}): name a run folder that train.py wrote"
+        f"{path}: cannot be read ({error.strerror}): specify a run folder written by train.py"
     )
 
 
 def _corrupted(path, error):
     return UserError(
-        f"{path}: is corrupted, or from another version of train.py ({error}): remove "
+        f"{path}: is corrupted, or was written by another version of train.py ({error}): remove "
         f"{path.parent} and train the run again"
     )
 
@@ -291,10 +292,10 @@ def draw(
     train_column: str = "",
     stderr_column: str = "",
 ):
-    """Draw `column` of every run over `args.x`, with the legend beside it.
+    """Plot `column` of every run against `args.x`.
 
     Returns:
-        matplotlib's figure and axes.
+        The matplotlib figure and axes.
     """
     fig, ax = plt.subplots(layout="constrained")
     has_tick = has_circle = has_level = False
@@ -354,7 +355,7 @@ def draw(
 def figure_loss(runs: list[Run], args: Args):
     """Return figure 1.
 
-    The first tenth of a run, where the loss falls from ln V, may be cut off at the top.
+    The y axis fits the losses after the first tenth of each run, so higher losses may be clipped.
     """
     fig, ax = draw(runs, "val_loss", args, "loss (nats per token)", train_column="loss")
     curves = [run.curve("val_loss", "steps") for run in runs]
@@ -366,7 +367,7 @@ def figure_loss(runs: list[Run], args: Args):
 
 
 def figure_hellaswag(runs: list[Run], args: Args):
-    """Return figure 2, with the standard error as a band and chance as a dotted line."""
+    """Return figure 2, with the standard error as a band and chance level as a dotted line."""
     name = f"hellaswag_{args.metric}"
     task = next(run.task for run in runs if run.measured(name).any())
     ylabel = f"{task} accuracy ({args.metric})"
@@ -386,10 +387,10 @@ def figure_hellaswag(runs: list[Run], args: Args):
 
 
 def draw_figures(runs: list[Run], args: Args) -> list[str]:
-    """Write both figures to `args.out`, the second if there are HellaSwag scores.
+    """Write both figures to `args.out`. Figure 2 needs HellaSwag scores.
 
     Returns:
-        The names of the files, without their suffixes.
+        The file names without suffixes.
 
     Raises:
         UserError: if a file cannot be written.
@@ -407,9 +408,9 @@ def draw_figures(runs: list[Run], args: Args) -> list[str]:
 
 
 def save(fig, path: Path) -> None:
-    """Write a figure as path.png and path.svg; the same runs give the same bytes.
+    """Write a figure to path.png and path.svg. The same runs give the same bytes.
 
-    A file is replaced once the new one is complete.
+    Files are replaced atomically.
 
     Raises:
         UserError: if a file cannot be written.
@@ -423,7 +424,7 @@ def save(fig, path: Path) -> None:
             partial.replace(file)
         except OSError as error:
             raise UserError(
-                f"{file}: cannot be written ({error.strerror}): free some space, or name another "
+                f"{file}: cannot be written ({error.strerror}): free disk space, or use another "
                 "folder"
             ) from None
         finally:
@@ -433,7 +434,7 @@ def save(fig, path: Path) -> None:
 
 
 def table(runs: list[Run], args: Args) -> str:
-    """Return a table of where the runs ended, and of their compute-matched validation losses."""
+    """Return a table of final results and compute-matched validation losses."""
     header = ["run", "steps", "tokens", "paper cost", "FLOPs", "minutes", "val loss"]
     header += [f"compute-matched ({NAMES[args.match]})", args.metric]
     rows = []
@@ -464,19 +465,19 @@ def table(runs: list[Run], args: Args) -> str:
 def main(args: Args) -> None:
     folders = args.runs or sorted(p.parent for p in Path("out").rglob("metrics.jsonl"))
     if not folders:
-        raise UserError("no runs below out/: train one with train.py, or name run folders")
+        raise UserError("no runs in out/: train one with train.py, or specify run folders")
     runs = [load_run(folder) for folder in folders]
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"--out={args.out}: cannot be created ({error.strerror}): name another folder"
+            f"--out={args.out}: cannot be created ({error.strerror}): use another folder"
         ) from None
     print(table(runs, args))
     if len({run.schedule.baseline for run in runs}) > 1:
         print(
-            "note: these runs have different baselines; paper cost and FLOPs are relative to each "
-            "run's own"
+            "note: these runs have different baselines: paper cost and FLOPs are relative to the "
+            "baseline of each run"
         )
     draw_figures(runs, args)
 

@@ -1,4 +1,4 @@
-"""Sample text from a checkpoint.
+"""Generate text from a checkpoint.
 
 python sample.py CHECKPOINT [--prompt "..."] [--max_new_tokens 200] [--num_samples 3]
 """
@@ -19,36 +19,36 @@ from stagewise.errors import UserError, report_user_errors
 
 @dataclass
 class Args:
-    """Sample text from a checkpoint."""
+    """Generate text from a checkpoint."""
 
     checkpoint: tyro.conf.Positional[Path]
     """A run folder, one of its checkpoints, or a model from the Hugging Face Hub:
     gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
     prompt: str = ""
-    """Text to continue; if empty, a new document starts."""
+    """Text to continue. If empty, start a new document."""
     num_samples: int = 3
-    """Number of texts."""
+    """Number of samples to generate."""
     max_new_tokens: int = 200
-    """Tokens to generate for each."""
+    """Number of tokens to generate per sample."""
     temperature: float = 0.8
-    """Below 1 is more conservative, above 1 more random; 0 always takes the most likely token."""
+    """Sampling temperature. Lower is less random; 0 always selects the most likely token."""
     top_k: int = 200
-    """Sample from the k most likely tokens only."""
+    """Sample only from the k most likely tokens."""
     seed: int = 1337
     """Random seed."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of matrix products; auto is bfloat16 on GPUs that support it."""
+    """Precision of matrix products. auto: bfloat16 on GPUs that support it, else float32."""
 
 
 def main(args: Args) -> None:
     for name in ("num_samples", "max_new_tokens", "top_k"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
-    # Logits divided by less could overflow; NaN fails the comparison.
+    # A smaller temperature could overflow the logits. The comparison is written to reject NaN.
     if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
-        raise UserError(f"--temperature={args.temperature} must be 0, or between 0.01 and 100")
+        raise UserError(f"--temperature={args.temperature} must be 0 or between 0.01 and 100")
     if not 0 <= args.seed < 2**63:
         raise UserError(f"--seed={args.seed} must be between 0 and 2**63 - 1")
     device = pick_device(args.device)

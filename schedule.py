@@ -1,13 +1,12 @@
-"""The schedule of a run as data: for every step, what the model is, what runs and what trains.
+"""The schedule of a run as data: the model, and what runs and trains in every step.
 
-A schedule is a sequence of phases, computed before anything is spent. A phase holds everything that
-can differ between two stretches of training. The training loop, the cost account (cost.py), the
-order of the data, checkpoints and figures all read the same phases; the baseline is the schedule
-with one phase.
+A schedule is a sequence of phases, computed before training starts. A phase specifies everything
+that can change during training. The training loop, the cost accounting (cost.py), the data order,
+checkpoints and figures all read the same phases. The baseline is a schedule with one phase.
 
-`make_schedule` builds the phases of arXiv:2411.18700 and of growth without freezing. `with_ramp`
-and `with_skip_policy` turn a schedule into another one, so methods compose. To add a policy of
-skipped blocks, write a function at the end of this file.
+`make_schedule` builds the phases of arXiv:2411.18700 and those of growth without freezing.
+`with_ramp` and `with_skip_policy` transform a schedule into another one, so methods can be
+combined. To add a policy for skipping blocks, write a function at the end of this file.
 """
 
 import math
@@ -27,15 +26,15 @@ StateRule = Literal["carry", "copy", "reset"]
 
 @dataclass(frozen=True)
 class SkipPolicy:
-    """Which blocks are skipped in each step: a pure function of the seed and the step."""
+    """Selects the blocks to skip in each step, as a pure function of the seed and the step."""
 
     name: str  # one of SKIP_POLICIES
     rate: float
-    n_steps: int  # T, the steps over which it changes; afterwards it stays as in the last one
+    n_steps: int  # T; the policy changes over the first T steps and then stays as in the last one
     seed: int
 
     def residual_scales(self, n_blocks: int, step: int) -> tuple[float, ...]:
-        """Return every block's factor on its residual branches; a block with 0 is skipped."""
+        """Return the scale of every block's residual branches. A block with scale 0 is skipped."""
         uniform = derived_uniform(n_blocks, "skip", self.seed, step)
         progress = min(1, step / max(1, self.n_steps - 1))
         return SKIP_POLICIES[self.name](uniform, progress, self.rate)
@@ -43,29 +42,30 @@ class SkipPolicy:
 
 @dataclass(frozen=True)
 class Phase:
-    """A run of steps in which the same parameters exist and the same ones train.
+    """Consecutive steps in which the same parameters exist and the same parameters train.
 
-    The final layer norm trains in every phase, so it has no field.
+    There is no field for the final layer norm, because it trains in every phase.
     """
 
     name: str
     stage: int  # 1..S
     kind: Kind  # the paper's phase 1, its phase 2, and continual training
-    start: int  # first step (optimizer update, from 0)
+    start: int  # first optimizer step, counted from 0
     stop: int  # one past the last step
-    n_blocks: int  # blocks of the model, the paper's L_s
-    trained_blocks: tuple[int, ...]  # any subset of them; the others are frozen
+    n_blocks: int  # number of blocks in the model, L_s in the paper
+    trained_blocks: tuple[int, ...]  # any subset of the blocks; the others are frozen
     train_embeddings: bool  # token and position embeddings
     train_head: bool  # output projection, tied to the token embeddings
     context_length: int  # tokens per sequence; divides block_size
     tokens_per_step: int  # over all processes and micro-batches
-    growth: str | None  # operator that makes the blocks added on entry; None if none are
-    # Optimizer state on entry. "carry": existing parameters keep theirs, new ones start from zero;
-    # "copy": new ones get that of the blocks they are copied from; "reset": all start from zero.
+    growth: str | None  # operator that creates the blocks added on entry; None if none are added
+    # Optimizer state on entry. "carry": existing parameters keep their state, new ones start
+    # without state. "copy": new parameters get the state of the blocks they are copied from.
+    # "reset": all parameters start without state.
     optimizer_state: StateRule
     rewarmup_steps: int  # steps of linear learning-rate warm-up on entry
     skip: SkipPolicy | None  # None: all blocks run in every step
-    milestone: bool  # the checkpoint at its end is kept for good
+    milestone: bool  # the checkpoint at the end of the phase is never removed
 
     @property
     def n_steps(self) -> int:
@@ -77,7 +77,7 @@ class Step:
     """What runs and what trains in one optimizer step."""
 
     phase: Phase
-    residual_scales: tuple[float, ...] | None  # of every block; None: all run unscaled
+    residual_scales: tuple[float, ...] | None  # one per block; None: all blocks run unscaled
 
     @property
     def running_blocks(self) -> tuple[int, ...]:
@@ -102,24 +102,24 @@ class Schedule:
         return max((p.stop for p in self.phases if p.kind != "continual"), default=0)
 
     def phase_at(self, step: int) -> Phase:
-        """Return the phase of optimizer step `step` (from 0); past the end, the last phase."""
+        """Return the phase of step `step` (from 0), or the last phase after the end."""
         return next((p for p in self.phases if step < p.stop), self.phases[-1])
 
     def at(self, step: int) -> Step:
-        """Return what runs and trains in optimizer step `step` (from 0)."""
+        """Return what runs and trains in step `step` (from 0)."""
         phase = self.phase_at(step)
         if phase.skip is None:
             return Step(phase, None)
         return Step(phase, phase.skip.residual_scales(phase.n_blocks, step))
 
     def tokens(self, step: int) -> int:
-        """Return how many tokens the first `step` steps read."""
+        """Return the number of tokens read in the first `step` steps."""
         begun = [p for p in self.phases if p.start < step]
         return sum((min(step, p.stop) - p.start) * p.tokens_per_step for p in begun)
 
     @property
     def is_baseline(self) -> bool:
-        """Whether everything exists, runs and trains alike in every step."""
+        """Whether all parameters exist, run and train in every step, without ramps."""
         first = self.phases[0]
         same = ("n_blocks", "context_length", "tokens_per_step")
         return all(
@@ -133,7 +133,7 @@ class Schedule:
 
 
 # --------------------------------------------------------------------------------------------------
-# making a schedule
+# building a schedule
 
 
 def blocks_per_stage(n_layer: int, stages: int) -> list[int]:
@@ -166,27 +166,29 @@ def make_schedule(
     context_length: int = 1024,
     tokens_per_step: int = 524_288,
 ) -> Schedule:
-    """Return `steps` steps in `stages` stages, then `continual_steps` steps that train all blocks.
+    """Return a schedule of `stages` stages, followed by continual training of all blocks.
 
-    Phase i of n ends at step round(i * steps / n), so the phases have exactly `steps` steps in all.
-    Nothing precedes stage 1, so its phase 1 trains everything.
+    Phase i of n ends at step round(i * steps / n), so the stages have exactly `steps` steps. In
+    stage 1 there are no existing blocks to freeze, so its phase 1 trains everything.
 
     Args:
-        stages: S; 1 is the baseline, one phase in which everything trains.
-        stage_blocks: cumulative block counts instead of `blocks_per_stage`, for example (2, 4, 12);
-            sets S.
-        phase_fractions: relative lengths of the phases. With freezing 2 numbers (phase 1 and 2 of
-            every stage) or 2S; without, S numbers. Default: equal.
-        freezing: False grows without phase 1; every stage trains all its blocks all the time.
-        phase1: what phase 1 trains besides the new blocks and the final norm. "paper": nothing, all
-            that precedes is fixed; "released_code": embeddings and head.
-        growth_operator: name of the operator in growth.py that makes new blocks.
-        optimizer_state, continual_optimizer_state, rewarmup_steps: see `Phase`; of every phase but
-            the first, and of the continual phase.
-        context_length, tokens_per_step: of every phase; `with_ramp` changes them.
+        steps: number of steps of all stages together.
+        stages: number of stages S. 1 is the baseline, one phase that trains everything.
+        continual_steps: number of steps after the stages that train all blocks.
+        stage_blocks: number of blocks at the end of each stage, for example (2, 4, 12). Replaces
+            `blocks_per_stage` and determines S.
+        phase_fractions: relative lengths of the phases. With freezing: 2 numbers (phases 1 and 2 of
+            every stage) or 2S numbers. Without: S numbers. Default: equal lengths.
+        freezing: if False, there is no phase 1, and every stage trains all its blocks.
+        phase1: what phase 1 trains besides the new blocks and the final norm. "paper": nothing
+            else. "released_code": the embeddings and the head.
+        growth_operator: name of the operator in growth.py that creates new blocks.
+        optimizer_state, rewarmup_steps: see `Phase`. Used for every phase except the first.
+        continual_optimizer_state: the optimizer state of the continual phase.
+        context_length, tokens_per_step: used for every phase. `with_ramp` changes them.
 
     Raises:
-        UserError: if the numbers make no schedule.
+        UserError: if the arguments do not describe a valid schedule.
     """
     blocks = list(stage_blocks) if stage_blocks else blocks_per_stage(n_layer, stages)
     S = len(blocks)
@@ -241,10 +243,10 @@ def make_schedule(
             phases[i] = replace(p, milestone=True)
     if phases[-1].n_blocks != n_layer:
         raise UserError(
-            f"steps={steps} leaves the last of {S} stages without a step: use more steps or fewer "
+            f"steps={steps} leaves no step for the last of {S} stages: use more steps or fewer "
             "stages"
         )
-    # An operator that does not exist, or cannot grow the model, is an error now.
+    # Report an operator that does not exist or cannot grow the model before training starts.
     for old, new in zip([phases[0], *phases], phases):
         growth.source_map(growth_operator, old.n_blocks, new.n_blocks)
     if continual_steps:
@@ -275,7 +277,7 @@ def _phase_name(stages, stage, kind, per_stage):
 
 
 def _boundaries(steps, stages, per_stage, fractions):
-    """Steps at which the phases begin and end, from 0 to `steps`."""
+    """Return the steps at which the phases begin and end, from 0 to `steps`."""
     n = stages * per_stage
     if fractions is None:
         fractions = [1.0] * n
@@ -290,10 +292,10 @@ def _boundaries(steps, stages, per_stage, fractions):
         if per_stage == 2:
             needed = f"2 numbers (phase 1 and 2 of every stage) or {n}"
         raise UserError(
-            f"phase_fractions={tuple(fractions)} must be {needed}, one for every phase, and not "
-            "negative"
+            f"phase_fractions={tuple(fractions)} must be {needed}, none of them negative and not "
+            "all zero"
         )
-    # Fractions: a boundary must not depend on the rounding of a running float sum.
+    # Exact fractions, so that a boundary does not depend on floating-point rounding.
     total, cumulative, boundaries = sum(map(Fraction, fractions)), Fraction(0), [0]
     for fraction in fractions:
         cumulative += Fraction(fraction)
@@ -302,10 +304,10 @@ def _boundaries(steps, stages, per_stage, fractions):
 
 
 def schedule_from_config(config, continual_steps: int) -> Schedule:
-    """Return the schedule that the options of a run describe (`stagewise.config.Config`).
+    """Return the schedule described by the options of a run (`stagewise.config.Config`).
 
     Raises:
-        UserError: if the options make no schedule.
+        UserError: if the options do not describe a valid schedule.
     """
     schedule = make_schedule(
         config.n_layer,
@@ -329,13 +331,13 @@ def schedule_from_config(config, continual_steps: int) -> Schedule:
     for phase in schedule.phases:
         if block_size % phase.context_length:
             raise UserError(
-                f"context_ramp={config.context_ramp}: {phase.context_length} must divide "
+                f"context_ramp={config.context_ramp!r}: {phase.context_length} must divide "
                 f"block_size={block_size}"
             )
     if schedule.phases[-1].context_length != block_size:
         raise UserError(
-            f"context_ramp={config.context_ramp}: must reach block_size={block_size} before the "
-            "end, because evaluations use all positions"
+            f"context_ramp={config.context_ramp!r} must end at block_size={block_size}, because "
+            "evaluations use the full context"
         )
     if config.skip_policy == "none":
         return schedule
@@ -343,23 +345,23 @@ def schedule_from_config(config, continual_steps: int) -> Schedule:
 
 
 # --------------------------------------------------------------------------------------------------
-# from schedule to schedule
+# transforming a schedule
 
 
 def with_ramp(schedule: Schedule, field: str, ramp: str) -> Schedule:
-    """Return `schedule` with a field of its phases that changes during training.
+    """Return `schedule` with one field of its phases changed during training.
+
+    Phases are split at the steps at which the value changes. A split alone does not grow the model,
+    reset the optimizer state, warm up the learning rate again, or keep a checkpoint.
 
     Args:
         field: "context_length" or "tokens_per_step".
         ramp: START:VALUE pairs such as "0:512 50%:1024". A start is a number of tokens (with K, M
             or B for thousands, millions, billions) or a percentage of the steps before continual
-            training. Empty: no change.
-
-    Phases are cut where the value changes. A cut alone neither grows the model nor resets optimizer
-    state, warms the learning rate up again, or keeps a checkpoint.
+            training. An empty ramp changes nothing.
 
     Raises:
-        UserError: if `ramp` is not of this form.
+        UserError: if `ramp` does not have this format.
     """
     option = "context_ramp" if field == "context_length" else f"{field}_ramp"
     former = -1
@@ -375,9 +377,9 @@ def with_ramp(schedule: Schedule, field: str, ramp: str) -> Schedule:
             step = round_half_up(min(number / 100, Fraction(1)) * schedule.stage_steps)
         else:
             step = _first_step(schedule, number * {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}[unit])
-        at_end = step == schedule.n_steps  # or beyond: nothing to change
+        at_end = step == schedule.n_steps  # at or after the end: nothing changes
         if (step > 0) if former < 0 else (step <= former and not at_end):
-            raise UserError(f"{option}={ramp!r}: starts must rise from 0, each by a step or more")
+            raise UserError(f"{option}={ramp!r}: starts must increase from 0 by at least one step")
         former = step
         phases = _cut(schedule.phases, step)
         schedule = Schedule(
@@ -387,7 +389,7 @@ def with_ramp(schedule: Schedule, field: str, ramp: str) -> Schedule:
 
 
 def _first_step(schedule, tokens):
-    """The first step that starts after at least `tokens` tokens, at most the number of steps."""
+    """Return the first step that starts after at least `tokens` tokens, at most `n_steps`."""
     for p in schedule.phases:
         before = schedule.tokens(p.start)
         if before + p.n_steps * p.tokens_per_step >= tokens:
@@ -396,7 +398,7 @@ def _first_step(schedule, tokens):
 
 
 def _cut(phases, step):
-    """The same phases with a boundary at `step`."""
+    """Return the same phases, with an additional boundary at `step`."""
     result = []
     for p in phases:
         if not p.start < step < p.stop:
@@ -410,24 +412,24 @@ def _cut(phases, step):
 
 
 def with_skip_policy(schedule: Schedule, name: str, rate: float, seed: int) -> Schedule:
-    """Return `schedule` with blocks skipped in every step by the policy `name`.
+    """Return `schedule` with blocks skipped by the policy `name`.
 
     Raises:
-        UserError: if there is no such policy, or if `rate` is not in [0, 1).
+        UserError: if the policy does not exist, or `rate` is not in [0, 1).
     """
     if name not in SKIP_POLICIES:
         raise UserError(
             f"skip_policy={name!r} is unknown{did_you_mean(name, ['none', *SKIP_POLICIES])}"
         )
     if not 0 <= rate < 1:
-        raise UserError(f"skip_rate={rate} must be at least 0 and below 1")
+        raise UserError(f"skip_rate={rate} must be at least 0 and less than 1")
     skip = SkipPolicy(name, rate, schedule.stage_steps, seed)
     return Schedule(tuple(replace(p, skip=skip) for p in schedule.phases))
 
 
 def begun(phases: Sequence[Phase], step: int) -> list[Phase]:
-    """Return the phases up to `step`, which a schedule must share to continue another one."""
-    # Not compared: what does not change the training, and how the model of step 0 was made.
+    """Return the phases up to `step`, for checking that one schedule can continue another."""
+    # Clear the fields that do not affect training, and how the model of step 0 was created.
     ignored: dict[str, Any] = dict(name="", stage=0, milestone=False)
     return [
         replace(p, stop=min(p.stop, step), growth=p.growth if p.start else None, **ignored)
@@ -443,12 +445,14 @@ def begun(phases: Sequence[Phase], step: int) -> list[Phase]:
 def learning_rate(step: int, schedule: Schedule, config) -> float:
     """Return the learning rate of optimizer step `step` (from 0).
 
-    "constant" is the released script's, "cosine" nanoGPT's, "wsd" is warm-up, stable, then linear
-    decay over the last `decay_fraction` of all steps (Hu et al. 2024, arXiv:2404.06395). All warm
-    up linearly over `warmup_steps`, and again over `rewarmup_steps` where a phase has them.
+    "constant" is used in the paper's released code, and "cosine" in nanoGPT. "wsd" (warm-up,
+    stable, decay) decays linearly over the last `decay_fraction` of all steps (Hu et al. 2024,
+    arXiv:2404.06395). All of them warm up linearly over `warmup_steps`, and again over the
+    `rewarmup_steps` of a phase.
 
     Args:
-        config: has learning_rate (peak), min_lr, lr_schedule, warmup_steps and decay_fraction.
+        config: an object with learning_rate (the peak), min_lr, lr_schedule, warmup_steps and
+            decay_fraction.
     """
     peak, floor, end = config.learning_rate, config.min_lr, schedule.n_steps
     warmup = config.warmup_steps
@@ -468,31 +472,31 @@ def learning_rate(step: int, schedule: Schedule, config) -> float:
 
 
 def round_half_up(x) -> int:
-    """Return the nearest integer, halves up (the built-in `round` rounds halves to even)."""
+    """Round to the nearest integer, and halves up (the built-in `round` rounds halves to even)."""
     return math.floor(x + Fraction(1, 2))
 
 
 # --------------------------------------------------------------------------------------------------
-# policies of skipped blocks: functions (uniform, progress, rate) -> residual scales, where
-# `uniform` has a random number in [0, 1) for every block and `progress` rises from 0 to 1 over
-# training
+# policies for skipping blocks: functions (uniform, progress, rate) -> residual scales. `uniform`
+# contains a random number in [0, 1) for every block. `progress` increases from 0 to 1 over the
+# stages.
 
 
 SKIP_POLICIES: dict[str, Callable[[list[float], float, float], tuple[float, ...]]] = {}
 
 
 def skip_policy(function):
-    """Make a policy selectable by its name."""
+    """Register a policy under its function name."""
     SKIP_POLICIES[function.__name__] = function
     return function
 
 
 @skip_policy
 def layer_dropout(uniform, progress, rate):
-    """Deep blocks and early steps skip more (arXiv:2609.05275).
+    """Skip deep blocks more often than shallow ones, and more in early steps (arXiv:2609.05275).
 
-    Block l of L is skipped with probability p = rate * l/(L-1) * (1 - t/(T-1)) in step t of T. The
-    branches of a block that runs are scaled by 1/(1-p).
+    Block l of L is skipped in step t of T with probability p = rate * l/(L-1) * (1 - t/(T-1)). The
+    residual branches of a block that runs are scaled by 1/(1-p).
     """
     last = max(1, len(uniform) - 1)
     p = [rate * i / last * (1 - progress) for i in range(len(uniform))]

@@ -1,17 +1,17 @@
-"""Train the runs of a study, and report what they measured.
+"""Train the runs of a study, and report the results.
 
     python study.py run results/NAME [--minutes 60] [--processes 8]
     python study.py report results/NAME
 
-results/NAME/study.toml lists the runs, the most important ones first. `run` trains those that are
-not finished, one after the other; if it is stopped, the same command continues. Runs train in
-out/NAME/RUN. When one has finished, its config.json, schedule.json and metrics.jsonl are copied to
-results/NAME/RUN.
+results/NAME/study.toml lists the runs, with the most important ones first. `run` trains the
+unfinished runs one after the other. If it is stopped, the same command continues. Runs are trained
+in out/NAME/RUN. When a run has finished, its config.json, schedule.json and metrics.jsonl are
+copied to results/NAME/RUN.
 
-`report` writes results/NAME/README.md with both figures. Every number is computed here, except
-those in the study's own `about`. Every run is compared with the baseline of its own recipe and seed
-in three metrics: paper cost, FLOPs and seconds. Seconds are steps times the median step time of
-their phase, so they leave out compilation and evaluation.
+`report` writes results/NAME/README.md with both figures. It computes all numbers except those in
+the `about` text of the study. Every run is compared with the baseline of the same recipe and seed
+in three metrics: paper cost, FLOPs and seconds. Seconds are the number of steps times the median
+step time of each phase, so they do not include compilation and evaluation.
 """
 
 import dataclasses
@@ -48,23 +48,24 @@ OWN_OPTIONS = ("seed", "out_dir", "init_from", "dry_run")  # options that a stud
 METRICS = ("paper_cost", "flops", "seconds")
 LABELS = NAMES | {"seconds": "seconds"}
 PAPER_TOKENS = 10_000 * 524_288  # of the paper's baseline
-# A run whose learning rate decays is compute-matched if its total is this close to the baseline's.
+# A run with a decaying learning rate is compute-matched if its total cost is this close to the
+# baseline's.
 CLOSE = 0.02
 
-# Options that may change when a run is resumed: its result does not depend on them.
+# Options that may change when a run is resumed, because the result does not depend on them.
 CHANGEABLE = {
     "out_dir", "init_from", "dry_run", "device", "timeout", "verify_data", "checkpoint_interval",
     "keep_checkpoints", "max_skipped_steps",
 }  # fmt: skip
-# What may differ in config.json between a run and its baseline: the method, and what influences
-# neither loss nor speed.
+# Keys of config.json that may differ between a run and its baseline: the method, and options that
+# affect neither loss nor speed.
 METHOD = CHANGEABLE | {
     "stages", "stage_blocks", "phase_fractions", "freezing", "phase1", "growth", "continual_steps",
     "optimizer_state", "continual_optimizer_state", "rewarmup_steps", "context_ramp",
     "tokens_per_step_ramp", "skip_policy", "skip_rate", "log_interval", "eval_interval", "command",
     "date",
 }  # fmt: skip
-# What may differ besides between runs of different recipes.
+# Additional keys that may differ between runs with different recipes.
 RECIPE = {
     "learning_rate", "lr_schedule", "warmup_steps", "min_lr", "decay_fraction", "weight_decay",
     "beta1", "beta2", "grad_clip", "dropout", "seed",
@@ -73,23 +74,23 @@ RECIPE = {
 
 @dataclass
 class RunArgs:
-    """Train the runs of a study that are not finished."""
+    """Train the unfinished runs of a study."""
 
     folder: tyro.conf.Positional[Path]
     """Folder with a study.toml."""
     processes: int = 1
-    """Processes per run; torchrun starts them if there are more than one."""
+    """Number of processes per run. More than one are started with torchrun."""
     minutes: float | None = None
-    """Stop after this time, with everything saved; the same command continues."""
+    """Stop after this time and save a checkpoint. The same command continues."""
     only: tuple[str, ...] = ()
-    """Runs to train, with or without their seeds; default: all."""
+    """Runs to train, for example s4 or s4_seed1. Default: all."""
     options: tuple[str, ...] = ()
-    """Options of every run after all others, such as --options data_dir=data/mine. Use the same
-    ones each time."""
+    """Additional options of all runs, for example --options data_dir=data/mine.
+    Use the same options every time."""
     out: Path | None = None
-    """Folder of the run folders; default: out/NAME."""
+    """Folder for the run folders. Default: out/NAME."""
     discard_checkpoints: bool = False
-    """Remove the checkpoints of a run when it has finished. GPT-2 124M leaves 1.5 GB per stage."""
+    """Remove the checkpoints of finished runs. GPT-2 124M needs 1.5 GB per stage."""
 
 
 @dataclass
@@ -105,9 +106,9 @@ class ReportArgs:
 
 
 class RunEntry(Struct, forbid_unknown_fields=True):
-    """A table [runs.LABEL] of study.toml."""
+    """A table [runs.LABEL] in study.toml."""
 
-    options: tuple[str, ...] = ()  # of train.py, after those of every run
+    options: tuple[str, ...] = ()  # for train.py, applied after the options of all runs
     seeds: Annotated[tuple[int, ...], Meta(min_length=1)] = (1,)
     against: str = "baseline"  # label of the run to compare with
 
@@ -115,11 +116,11 @@ class RunEntry(Struct, forbid_unknown_fields=True):
 class Study(Struct, forbid_unknown_fields=True):
     """study.toml."""
 
-    title: str  # of the report
-    # RunEntry, by label
+    title: str  # title of the report
+    # RunEntry by label
     runs: Annotated[dict[Annotated[str, Meta(pattern=r"^\w[\w.-]*\Z")], Any], Meta(min_length=1)]
     about: str = ""  # Markdown for the report
-    options: tuple[str, ...] = ()  # of every run
+    options: tuple[str, ...] = ()  # options of all runs
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class PlannedRun:
 
     label: str
     seed: int
-    options: tuple[str, ...] = field(repr=False)  # of train.py
+    options: tuple[str, ...] = field(repr=False)  # for train.py
     against: str  # label of the run to compare with
 
     @property
@@ -137,23 +138,24 @@ class PlannedRun:
 
 
 def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
-    """Return study.toml and its runs.
+    """Return the contents of study.toml and the runs of the study.
 
-    The first seeds come first, in the order of the file, then the second seeds, and so on.
+    The first seed of every run comes first, in the order of the file, then the second seed of every
+    run, and so on.
 
     Raises:
-        UserError: if the file is missing or not a study.
+        UserError: if the file is missing or is not a valid study.
     """
     path = folder / "study.toml"
     try:
         study = convert(tomllib.loads(path.read_text()), Study)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}): name a folder that has a study.toml, such "
+            f"{path}: cannot be read ({error.strerror}): specify a folder with a study.toml, such "
             "as those in results/"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not a valid study: {error}") from None
+        raise UserError(f"{path}: not a valid study: {error}") from None
     planned = []
     for label, table in study.runs.items():
         where = f"{path}, runs.{label}"
@@ -175,7 +177,7 @@ def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
         if f"{run.against}_seed{run.seed}" not in names:
             raise UserError(
                 f"{path}, runs.{run.label}: {run.against} has no run with seed {run.seed} to "
-                "compare with: add the seed there"
+                f"compare with: add the seed to runs.{run.against}"
             )
     most = max(map(len, planned))
     return study, [seeds[i] for i in range(most) for seeds in planned if i < len(seeds)]
@@ -191,15 +193,15 @@ def check_runs(
     """Return the configuration of every run by name.
 
     Args:
-        options: of every run, after its own.
+        options: applied to every run after its own options.
 
     Raises:
-        UserError: if train.py would refuse one, or if runs are compared with one that is not a
-            baseline.
+        UserError: if train.py would reject a configuration, or runs are compared with a run that is
+            not a baseline.
     """
     for option in options:
         if option.split("=")[0] in OWN_OPTIONS:
-            raise UserError(f"--options {option}: the study sets this option itself: remove it")
+            raise UserError(f"--options {option}: the study sets this option: remove it")
     configs = {}
     for run in runs:
         config = load_config([*run.options, *(f"--{option}" for option in options)], Config())
@@ -220,8 +222,8 @@ def check_runs(
 
 def _no_baseline(label):
     return UserError(
-        f"{label}: runs are compared with it, so it must train everything in all of its steps, "
-        "without continual steps and ramps: change its options, or `against` of the others"
+        f"{label}: runs are compared with this run, so it must train all blocks in every step, "
+        "without continual steps or ramps: change its options, or `against` of the other runs"
     )
 
 
@@ -229,7 +231,7 @@ def check_same(folder: Path, config: Config) -> None:
     """Check that the run in a folder, if there is one, was trained with the options of `config`.
 
     Raises:
-        UserError: naming the option that differs.
+        UserError: if an option differs. The message names it.
     """
     if not (folder / "config.json").exists():
         return
@@ -238,13 +240,13 @@ def check_same(folder: Path, config: Config) -> None:
         before, now = getattr(former, option.name), getattr(config, option.name)
         if before != now and option.name not in CHANGEABLE:
             raise UserError(
-                f"{folder}: was trained with {option.name}={before}, but {option.name}={now} is "
-                f"asked for: use the former options, or remove {folder} to train the run again"
+                f"{folder}: was trained with {option.name}={before}, not {option.name}={now}: use "
+                f"the original options, or remove {folder} to train the run again"
             )
 
 
 def load_finished(folder: Path) -> Run | None:
-    """Return the run in a folder; None if it has not been evaluated at its last step.
+    """Return the run in a folder, or None if it has not been evaluated at its last step.
 
     Raises:
         UserError: if a file is corrupted.
@@ -257,7 +259,7 @@ def load_finished(folder: Path) -> Run | None:
 
 
 def run_study(args: RunArgs) -> None:
-    """Train the runs of a study that are not finished. Exits with EXIT_STOPPED if it is stopped."""
+    """Train the unfinished runs of a study. Exit with status EXIT_STOPPED if it is stopped."""
     _, runs = load_study(args.folder)
     if unknown := set(args.only) - {name for r in runs for name in (r.label, r.name)}:
         raise UserError(
@@ -274,8 +276,8 @@ def run_study(args: RunArgs) -> None:
         launcher += ["-m", "torch.distributed.run", "--standalone"]
         launcher += [f"--nproc_per_node={args.processes}"]
 
-    # train.py ends by the signal itself if it is stopped while it starts. torchrun exits with 1
-    # whenever a signal stops it.
+    # While it starts, train.py is terminated by the signal itself. torchrun exits with status 1
+    # whenever it is stopped by a signal.
     stopped = {EXIT_STOPPED, -signal.SIGTERM, -signal.SIGINT, 130}
     stopped |= {1} if args.processes > 1 else set()
     launch = Launcher(args.minutes)
@@ -295,20 +297,23 @@ def run_study(args: RunArgs) -> None:
                 sys.exit(EXIT_STOPPED)
             if status or not load_finished(out / run.name):
                 raise UserError(
-                    f"{run.name}: train.py ended with status {status}: fix what it reports above, "
-                    "then continue with the same command"
+                    f"{run.name}: train.py ended with status {status}: fix the error above, then "
+                    "continue with the same command"
                 )
             keep(out / run.name, args.folder / run.name)
         if args.discard_checkpoints:
             shutil.rmtree(out / run.name / "checkpoints", ignore_errors=True)
-    print(f"all {len(chosen)} runs have finished; report: python study.py report {args.folder}")
+    print(
+        f"all {len(chosen)} runs have finished; to write the report: "
+        f"python study.py report {args.folder}"
+    )
 
 
 class Launcher:
-    """Runs commands one after the other, and passes on signals to stop.
+    """Runs commands one after the other, and forwards signals to them.
 
     Args:
-        minutes: stop after this time as if by SIGTERM.
+        minutes: stop after this time, as after SIGTERM.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -326,15 +331,15 @@ class Launcher:
     def _stop(self, number=signal.SIGTERM, frame=None):
         self.stopping = True
         if self._process:
-            # SIGUSR1 would end torchrun and leave its workers running.
+            # Do not forward SIGUSR1: it would end torchrun and leave its workers running.
             interrupt = number == signal.SIGINT
             self._process.send_signal(signal.SIGINT if interrupt else signal.SIGTERM)
 
     def run(self, command: list[str]) -> int:
         """Run a command and return its exit status."""
-        # In a session of its own, it receives the terminal's Ctrl-C only through `_stop`.
+        # In a new session, the process receives the terminal's Ctrl-C only through `_stop`.
         self._process = subprocess.Popen(command, start_new_session=True)
-        if self.stopping:  # since before the process existed
+        if self.stopping:  # a signal arrived before the process existed
             self._process.send_signal(signal.SIGTERM)
         status = self._process.wait()
         self._process = None
@@ -342,7 +347,7 @@ class Launcher:
 
 
 def keep(run_dir: Path, folder: Path) -> None:
-    """Copy the files of a finished run that `report` reads.
+    """Copy the files of a finished run that `report` needs.
 
     Raises:
         UserError: if they cannot be written.
@@ -352,17 +357,17 @@ def keep(run_dir: Path, folder: Path) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file atomically, and its folder if need be.
+    """Write a file atomically. Create its folder if it does not exist.
 
     Raises:
-        UserError: if it cannot be written.
+        UserError: if the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, text)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be written ({error.strerror}): free some space, or make the folder "
+            f"{path}: cannot be written ({error.strerror}): free disk space, or make the folder "
             "writable"
         ) from None
 
@@ -373,15 +378,15 @@ def write(path: Path, text: str) -> None:
 
 @dataclass
 class Result:
-    """A finished run, and the baseline of the same recipe and seed that it is compared with."""
+    """A finished run and its baseline, which has the same recipe and seed."""
 
     planned: PlannedRun
     run: Run
-    baseline: Run  # the run itself, if it is one
+    baseline: Run  # for a baseline, the run itself
 
     @property
     def decays(self) -> bool:
-        """Whether the learning rate decays. Then only the last loss is a result."""
+        """Whether the learning rate decays. If so, only the final loss is comparable."""
         return self.run.config.lr_schedule != "constant"
 
     @property
@@ -389,9 +394,9 @@ class Result:
         return _final_loss(self.run)
 
     def compute_matched_loss(self, metric: str) -> float | None:
-        """Return the validation loss where the run has cost as much as its whole baseline.
+        """Return the validation loss at the point at which the run is compute-matched.
 
-        None if it never cost that much.
+        Return None if there is no such point.
         """
         if self.decays:
             close = abs(self.run.relative_cost[metric][-1] - 1) <= CLOSE
@@ -405,9 +410,10 @@ class Result:
         return None if loss is None else loss - _final_loss(self.baseline)
 
     def cost_to_baseline_loss(self, metric: str) -> float | None:
-        """Return what the run had cost when its loss first reached the baseline's final loss.
+        """Return the cost at which the run first reaches the baseline's final loss.
 
-        As a fraction of the baseline's total; None if it never did, or if the learning rate decays.
+        The cost is a fraction of the baseline's total. Return None if the run never reaches that
+        loss, or if the learning rate decays.
         """
         _, losses = self.run.curve("val_loss", "steps")
         cost = self.run.relative_cost[metric][self.run.measured("val_loss")]
@@ -422,7 +428,7 @@ class Result:
         return float(cost[i - 1] + part * (cost[i] - cost[i - 1]))
 
     def stages_cost(self, metric: str) -> float:
-        """Return what the stages cost in all, as a fraction of the baseline's total."""
+        """Return the total cost of the stages, as a fraction of the baseline's total."""
         stages = [p for p in self.run.schedule.phases if p.kind != "continual"]
         if metric == "seconds":
             return seconds_at(self.run, stages[-1].stop) / total_seconds(self.baseline)
@@ -435,18 +441,18 @@ def _final_loss(run):
 
 
 def in_phase(run: Run, phase: PhaseSummary, column: str) -> np.ndarray:
-    """Return the values of a column in a phase, in the order of steps."""
+    """Return the values of a column in a phase, ordered by step."""
     steps, values = run.curve(column, "steps")
     return values[(steps > phase.start) & (steps <= phase.stop)]
 
 
 def speed(run: Run, phase: PhaseSummary) -> float:
-    """Return the median of a phase's tokens per second.
+    """Return the median of the tokens per second in a phase.
 
-    The first row is left out, because it may include compilation.
+    The first row is excluded, because it may include compilation.
 
     Raises:
-        UserError: if there are fewer than two rows.
+        UserError: if the phase has fewer than two rows.
     """
     rows = in_phase(run, phase, "tokens_per_second")[1:]
     if not len(rows):
@@ -458,9 +464,9 @@ def speed(run: Run, phase: PhaseSummary) -> float:
 
 
 def seconds_at(run: Run, steps: Any) -> Any:
-    """Return the time that the first `steps` steps (a number or an array) take.
+    """Return the time of the first `steps` steps (a number or an array).
 
-    Every step takes what its phase's median speed says.
+    The time of a step is computed from the median speed of its phase.
     """
     stops = [p.stop for p in run.schedule.phases]
     seconds = np.cumsum([p.tokens / speed(run, p) for p in run.schedule.phases])
@@ -472,9 +478,9 @@ def total_seconds(run: Run) -> float:
 
 
 def load_results(folder: Path) -> tuple[Study, list[Result], list[PlannedRun]]:
-    """Return the study, its finished runs, and the runs that have not finished.
+    """Return the study, its finished runs, and its unfinished runs.
 
-    A run counts as finished when its baseline has finished too.
+    A run counts as finished only if its baseline has finished too.
 
     Raises:
         UserError: if files are corrupted, or runs were not trained under the same conditions.
@@ -498,17 +504,17 @@ def load_results(folder: Path) -> tuple[Study, list[Result], list[PlannedRun]]:
 
 
 def check_comparable(folder: Path, run: Run, other: Run, may_differ: set[str]) -> None:
-    """Check that config.json of two runs is the same, except for the keys in `may_differ`.
+    """Check that two runs have the same config.json, except for the keys in `may_differ`.
 
     Raises:
-        UserError: naming the key.
+        UserError: if another key differs. The message names it.
     """
     for key in (f.name for f in dataclasses.fields(run.config)):
         a, b = getattr(run.config, key), getattr(other.config, key)
         if a != b and key not in may_differ:
             raise UserError(
-                f"{folder / run.name}: {key} is {a}, but {b} in {other.name}, with which it is "
-                "compared: remove one of the two, and train it again under the same conditions"
+                f"{folder / run.name}: {key} is {a}, but {b} in {other.name}, with which the run "
+                "is compared: remove one of the runs and train it again under the same conditions"
             )
 
 
@@ -517,7 +523,7 @@ def check_comparable(folder: Path, run: Run, other: Run, may_differ: set[str]) -
 
 
 def by_label(results: list[Result]) -> dict[str, list[Result]]:
-    """Return the results of all seeds by the label of the run."""
+    """Group the results of all seeds by the label of the run."""
     labels: dict[str, list[Result]] = {}
     for result in results:
         labels.setdefault(result.planned.label, []).append(result)
@@ -525,7 +531,7 @@ def by_label(results: list[Result]) -> dict[str, list[Result]]:
 
 
 def over_seeds(values: list[float | None], form: str, each: bool = True) -> str:
-    """Return the mean over the seeds, with `each` also every value; "-" if one is None."""
+    """Format the mean over the seeds and, with `each`, all values. Return "-" if one is None."""
     numbers = [value for value in values if value is not None]
     if len(numbers) < len(values):
         return "-"
@@ -566,7 +572,7 @@ def loss_table(results: list[Result]) -> str:
 
 
 def accuracy(results: list[Result]) -> str:
-    """Return HellaSwag's acc_norm at the end, and the standard error of one run's."""
+    """Format the final HellaSwag acc_norm, with the standard error of a single run."""
     scores = [r.run.last("hellaswag_acc_norm") for r in results]
     mean = over_seeds([score and 100 * score for score in scores], ".1f", each=False)
     error = results[0].run.last("hellaswag_acc_norm_stderr")
@@ -574,7 +580,7 @@ def accuracy(results: list[Result]) -> str:
 
 
 def stages_table(results: list[Result]) -> str:
-    """Return what all stages together cost, of every run but the baselines; "" if there is none."""
+    """Return a table with the total cost of the stages, for all runs except baselines, or ""."""
     rows = []
     for label, runs in by_label(results).items():
         run = runs[0].run
@@ -586,7 +592,7 @@ def stages_table(results: list[Result]) -> str:
 
 
 def phase_table(results: list[Result]) -> str:
-    """Return speed, memory and cost of every phase, of the first seed of every run."""
+    """Return a table with speed, memory and cost of every phase, for the first seed of each run."""
     firsts = {label: seeds[0] for label, seeds in by_label(results).items()}
     phases = [p for result in firsts.values() for p in result.run.schedule.phases]
     context = len({p.context_length for p in phases}) > 1
@@ -599,7 +605,7 @@ def phase_table(results: list[Result]) -> str:
         run, totals = result.run, result.run.schedule.baseline
         for p in run.schedule.phases:
             mfu = in_phase(run, p, "mfu")[1:]
-            peak = in_phase(run, p, "peak_memory")[:1]  # later ones include evaluations
+            peak = in_phase(run, p, "peak_memory")[:1]  # later values include evaluations
             seconds_per_token = 1 / speed(run, p)
             time = seconds_per_token / (total_seconds(result.baseline) / totals.tokens)
             flops = (p.flops / p.tokens) / (totals.flops / totals.tokens)
@@ -621,7 +627,7 @@ def machine(config: plot.RunConfig) -> str:
 
 
 def conditions(results: list[Result]) -> str:
-    """Return what was trained, on what data and machine, in a few sentences."""
+    """Describe the model, the data and the hardware in a few sentences."""
     baseline = results[0].baseline
     c, totals = baseline.config, baseline.schedule.baseline
     parameters = baseline.schedule.phases[-1].trained_parameters
@@ -638,30 +644,31 @@ def conditions(results: list[Result]) -> str:
 
 
 HOW_TO_READ = (
-    "*Compute-matched*: the validation loss where the run has cost as much as its whole "
-    "baseline, minus the baseline's final validation loss, in nats per token. If it is "
-    "positive, the baseline is better. Losses are interpolated between evaluations. *Compute to "
-    "reach the baseline's final loss*: what the run had cost when its validation loss first "
-    "reached that value, in paper cost, FLOPs and seconds. The baseline has the same recipe and "
-    "seed. A run whose learning rate decays is compared only at its end, and only in metrics in "
-    f"which its total is within {CLOSE:.0%} of the baseline's. Seconds are the steps of each "
-    "phase times its median step time, without compilation and evaluation. With several seeds, "
-    "the first number is their mean. A dash means that there is nothing to compare."
+    "*Compute-matched*: the validation loss at the point at which the run has cost as much as its "
+    "baseline in total, minus the baseline's final validation loss, in nats per token. If the "
+    "difference is positive, the baseline is better. Losses are interpolated between evaluations. "
+    "*Compute to reach the baseline's final loss*: the cost of the run when its validation loss "
+    "first reaches that value, in paper cost, FLOPs and seconds. The baseline has the same recipe "
+    "and seed. A run with a decaying learning rate is compared only at its end, and only in "
+    f"metrics in which its total cost is within {CLOSE:.0%} of the baseline's. Seconds are the "
+    "number of steps of each phase times its median step time, without compilation and evaluation. "
+    "With several seeds, the first number is the mean. A dash means that there is nothing to "
+    "compare."
 )
 ALT = {"figure1_loss": "training and validation loss", "figure2_hellaswag": "HellaSwag accuracy"}
-CAPTION = "*The first seed of the runs that are compared with the first baseline.*"
+CAPTION = "*First seed of all runs that are compared with the first baseline.*"
 STAGES = (
-    "All stages together, without continual training, as a fraction of the baseline's total. Paper "
-    "cost is the unit in which the paper states its savings."
+    "Total cost of the stages, without continual training, as a fraction of the baseline's total. "
+    "Paper cost is the unit in which the paper states its savings."
 )
-PHASES = "Of the first seed. Time and FLOPs are per token, relative to the baseline's."
+PHASES = "For the first seed. Time and FLOPs are per token, relative to the baseline's."
 
 
 def draw_figures(folder: Path, title: str, results: list[Result]) -> list[str]:
-    """Draw the first seed of the runs that are compared with the first baseline.
+    """Draw the first seed of all runs that are compared with the first baseline.
 
     Returns:
-        The names of the figures, without their suffixes.
+        The file names of the figures without suffixes.
     """
     first = results[0]
     runs = []
@@ -674,12 +681,12 @@ def draw_figures(folder: Path, title: str, results: list[Result]) -> list[str]:
 
 
 def report_study(args: ReportArgs) -> None:
-    """Write the report of a study, and its figures."""
+    """Write the report of a study and its figures."""
     study, results, missing = load_results(args.folder)
     folder = args.folder.as_posix()
     if not results:
         raise UserError(
-            f"{folder}: no run has finished together with its baseline: train them with python "
+            f"{folder}: no run has finished together with its baseline: train the runs with python "
             f"study.py run {folder}"
         )
     names = draw_figures(args.folder, study.title, results)
@@ -690,8 +697,9 @@ def report_study(args: ReportArgs) -> None:
     stages = stages_table(results)
     page = [
         f"# {study.title}",
-        f"*Written by `python study.py report {folder}` from the run folders beside it, which "
-        f"`python study.py run {folder}` wrote. Each config.json has the command of its run.*",
+        f"*Written by `python study.py report {folder}` from the run folders next to this file, "
+        f"which `python study.py run {folder}` wrote. Each config.json contains the command of its "
+        "run.*",
         *head,
         figures,
         "## Compute-matched losses",
@@ -723,7 +731,7 @@ if __name__ == "__main__":
         main(
             tyro.cli(
                 Command,
-                description="Train the runs of a study, and report what they measured.",
+                description="Train the runs of a study, and report the results.",
                 config=(tyro.conf.FlagConversionOff,),
                 use_underscores=True,
             )

@@ -1,11 +1,12 @@
-"""Train a GPT-2, whole or stage by stage (arXiv:2411.18700).
+"""Train a GPT-2, with all blocks from the start or in stages (arXiv:2411.18700).
 
     python train.py [configs/A.py configs/B.py ...] [--key=value ...]          one process
     torchrun --standalone --nproc_per_node=8 train.py [...]                    eight GPUs
-    python train.py configs/gpt2_124m.py configs/s4.py --dry_run               what would that cost?
+    python train.py configs/gpt2_124m.py configs/s4.py --dry_run               print the cost only
 
 Options (stagewise/config.py) -> schedule (schedule.py) -> phases -> steps -> metrics.jsonl ->
-figures (plot.py). The loop only follows the schedule; the baseline is the schedule with one phase.
+figures (plot.py). The training loop has no method-specific branches: it follows the schedule. The
+baseline is a schedule with a single phase.
 """
 
 import dataclasses
@@ -70,7 +71,7 @@ BAR = "{desc:<16} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}{po
 
 
 def main() -> None:
-    # --- options and schedule: everything that can be wrong is checked before anything starts
+    # --- options and schedule: check all inputs before any work starts
     ranks = ranks_from_environment()
     config = load_config(sys.argv[1:], Config(), quiet=ranks.local_rank != 0)
     out_dir = Path(config.out_dir)
@@ -107,8 +108,8 @@ def main() -> None:
     task = hellaswag.task_file(config.hellaswag_data, config.data_dir)
     if task == hellaswag.DEFAULT_PATH and ranks.local_rank == 0:
         hellaswag.download()
-    # All ranks meet here: the download is complete, and none checks out_dir (above) after rank 0
-    # wrote to it (below).
+    # All ranks synchronize here: the download is complete, and every rank has checked out_dir
+    # (above) before rank 0 writes to it (below).
     gloo_group = init_process_group(device, ranks, config.timeout) if ranks.launched else None
     examples = []
     if task:
@@ -116,7 +117,7 @@ def main() -> None:
         limit = config.hellaswag_limit
         examples = hellaswag.load_examples(task, encoding, config.block_size, limit)
 
-    # --- model, optimizer state and position: new, or from the checkpoint
+    # --- model, optimizer state and position: new, or from a checkpoint
     if ranks.master:
         lock = lock_folder(out_dir)  # noqa: F841  (held until the process ends)
     newest = [
@@ -153,12 +154,12 @@ def main() -> None:
         epochs = schedule.tokens(schedule.n_steps) / train_tokens
         micro = grad_accum_steps(config, config.tokens_per_step, ranks.world_size)
         print(
-            f"{out_dir}: on {ranks.world_size} x {device_name(device)}; {epochs:.2f} epochs; each "
-            f"step {ranks.world_size} processes x {micro} micro-batches x {config.batch_size} "
+            f"{out_dir}: {ranks.world_size} x {device_name(device)}; {epochs:.2f} epochs; per step "
+            f"{ranks.world_size} processes x {micro} micro-batches x {config.batch_size} "
             f"sequences" + (f"; resuming at step {step}" if step else "")
         )
     if ranks.world_size > 1:
-        dist.barrier()  # no rank trains before the outputs are known to be writable
+        dist.barrier()  # training starts only after rank 0 has created the output files
     run = run_state(config, model_config, schedule, len(train_data), meta["tokenizer"])
     evaluation = functools.partial(
         evaluate, model, val_data, val_windows, examples, precision, config.batch_size, ranks
@@ -166,7 +167,7 @@ def main() -> None:
     batches = Prefetch(train_batches(train_data, order, schedule, step, config, ranks, device))
     signals = StopSignals()
     peak = (peak_flops(device) or math.nan) * ranks.world_size
-    refresh = 0.5 if sys.stderr.isatty() else 30  # seconds: a log file need not hold every step
+    refresh = 0.5 if sys.stderr.isatty() else 30  # seconds; keeps log files short
     bar = tqdm(
         total=schedule.n_steps,
         initial=step,
@@ -188,22 +189,22 @@ def main() -> None:
         begins = step == phase.start
         optimizer = enter_phase(model, optimizer_state, phase, config, begins)
         optimizer_state = optimizer.state
-        check_replicas(model, step, gloo_group)  # before DDP silently makes them equal
-        # DDP fixes the set of trained parameters when it is built. The former one must be gone by
-        # then, with the hooks that it left on the parameters.
+        check_replicas(model, step, gloo_group)  # before DDP silently broadcasts rank 0's weights
+        # DDP fixes the set of trainable parameters at construction. The previous wrapper must be
+        # deleted first, together with the hooks that it registered on the parameters.
         wrapped = None
         wrapped = wrap(model, phase, device) if ranks.world_size > 1 else model
         accum_steps = grad_accum_steps(config, phase.tokens_per_step, ranks.world_size)
         bar.set_description(phase.name)
         reset_peak_memory(device)
 
-        pending_losses: list[torch.Tensor] = []  # loss and gradient norm that the host has not read
+        pending_losses: list[torch.Tensor] = []  # (loss, gradient norm) of steps, on the device
         interval_start, batches.waited = time.perf_counter(), 0.0
         while step < phase.stop and not stopping:
             lr = learning_rate(step, schedule, config)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            if config.dropout:  # seeded per step, so that a resumed run drops the same units
+            if config.dropout:  # seeded per step, so that a resumed run uses the same masks
                 torch.manual_seed(derived_seed("dropout", config.seed, step, ranks.rank))
             scales = schedule.at(step).residual_scales
             pending_losses.append(
@@ -221,7 +222,7 @@ def main() -> None:
             if not (logs or evaluates or saves or stopping or step == phase.stop):
                 continue
 
-            # The only place where the host waits for the device.
+            # Reading the losses synchronizes with the device; train_step does not.
             losses = torch.stack(pending_losses).tolist()
             pending_losses.clear()
             elapsed = time.perf_counter() - interval_start
@@ -257,29 +258,30 @@ def main() -> None:
         metrics.close()
         if writer.failure:
             raise UserError(
-                f"{writer.failure}: what was trained after the checkpoint before it is lost; fix "
-                "the cause, then use --init_from=resume"
+                f"{writer.failure}: training since the previous checkpoint is lost; fix the cause, "
+                "then use --init_from=resume"
             )
     if ranks.launched:
         if ranks.world_size > 1:
-            # When a process ends, torchrun ends the others, also the one that still writes.
+            # When a process exits with a nonzero status, such as EXIT_STOPPED, torchrun terminates
+            # the others, even one that is still writing.
             dist.barrier(gloo_group)
         dist.destroy_process_group()
-    signals.restore()  # not before all is on the disk: a scheduler may signal more than once
+    signals.restore()  # only after everything is on disk: a scheduler may signal more than once
     where = f"step {step:,} of {schedule.n_steps:,}"
     if stopping:
         if ranks.master:
             print(
-                f"{out_dir}: stopped at {where}, everything saved; continue with the same "
+                f"{out_dir}: stopped at {where}, checkpoint saved; continue with the same "
                 "command and --init_from=auto"
             )
         sys.exit(EXIT_STOPPED)
     if ranks.master:
-        print(f"{out_dir}: finished at {where}; draw it with python plot.py {out_dir}")
+        print(f"{out_dir}: finished at {where}; to draw figures: python plot.py {out_dir}")
 
 
 # --------------------------------------------------------------------------------------------------
-# steps of the loop
+# training loop
 
 
 def enter_phase(
@@ -289,11 +291,11 @@ def enter_phase(
     config: Config,
     begins: bool = True,
 ) -> torch.optim.AdamW:
-    """Grow the model to the blocks of a phase, set what trains, and return a new optimizer.
+    """Grow the model for a phase, set its trainable parameters, and return a new optimizer.
 
     Args:
-        optimizer_state: by parameter, of the phase before or of a checkpoint.
-        begins: False if the run resumes within the phase.
+        optimizer_state: state by parameter, from the previous phase or a checkpoint.
+        begins: False if the run resumes in the middle of the phase.
     """
     if begins and phase.optimizer_state == "reset":
         optimizer_state = {}
@@ -306,10 +308,10 @@ def enter_phase(
 
 
 def make_optimizer(model: GPT, config: Config, state: dict | None = None) -> torch.optim.AdamW:
-    """Return AdamW over all parameters that exist, with the state that `state` has of them.
+    """Return AdamW over all current parameters, with their entries in `state`.
 
-    That includes frozen parameters: they have no gradient, so AdamW neither changes nor decays
-    them, and their state waits for the phase that trains them again.
+    Frozen parameters are included. They have no gradient, so AdamW neither updates nor decays them,
+    and their state is kept until a later phase trains them again.
     """
     optimizer = torch.optim.AdamW(
         model.param_groups(config.weight_decay),
@@ -324,7 +326,7 @@ def make_optimizer(model: GPT, config: Config, state: dict | None = None) -> tor
 
 
 def wrap(model: GPT, phase: Phase, device: torch.device) -> DDP:
-    """Return the model in DistributedDataParallel. Skipped blocks have no gradients to wait for."""
+    """Wrap the model in DistributedDataParallel. Skipped blocks receive no gradients."""
     return DDP(
         model,
         device_ids=[device] if device.type == "cuda" else None,
@@ -342,19 +344,20 @@ def train_step(
     grad_clip: float = 0.0,
     residual_scales: Sequence[float] | None = None,
 ) -> torch.Tensor:
-    """Make one optimizer step: the gradient of the mean loss over the micro-batches, then AdamW.
+    """Perform one optimizer step on the mean loss over `grad_accum_steps` micro-batches.
 
-    A step whose loss or gradient is not finite changes nothing. Nothing here waits for the device.
+    If the loss or the gradient norm is not finite, the update is skipped. Does not synchronize with
+    the device.
 
     Args:
-        model: a GPT, or one in DistributedDataParallel, which reduces gradients on the last
-            micro-batch only.
+        model: a GPT, possibly wrapped in DistributedDataParallel, which then reduces gradients on
+            the last micro-batch only.
         batches: yields (inputs, targets), each (B, T).
-        grad_clip: maximum norm of the gradient; 0 does not clip.
+        grad_clip: maximum gradient norm; 0 disables clipping.
         residual_scales: see `GPT.hidden`.
 
     Returns:
-        Loss and norm of the gradient over all ranks, a tensor (2,) on the model's device.
+        A tensor (2,) on the model's device: loss and gradient norm over all ranks.
     """
     device = next(model.parameters()).device
     kwargs = {} if residual_scales is None else {"residual_scales": residual_scales}
@@ -376,7 +379,7 @@ def train_step(
     else:
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
     result = torch.stack((loss, grad_norm))
-    # AdamW's fused kernel leaves state and parameters alone if this is 1, as with a GradScaler.
+    # If this is 1, fused AdamW leaves parameters and state unchanged, as with a GradScaler.
     optimizer.found_inf = result.isfinite().all().logical_not().float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -392,10 +395,11 @@ def train_batches(
     ranks: Ranks,
     device: torch.device,
 ) -> Iterator[list[torch.Tensor]]:
-    """Yield this rank's (inputs, targets) of every micro-batch from `step` to the end.
+    """Yield this rank's (inputs, targets) for every micro-batch from `step` to the end.
 
-    Each is (B, T) with T the phase's context: a window of block_size tokens gives block_size / T
-    sequences, in order. Which tokens a step reads depends on the number of tokens read before it.
+    Each has shape (B, T), where T is the context length of the phase: a window of block_size tokens
+    is split into block_size / T consecutive sequences. The tokens that a step reads depend only on
+    the number of tokens read before it.
     """
     for s in range(step, schedule.n_steps):
         phase = schedule.phase_at(s)
@@ -408,7 +412,7 @@ def train_batches(
 
 
 def read_batch(data: Shards, windows: np.ndarray, device: torch.device) -> list[torch.Tensor]:
-    """Return inputs and targets, each (B, T), in pinned memory if there is a GPU to copy to."""
+    """Return inputs and targets, each (B, T), in pinned memory if the device is a GPU."""
     tensors = map(torch.from_numpy, data.read(windows))
     return [t.pin_memory() if device.type == "cuda" else t for t in tensors]
 
@@ -422,14 +426,14 @@ def evaluate(
     batch_size: int,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """Return the validation loss, and HellaSwag's scores if there are examples.
+    """Return the validation loss, and the HellaSwag scores if there are examples.
 
-    At full context, with all blocks; every rank evaluates a share.
+    Uses the full context length and all blocks. Every rank evaluates its share of the data.
     """
     result = {}
     device = model.lm_head.weight.device
     model.eval()
-    # Eager: the varying shapes of HellaSwag would each compile the blocks again.
+    # Eager, because the varying shapes of HellaSwag would recompile the blocks many times.
     with torch.no_grad(), precision, torch.compiler.set_stance("force_eager"):
         total = torch.zeros((), dtype=torch.float64, device=device)
         for start in range(ranks.rank * batch_size, len(windows), ranks.world_size * batch_size):
@@ -451,7 +455,7 @@ def evaluate(
 def row_start(
     schedule: Schedule, step: int, model_config: GPTConfig, seconds: float
 ) -> dict[str, Any]:
-    """Return the columns that every row of metrics.jsonl has: position, cumulative cost, time."""
+    """Return the columns common to all rows of metrics.jsonl: position, cumulative cost, time."""
     phase = schedule.phase_at(max(0, step - 1))
     row = {"step": step, "stage": phase.stage, "phase": phase.kind, "blocks": phase.n_blocks}
     costs = {m: cumulative_cost(schedule, step, m, model_config) for m in COST_METRICS}
@@ -459,7 +463,7 @@ def row_start(
 
 
 def log(metrics: MetricsWriter, row: dict, phase: Phase) -> None:
-    """Append a row to metrics.jsonl, and print it if it has an evaluation."""
+    """Append a row to metrics.jsonl, and print it if it contains an evaluation."""
     metrics.write(row)
     if "val_loss" in row:
         scores = "".join(
@@ -473,7 +477,7 @@ def log(metrics: MetricsWriter, row: dict, phase: Phase) -> None:
 def loss_columns(
     loss: float, grad_norm: float, zscore: float | None, lr: float, monitor: LossMonitor
 ) -> dict[str, Any]:
-    """Return the columns of metrics.jsonl about the last step."""
+    """Return the columns of metrics.jsonl that describe the last step."""
     return {
         "loss": finite(loss),
         "loss_zscore": zscore,
@@ -487,11 +491,11 @@ def loss_columns(
 def speed_columns(
     schedule: Schedule, first: int, step: int, elapsed: float, model_config: GPTConfig, peak: float
 ) -> dict[str, Any]:
-    """Return the columns of metrics.jsonl about the speed of steps `first` to `step`.
+    """Return the throughput columns of metrics.jsonl for steps `first` to `step`.
 
     Args:
-        elapsed: seconds that they took.
-        peak: peak FLOP/s of all devices together, NaN if unknown.
+        elapsed: duration of these steps in seconds.
+        peak: combined peak FLOP/s of all devices; NaN if unknown.
     """
     tokens = schedule.tokens(step) - schedule.tokens(first)
     before, after = (cumulative_cost(schedule, s, "flops", model_config) for s in (first, step))
@@ -504,56 +508,56 @@ def speed_columns(
 
 
 def progress(row: dict[str, Any], total_flops: int) -> str:
-    """Return what the progress bar says; the time left is that of the FLOPs left."""
+    """Return the text of the progress bar. The ETA is estimated from the remaining FLOPs."""
     loss = math.nan if row["loss"] is None else row["loss"]
     eta = tqdm.format_interval((total_flops - row["flops"]) / row["flops_per_second"])
     return f"loss {loss:.4f}, {row['tokens_per_second']:,.0f} tok/s, ETA {eta}"
 
 
 def finite(x: float) -> float | None:
-    """Return x, or None for what JSON cannot express."""
+    """Return x, or None if it is NaN or infinite, which JSON cannot represent."""
     return x if math.isfinite(x) else None
 
 
 def diverged(step, loss, grad_norm, config, schedule, data, order) -> UserError:
-    """Return the error that ends a run after too many skipped steps; it names the shards read."""
+    """Return the error for too many skipped steps in a row. It names the shards of the last one."""
     start, stop = (schedule.tokens(s) // config.block_size for s in (step - 1, step))
     files = ", ".join(data.files(order.windows(start, stop)))
     return UserError(
         f"step {step}, which read {files}: loss {loss}, gradient norm {grad_norm}; the last "
-        f"{config.max_skipped_steps} updates were skipped. The last checkpoint is good: lower "
-        "learning_rate, or check the data"
+        f"{config.max_skipped_steps} updates were skipped: resume from the last checkpoint with a "
+        "lower learning_rate, or check the data"
     )
 
 
 # --------------------------------------------------------------------------------------------------
-# set-up
+# setup
 
 
 def make_model_config(config: Config, vocab_size: int) -> GPTConfig:
-    """Return the sizes of the finished model."""
+    """Return the configuration of the final model."""
     c = config
     return GPTConfig(c.block_size, vocab_size, c.n_layer, c.n_head, c.n_embd, c.dropout, c.bias)
 
 
 def check_out_dir(out_dir: Path, init_from: str) -> None:
-    """Raise UserError if a run is to start in a used folder, or to resume without a checkpoint."""
+    """Raise UserError if a new run would use an existing run's folder, or none can be resumed."""
     names = ("metrics.jsonl", FOLDER)
     used = next((out_dir / name for name in names if (out_dir / name).exists()), None)
     if init_from == "scratch" and used:
         hint = "resume it with --init_from=resume"
         if not checkpoints(out_dir):
-            hint = "that run has no checkpoint yet: start it again with --init_from=auto"
-        raise UserError(f"{used} exists: {hint}, or name another --out_dir")
+            hint = "the run has no checkpoint yet, start it again with --init_from=auto"
+        raise UserError(f"{used} exists: {hint}, or use another --out_dir")
     if init_from == "resume" and not checkpoints(out_dir):
         raise UserError(
-            f"{out_dir}: no checkpoint to resume from: --init_from=auto starts the run, or name "
+            f"{out_dir}: no checkpoint to resume from: use --init_from=auto to start the run, or "
             "another --out_dir"
         )
 
 
 def check_compiler(option: str) -> None:
-    """Raise UserError if torch.compile has no C++ compiler on the CPU."""
+    """Raise UserError if no C++ compiler is installed, which torch.compile needs on a CPU."""
     if not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
         raise UserError(
             f"compile={option} needs a C++ compiler on the CPU (g++ or clang++): install one, or "
@@ -564,10 +568,10 @@ def check_compiler(option: str) -> None:
 def initial_model(
     config: Config, model_config: GPTConfig, phase: Phase, tokenizer: str, device: torch.device
 ) -> GPT:
-    """Return the model of a new run: with new weights, or with those of `init_weights`.
+    """Return the model of a new run, newly initialized or with the weights of `init_weights`.
 
     Raises:
-        UserError: if `init_weights` has no weights for this model.
+        UserError: if the weights of `init_weights` do not match this model.
     """
     if not config.init_weights:
         return GPT(model_config, n_blocks=phase.n_blocks, seed=config.seed, device=device)
@@ -577,17 +581,17 @@ def initial_model(
     for key in ("n_embd", "n_head", "block_size", "bias"):
         if theirs.get(key) != ours[key]:
             raise UserError(
-                f"{where}: has {key}={theirs.get(key)}, but {key}={ours[key]} is asked for"
+                f"{where}: has {key}={theirs.get(key)}, but {key}={ours[key]} was requested"
             )
     if checkpoint["tokenizer"] != tokenizer:
         raise UserError(
-            f"{where}: was trained with tokenizer {checkpoint['tokenizer']}, but {config.data_dir} "
-            f"has {tokenizer}"
+            f"{where}: the model was trained with tokenizer {checkpoint['tokenizer']}, but "
+            f"{config.data_dir} uses {tokenizer}"
         )
     if checkpoint["n_blocks"] > phase.n_blocks:
         raise UserError(
-            f"{where}: has {checkpoint['n_blocks']} blocks, but the first phase has "
-            f"{phase.n_blocks}: use a schedule that starts with more"
+            f"{where}: the model has {checkpoint['n_blocks']} blocks, but the first phase has "
+            f"{phase.n_blocks}: use a schedule that starts with more blocks"
         )
     if checkpoint["n_blocks"] < phase.n_blocks and phase.kind == "new_blocks":
         raise UserError(
@@ -595,7 +599,7 @@ def initial_model(
             f"train all {phase.n_blocks}: give the first stage {checkpoint['n_blocks']} blocks, or "
             "use --freezing=False"
         )
-    for name in ("lm_head.weight", "transformer.wte.weight"):  # GPT-2's own is not padded
+    for name in ("lm_head.weight", "transformer.wte.weight"):  # OpenAI's are not padded
         w = checkpoint["model"][name]
         rows = max(0, model_config.vocab_size - len(w))
         checkpoint["model"][name] = torch.nn.functional.pad(w, (0, 0, 0, rows))
@@ -609,10 +613,11 @@ def initial_model(
 def check_resumable(
     checkpoint: dict, config: Config, model_config: GPTConfig, schedule: Schedule, n_windows: int
 ) -> None:
-    """Raise UserError if the run in the checkpoint is not the beginning of the run asked for.
+    """Raise UserError unless the requested run can continue from the checkpoint.
 
     The model, the seed, the data and the phases up to the checkpoint's step must be the same.
-    Everything else may change: processes, micro-batch, rates, intervals, and how long the run is.
+    Everything else may change, for example the number of processes, the micro-batch size, the
+    learning rate, the intervals and the length of the run.
     """
     step, out_dir = checkpoint["step"], config.out_dir
     before = checkpoint["model_config"] | {
@@ -624,7 +629,7 @@ def check_resumable(
     changed = [f"{k} {before.get(k)} -> {now[k]}" for k in names if before.get(k) != now[k]]
     if changed:
         raise UserError(
-            f"{out_dir}: cannot resume with {', '.join(changed)}: use the former values, or "
+            f"{out_dir}: cannot resume with {', '.join(changed)}: use the original values, or "
             "another out_dir"
         )
     try:
@@ -639,9 +644,9 @@ def check_resumable(
         pairs = zip(former, asked)
         fields = {f.name for p, q in pairs for f in dataclasses.fields(p) if _differ(p, q, f.name)}
         raise UserError(
-            f"{out_dir}: the schedule up to step {step} is not the one asked for (it differs in "
-            f"{', '.join(sorted(fields)) or 'its phases'}): use the run's own options "
-            "(continual_steps may grow)"
+            f"{out_dir}: the schedule up to step {step} does not match the checkpoint (it differs "
+            f"in {', '.join(sorted(fields)) or 'its phases'}): use the original options "
+            "(continual_steps may be increased)"
         )
 
 
@@ -650,7 +655,7 @@ def _differ(p, q, name):
 
 
 def add_parameter_counts(summary: dict, schedule: Schedule, model_config: GPTConfig) -> None:
-    """Add the number of parameters that train to every phase of a summary."""
+    """Add the number of trainable parameters to every phase of a summary."""
     model = GPT(model_config, n_blocks=0, device="meta")
     for phase, row in zip(schedule.phases, summary["phases"]):
         if model.n_blocks != phase.n_blocks:
@@ -666,11 +671,11 @@ def add_parameter_counts(summary: dict, schedule: Schedule, model_config: GPTCon
 def print_dry_run(
     out_dir: Path, summary: dict, model_config: GPTConfig, data_dir: str, no_corpus: bool
 ) -> None:
-    """Print the schedule and write schedule.json, unless the folder holds a run."""
+    """Print the schedule. Also write schedule.json, unless the folder contains a run."""
     print(summary_table(summary))
     if no_corpus:
         print(
-            f"(no corpus in {data_dir} yet: assuming a vocabulary of {model_config.vocab_size:,})"
+            f"(no corpus in {data_dir} yet; assuming a vocabulary of {model_config.vocab_size:,})"
         )
     if not any((out_dir / name).exists() for name in ("metrics.jsonl", FOLDER)):
         write_json(out_dir, "schedule.json", summary)
@@ -682,7 +687,7 @@ def write_json(out_dir: Path, name: str, value: dict) -> None:
         atomic_write(out_dir / name, json.dumps(value, indent=2) + "\n")
     except OSError as error:
         raise UserError(
-            f"out_dir={out_dir} cannot be written ({error.strerror}): free some space, or name "
+            f"out_dir={out_dir}: cannot be written ({error.strerror}): free disk space, or use "
             "another --out_dir"
         ) from None
 
@@ -695,7 +700,7 @@ def describe_run(
     ranks: Ranks,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Return config.json: all options, what follows from them, and what the run was started on."""
+    """Return the contents of config.json: options, derived values, hardware and environment."""
     return dataclasses.asdict(config) | {
         "vocab_size": model_config.vocab_size,
         "hellaswag_file": str(task) if task else None,
@@ -713,7 +718,7 @@ def describe_run(
 def run_state(
     config: Config, model_config: GPTConfig, schedule: Schedule, n_windows: int, tokenizer: str
 ) -> dict[str, Any]:
-    """Return the fields of `checkpoint.State` that do not change during a run."""
+    """Return the fields of `checkpoint.State` that are constant during a run."""
     return {
         "model_config": dataclasses.asdict(model_config),
         "config": dataclasses.asdict(config),

@@ -1,2 +1,2 @@
-# The baseline: one phase, all blocks train from the start.
+# The baseline: a single phase that trains all blocks.
 stages, continual_steps = 1, 0

@@ -1,6 +1,6 @@
-# A current recipe: warm-up, stable rate, linear decay to zero, clipping, and a short warm-up at the
-# start of each phase. The rate decays to the end of the run, so compare runs that end
-# compute-matched: --continual_steps=match_flops.
+# A current recipe: warm-up, constant learning rate, linear decay to zero, gradient clipping, and a
+# short warm-up at the start of every later phase. The learning rate decays until the end of the
+# run, so compare only runs that end compute-matched (--continual_steps=match_flops).
 learning_rate, lr_schedule, warmup_steps, rewarmup_steps = 6e-4, "wsd", 500, 100
 decay_fraction, min_lr, grad_clip = 0.2, 0.0, 1.0
 weight_decay, beta1, beta2 = 0.1, 0.9, 0.95

@@ -1,2 +1,4 @@
-"""Plumbing of the training scripts. Nothing here imports from the repository's root or decides what
-trains."""
+"""Infrastructure for the training scripts.
+
+This package does not import from the repository root and contains no training methods.
+"""

@@ -1,11 +1,11 @@
-"""Checkpoints: written atomically, verified before use, read without running code.
+"""Checkpoints: written atomically, verified before use, loaded without executing code.
 
     RUN_DIR/checkpoints/step_00001000/model.safetensors       weights by nanoGPT's names, wte once
                                       optimizer.safetensors   AdamW's state: NAME/exp_avg, ...
-                                      state.json              all else: see `State`
+                                      state.json              everything else: see `State`
                                       SHA256SUMS              of the three, as sha256sum -c reads it
 
-What is read comes back as plain dictionaries and tensors; who needs a model builds it from them.
+Checkpoints are loaded as plain dictionaries and tensors, from which the caller builds a model.
 """
 
 import json
@@ -31,24 +31,24 @@ FORMAT_VERSION = 1
 FOLDER = "checkpoints"
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 SUMS = "SHA256SUMS"
-TIED = {"lm_head.weight": "transformer.wte.weight"}  # safetensors stores no tensor twice
+TIED = {"lm_head.weight": "transformer.wte.weight"}  # safetensors does not store shared tensors
 
 Count = Annotated[int, Meta(ge=0, lt=2**53)]
 
 
 @dataclass
 class State:
-    """state.json."""
+    """The contents of state.json."""
 
     format_version: int
-    step: Count  # optimizer steps done
-    n_blocks: Count  # blocks that the model has
+    step: Count  # completed optimizer steps
+    n_blocks: Count  # number of blocks at this step
     model_config: dict[str, Any]  # model.GPTConfig
-    seconds: float  # of training
+    seconds: float  # training time
     loss_history: dict[str, Any]  # monitor.LossHistory
     config: dict[str, Any]  # the options of the run
-    phases: list[dict[str, Any]]  # schedule.Phase, all of the schedule
-    n_windows: Count  # of the training data
+    phases: list[dict[str, Any]]  # every schedule.Phase of the schedule
+    n_windows: Count  # number of windows in the training data
     tokenizer: str
 
 
@@ -68,7 +68,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def verify(checkpoint: Path, files=(MODEL, OPTIMIZER, STATE)) -> str | None:
-    """Return what is wrong with the files of a checkpoint by its SHA256SUMS, None if nothing is."""
+    """Check files of a checkpoint against its SHA256SUMS; return the error, or None if valid."""
     try:
         lines = (checkpoint / SUMS).read_text().splitlines()
         sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
@@ -83,12 +83,12 @@ def verify(checkpoint: Path, files=(MODEL, OPTIMIZER, STATE)) -> str | None:
 
 
 def newest_checkpoint(run_dir: Path, files=(MODEL, OPTIMIZER, STATE)) -> Path | None:
-    """Return the newest checkpoint of a run that is not corrupted, None if the run has none at all.
+    """Return the newest valid checkpoint of a run, or None if the run has no checkpoints.
 
-    Warns on stderr about those that are passed over.
+    Prints a warning on stderr for each corrupted checkpoint that is skipped.
 
     Raises:
-        UserError: if all are corrupted.
+        UserError: if all checkpoints are corrupted.
     """
     found = checkpoints(run_dir)
     for checkpoint in reversed(found):
@@ -96,27 +96,28 @@ def newest_checkpoint(run_dir: Path, files=(MODEL, OPTIMIZER, STATE)) -> Path | 
         if wrong is None:
             return checkpoint
         print(
-            f"warning: {checkpoint} is corrupted ({wrong}): using the checkpoint before it",
+            f"warning: {checkpoint} is corrupted ({wrong}): trying the previous checkpoint",
             file=sys.stderr,
             flush=True,
         )
     if found:
         raise UserError(
-            f"{run_dir}: all its {len(found)} checkpoints are corrupted: restore one, or start "
-            "again in another folder"
+            f"{run_dir}: all {len(found)} checkpoints are corrupted: restore one, or start a new "
+            "run in another folder"
         )
     return None
 
 
 def load_checkpoint(path: Path, optimizer: bool = False) -> dict[str, Any]:
-    """Return the fields of `State`, and tensors by name: "model", and "optimizer" if asked for.
+    """Return the fields of `State`, and the tensors by name in "model" and "optimizer".
 
     Args:
-        path: a checkpoint's folder; or a run's, for its newest one that is not corrupted; or gpt2,
-            gpt2-medium, gpt2-large, gpt2-xl from the Hugging Face Hub.
+        path: a checkpoint folder; a run folder, for its newest valid checkpoint; or gpt2,
+            gpt2-medium, gpt2-large or gpt2-xl, for weights from the Hugging Face Hub.
+        optimizer: if False, "optimizer" is None.
 
     Raises:
-        UserError: if there is none, or it is not a checkpoint of this version.
+        UserError: if there is no checkpoint, or it is corrupted or of another format version.
     """
     path = Path(path)
     if str(path) in SIZES and not path.exists():
@@ -126,17 +127,18 @@ def load_checkpoint(path: Path, optimizer: bool = False) -> dict[str, Any]:
         path = newest_checkpoint(path, files) or path
     elif not (path / SUMS).exists():
         raise UserError(
-            f"{path}: has no checkpoint: name a run folder with one, or one of its {FOLDER}/step_*"
+            f"{path}: has no checkpoint: name a run folder that has one, or a {FOLDER}/step_* "
+            "folder"
         )
     elif wrong := verify(path, files):
-        raise UserError(f"{path} is corrupted ({wrong}): name another checkpoint")
+        raise UserError(f"{path} is corrupted ({wrong}): use another checkpoint")
     try:
         text = (path / STATE).read_bytes()
         version = decode_json(text, _Version).format_version
         if version != FORMAT_VERSION:
             raise UserError(
-                f"{path}: checkpoint format {version}, but this version reads format "
-                f"{FORMAT_VERSION}: use the version of the code that wrote it"
+                f"{path}: checkpoint format {version}, but this version of the code reads format "
+                f"{FORMAT_VERSION}: use the version that wrote it"
             )
         checkpoint: dict[str, Any] = vars(decode_json(text, State))
         checkpoint["model"] = load_file(path / MODEL)
@@ -146,17 +148,18 @@ def load_checkpoint(path: Path, optimizer: bool = False) -> dict[str, Any]:
     except UserError:
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"{path}: is not a valid checkpoint ({first_line(error)})") from None
+        raise UserError(f"{path} is not a valid checkpoint ({first_line(error)})") from None
     return checkpoint
 
 
 def optimizer_state_from(
     tensors: dict[str, torch.Tensor], params: dict[str, torch.nn.Parameter]
 ) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return a checkpoint's optimizer state by parameter, on its device.
+    """Return a checkpoint's optimizer state by parameter, on the parameter's device.
 
     Raises:
-        UserError: if it belongs to other parameters; AdamW's kernel would read beyond their end.
+        UserError: if names or shapes do not match `params`. AdamW's fused kernel does not check
+            them and would read out of bounds.
     """
     by_name: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
@@ -168,7 +171,7 @@ def optimizer_state_from(
         expected = {"exp_avg": shape, "exp_avg_sq": shape, "step": torch.Size()}
         if shape is None or {key: tensor.shape for key, tensor in state.items()} != expected:
             raise UserError(
-                f"{OPTIMIZER}: {name}: the optimizer state does not fit the model: the file is "
+                f"{OPTIMIZER}: {name}: the optimizer state does not match the model: the file is "
                 "corrupted, use an earlier checkpoint"
             )
         device = params[name].device
@@ -181,25 +184,25 @@ def optimizer_state_from(
 
 
 class CheckpointWriter:
-    """Writes checkpoints in the background: training continues once the tensors are in host memory.
+    """Writes checkpoints in a background thread while training continues.
 
-    A checkpoint is written beside its final place and renamed when it is complete and on the disk.
-    Then old ones are removed, except for the `keep` newest and those of the steps `milestones`. A
-    checkpoint that cannot be written, or whose weights are not finite, is left out with a warning;
-    `failure` holds the reason until the next one succeeds.
+    A checkpoint is written to a temporary folder, flushed to disk, and then renamed. Afterwards old
+    checkpoints are removed, except the `keep` newest and those at the steps in `milestones`. If a
+    checkpoint cannot be written, or its weights are not finite, it is skipped with a warning, and
+    `failure` holds the reason until another checkpoint succeeds.
     """
 
     def __init__(self, run_dir: Path, keep: int, milestones: set[int]):
         self.folder, self.keep, self.milestones = Path(run_dir, FOLDER), keep, milestones
         self.failure: str | None = None
-        self._host: dict[tuple[str, str], torch.Tensor] = {}  # memory reused by all checkpoints
+        self._host: dict[tuple[str, str], torch.Tensor] = {}  # buffers reused by all checkpoints
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future | None = None
 
     def save(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
     ) -> None:
-        """Start writing a checkpoint, after the one before is finished.
+        """Start writing a checkpoint, after waiting for the previous one.
 
         Args:
             state: the fields of `State` except format_version.
@@ -223,13 +226,13 @@ class CheckpointWriter:
         self._writing = self._thread.submit(self._write, tensors, state, copied)
 
     def wait(self) -> None:
-        """Return when the last checkpoint is on the disk, or has failed."""
+        """Block until the last checkpoint is on disk or has failed."""
         if self._writing:
             self._writing.result()
             self._writing = None
 
     def close(self) -> None:
-        """Finish the last checkpoint and release the memory."""
+        """Wait for the last checkpoint and release the buffers."""
         self.wait()
         self._thread.shutdown()
         self._host.clear()
@@ -251,7 +254,7 @@ class CheckpointWriter:
             bad = next((name for name, t in tensors[MODEL].items() if not t.isfinite().all()), None)
             if bad:
                 raise ValueError(f"{bad} is not finite")
-            for folder in (partial, former):  # of an interrupted write
+            for folder in (partial, former):  # left by an interrupted write
                 shutil.rmtree(folder, ignore_errors=True)
             partial.mkdir(parents=True)
             for name, contents in tensors.items():
@@ -262,7 +265,7 @@ class CheckpointWriter:
             (partial / SUMS).write_text("".join(sums))
             for path in (*partial.iterdir(), partial):
                 fsync(path)
-            if final.exists():  # corrupted, or of a run that was resumed before it
+            if final.exists():  # corrupted, or from before the run was resumed at an earlier step
                 final.rename(former)
             partial.rename(final)
             fsync(self.folder)
@@ -271,11 +274,12 @@ class CheckpointWriter:
         except (OSError, SafetensorError, ValueError) as error:
             self.failure = f"step {state['step']}: checkpoint not written ({first_line(error)})"
             shutil.rmtree(partial, ignore_errors=True)
-            tqdm.write(f"warning: {self.failure}; earlier ones remain", file=sys.stderr)
+            tqdm.write(f"warning: {self.failure}; earlier checkpoints remain", file=sys.stderr)
 
     def _remove_old(self, final, step):
         others = {p: int(p.name[5:]) for p in checkpoints(self.folder.parent) if p != final}
-        later = [p for p, s in others.items() if s > step]  # corrupted: the run resumed before them
+        # Later ones are corrupted, because the run resumed from an earlier checkpoint.
+        later = [p for p, s in others.items() if s > step]
         old = [p for p, s in others.items() if s < step and s not in self.milestones]
         for path in later + old[: max(0, len(old) - self.keep + 1)]:
             shutil.rmtree(path, ignore_errors=True)

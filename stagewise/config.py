@@ -1,4 +1,4 @@
-"""The options of a run: their types and ranges, config files, and the command line."""
+"""Options of a run: types and ranges, config files, and the command line."""
 
 import contextlib
 import dataclasses
@@ -32,54 +32,56 @@ BelowOne = Annotated[float, Meta(ge=0, lt=1)]
 
 @dataclass(frozen=True)
 class Config:
-    """Train a GPT-2, whole or stage by stage.
+    """Train a GPT-2, with all blocks from the start or in stages.
 
-    python train.py [configs/A.py configs/B.py ...] [--key=value ...]: config files hold assignments
-    `key = value`; later files and options override earlier ones. The defaults are the paper's
-    baseline.
+    python train.py [configs/A.py configs/B.py ...] [--key=value ...]
+
+    Config files contain assignments `key = value`. Later files and options override earlier ones.
+
+    The defaults are those of the paper's baseline.
     """
 
     prog: ClassVar[str] = "train.py"
 
     # output
     out_dir: str = "out/gpt2_124m"
-    """Folder of the run: config.json, schedule.json, metrics.jsonl, checkpoints/."""
+    """Run folder, for config.json, schedule.json, metrics.jsonl and checkpoints/."""
     init_from: Literal["scratch", "resume", "auto"] = "scratch"
-    """Start in a new folder (scratch), continue in out_dir (resume), or what applies (auto)."""
+    """Start a new run ("scratch"), resume out_dir ("resume"), or resume if possible ("auto")."""
     init_weights: str = ""
-    """Start with the weights of a run, a checkpoint, or gpt2; growth adds missing blocks."""
+    """Initial weights: a run, a checkpoint, or gpt2. The growth operator adds missing blocks."""
     dry_run: bool = False
-    """Print the schedule and its cost, and stop. Needs no data and no GPU."""
+    """Print the schedule and its cost, and exit. Needs no data and no GPU."""
     log_interval: Positive = 10
-    """Steps between rows of metrics.jsonl; only then does the host wait for the device."""
+    """Steps between rows of metrics.jsonl. Logging synchronizes the CPU with the GPU."""
     eval_interval: Positive = 250
-    """Steps between evaluations (validation loss, HellaSwag; full context, all blocks)."""
+    """Steps between evaluations (validation loss, HellaSwag) at full context with all blocks."""
     eval_tokens: Positive = 10_485_760
-    """Validation tokens per evaluation, always the same ones; all if there are fewer."""
+    """Validation tokens per evaluation, always the same ones, or all if there are fewer."""
     checkpoint_interval: Positive = 1000
-    """Steps between checkpoints; more at the end of stages and when a signal stops the run."""
+    """Steps between checkpoints. Others are saved at the end of stages and on a signal."""
     keep_checkpoints: Positive = 2
-    """Newest checkpoints to keep; those at the end of a stage are always kept."""
+    """Number of recent checkpoints to keep. Those at the end of a stage are always kept."""
 
     # data
     data_dir: str = "data/fineweb_edu"
-    """Folder of token shards and meta.json, as fineweb.py writes it."""
+    """Folder with token shards and meta.json, written by fineweb.py."""
     verify_data: bool = False
-    """Compare the sha256 of every shard with meta.json before the run starts."""
+    """Compare the SHA-256 checksum of every shard with meta.json before the run starts."""
     hellaswag_data: str = "auto"
-    """HellaSwag file; "auto" is the corpus's own or the official one; "none" skips it."""
+    """HellaSwag file. "auto": the corpus's own file, else the official one. "none": skip it."""
     hellaswag_limit: NotNegative = 0
-    """Score only the first examples of the file; 0 scores all."""
+    """Number of examples to evaluate, from the start of the file. 0 evaluates all."""
 
     # model
     n_layer: Size = 12
-    """Blocks of the finished model, the paper's L."""
+    """Number of blocks of the final model (L in the paper)."""
     n_head: Size = 12
-    """Attention heads."""
+    """Number of attention heads."""
     n_embd: Size = 768
-    """Width."""
+    """Embedding dimension (width)."""
     block_size: Size = 1024
-    """Context length in tokens of the finished model."""
+    """Context length of the final model, in tokens."""
     dropout: BelowOne = 0.0
     """Dropout probability; 0 for pretraining."""
     bias: bool = True
@@ -87,91 +89,92 @@ class Config:
 
     # schedule
     stages: int = 1
-    """Stages S of the incremental schedule; 1 is the baseline."""
+    """Number of stages (S in the paper). 1 trains the baseline."""
     steps: Positive = 10_000
-    """Steps of the baseline, or of all stages together."""
+    """Number of steps of the baseline, or of all stages together."""
     continual_steps: NotNegative | Literal["match_paper_cost", "match_flops"] = 0
-    """Steps after the stages that train all blocks, or until compute-matched in a metric."""
+    """Steps after the stages that train all blocks, or "match_*" to end compute-matched."""
     stage_blocks: tuple[int, ...] | None = None
-    """Cumulative block counts of the stages instead of even ones, for example 2 4 12."""
+    """Number of blocks at the end of each stage, for example 2 4 12. Default: even growth."""
     phase_fractions: tuple[float, ...] | None = None
-    """Relative lengths of the phases: all of them, or of phases 1 and 2. Default: equal."""
+    """Relative lengths of phases 1 and 2, or of all phases. Default: equal."""
     freezing: bool = True
-    """False grows without phase 1: every stage trains all its blocks."""
+    """Freeze the existing blocks in phase 1. False: no phase 1, each stage trains all blocks."""
     phase1: Literal["paper", "released_code"] = "paper"
-    """What phase 1 trains besides new blocks: "released_code" also embeddings and head."""
+    """In phase 1, freeze embeddings and head ("paper") or train them ("released_code")."""
     growth: str = "random"
-    """How new blocks are made: an operator of growth.py, such as random or stack."""
+    """Operator in growth.py that creates new blocks, for example random or stack."""
     optimizer_state: Literal["carry", "copy", "reset"] = "carry"
-    """At the start of a phase: "carry" it, "copy" it to copied blocks too, or "reset" it."""
+    """At phase starts: "carry" it over, also "copy" it to copied blocks, or "reset" it to zero."""
     continual_optimizer_state: Literal["carry", "reset"] = "carry"
-    """The same for the continual phase; the released code resets."""
+    """The same for the continual phase. The released code uses "reset"."""
     rewarmup_steps: NotNegative = 0
-    """Steps of linear learning-rate warm-up at the start of every later phase."""
+    """Steps of linear learning-rate warm-up at the start of every phase after the first."""
     context_ramp: str = ""
-    """Context length over training as START:LENGTH pairs, for example "0:512 50%:1024"."""
+    """Context length during training as START:LENGTH pairs, for example "0:512 50%:1024"."""
     tokens_per_step_ramp: str = ""
-    """The same for tokens_per_step, for example "0:262144 100M:524288"."""
+    """Tokens per step as START:VALUE pairs, for example "0:262144 100M:524288"."""
     skip_policy: str = "none"
-    """Skips blocks in training: none, or a policy of schedule.py, such as layer_dropout."""
+    """Policy in schedule.py that skips blocks during training: none, or e.g. layer_dropout."""
     skip_rate: float = 0.2
-    """Highest probability with which the policy skips a block."""
+    """Maximum probability of skipping a block."""
 
     # optimizer
     tokens_per_step: Positive = 524_288
     """Tokens per optimizer step, over all processes and micro-batches."""
     batch_size: Positive = 16
-    """Micro-batch of a process, in sequences of block_size tokens. Limited by memory."""
+    """Sequences of block_size tokens per micro-batch and process. Limited by memory."""
     learning_rate: Real = 6e-4
     """Peak learning rate."""
     lr_schedule: Literal["constant", "cosine", "wsd"] = "constant"
-    """constant; cosine, down to min_lr; or wsd: stable, then linear decay to min_lr."""
+    """Constant, or decay to min_lr: "cosine", or "wsd" (constant, then linear decay)."""
     warmup_steps: NotNegative = 0
-    """Steps of linear learning-rate warm-up at the start."""
+    """Steps of linear learning-rate warm-up at the start of training."""
     min_lr: Real = 6e-5
-    """Learning rate at the end of "cosine" and "wsd"."""
+    """Final learning rate of "cosine" and "wsd"."""
     decay_fraction: Annotated[float, Meta(gt=0, le=1)] = 0.2
     """Fraction of all steps over which "wsd" decays."""
     weight_decay: Real = 0.1
-    """AdamW's weight decay of tensors with two or more dimensions."""
+    """AdamW's weight decay, applied only to tensors with two or more dimensions."""
     beta1: BelowOne = 0.9
-    """AdamW's decay rate of the first moment."""
+    """AdamW's coefficient for the running average of the gradient."""
     beta2: BelowOne = 0.95
-    """AdamW's decay rate of the second moment."""
+    """AdamW's coefficient for the running average of the squared gradient."""
     grad_clip: Real = 0.0
-    """Maximum norm of the gradient; 0 does not clip."""
+    """Maximum gradient norm. 0 disables clipping."""
     max_skipped_steps: Positive = 10
-    """Non-finite updates in a row that may be skipped before the run stops."""
+    """Number of consecutive skipped (non-finite) updates after which the run stops."""
 
     # system
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N; under torchrun every process uses the GPU of its local rank."""
+    """auto, cpu, cuda or cuda:N. Under torchrun, every process uses the GPU of its local rank."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of matrix products; "auto" is bfloat16 on GPUs of compute capability 8.0, else float32."""
+    """Matrix-product precision. "auto": bfloat16 on GPUs with compute capability >= 8.0."""
     compile: Literal["blocks", "model", "none"] = "blocks"
-    """torch.compile each of the "blocks", or the whole "model" again in every phase."""
+    """torch.compile each block ("blocks"), or the model, again in every phase ("model")."""
     seed: Annotated[int, Meta(ge=0, lt=2**32)] = 1337
-    """Seed of the weights, the order of the data, dropout and skipped blocks."""
+    """Random seed for weights, data order, dropout and skipped blocks."""
     deterministic: bool = False
-    """On a GPU, use only kernels that give the same bits every time, at some cost in speed."""
+    """Use only deterministic kernels on a GPU. This can reduce speed."""
     timeout: Positive = 600
-    """Seconds that a process waits for the others before the run ends."""
+    """Seconds that a process waits for the other processes before the run ends."""
 
 
 C = TypeVar("C", bound=Config)
 
 
 def load_config(argv: list[str], config: C, quiet: bool = False) -> C:
-    """Return the options of a command line: config files and --key=value options over `config`.
+    """Return `config` with the config files and --key=value options of a command line applied.
 
-    Files and options apply in their order; later ones win. Unknown and ill-typed keys, in files and
-    options alike, end in tyro's message, which suggests the nearest key, and exit status 2.
+    Files and options are applied in order; later ones override earlier ones. An unknown option or a
+    value of the wrong type, in a file or on the command line, prints tyro's error message and exits
+    with status 2.
 
     Args:
-        quiet: print no message; for all ranks but one.
+        quiet: if True, print no messages. Set on all ranks but one.
 
     Raises:
-        UserError: if a file cannot be run, or a value is out of range.
+        UserError: if a file cannot be executed, or a value is out of range.
     """
     options: list[str] = []
     for i, arg in enumerate(argv):
@@ -181,7 +184,7 @@ def load_config(argv: list[str], config: C, quiet: bool = False) -> C:
                 config = _override(config, _file_options(arg), quiet)
             except SystemExit:
                 if not quiet:
-                    print(f"error: the option above is in config file {arg}", file=sys.stderr)
+                    print(f"error: the option is set in config file {arg}", file=sys.stderr)
                 raise
         elif arg in CONFIGS and not argv[max(0, i - 1)].startswith("--"):
             raise UserError(f"{arg}: did you mean {CONFIGS[arg]}?")
@@ -210,11 +213,11 @@ def _override(config, options, quiet):
 def _file_options(path: str) -> list[str]:
     if not Path(path).is_file():
         near = difflib.get_close_matches(Path(path).stem, CONFIGS, n=1)
-        hint = f"did you mean {CONFIGS[near[0]]}?" if near else "there are " + ", ".join(CONFIGS)
+        hint = f"did you mean {CONFIGS[near[0]]}?" if near else "choose from " + ", ".join(CONFIGS)
         raise UserError(f"config file {path}: not found; {hint}")
     try:
         assigned = runpy.run_path(path)
-    except Exception as error:  # whatever the user's file does wrong, name the line
+    except Exception as error:  # the user's file may raise anything
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame.lineno for frame in frames if frame.filename == path]
         line = own[-1] if own else getattr(error, "lineno", None)
@@ -232,10 +235,10 @@ def _file_options(path: str) -> list[str]:
 
 
 def check(c: Config) -> None:
-    """Check what concerns single options, and those that must fit together.
+    """Check the ranges of all options, and the options that depend on each other.
 
     Raises:
-        UserError: naming the option.
+        UserError: if a check fails. The message names the option.
     """
     for field in dataclasses.fields(c):
         value = getattr(c, field.name)
@@ -246,31 +249,32 @@ def check(c: Config) -> None:
             raise UserError(f"{field.name}={value} must be {needed}") from None
     if c.lr_schedule != "constant" and c.min_lr > c.learning_rate:
         raise UserError(
-            f"min_lr={c.min_lr} must not exceed learning_rate={c.learning_rate}: {c.lr_schedule} "
-            "ends there"
+            f"min_lr={c.min_lr} must not exceed learning_rate={c.learning_rate}, because "
+            f"lr_schedule={c.lr_schedule} decays to min_lr"
         )
     if c.compile == "model" and c.skip_policy != "none":
         raise UserError(
-            f"compile=model would compile the model again for every set of blocks that "
-            f"skip_policy={c.skip_policy} skips: use --compile=blocks"
+            f"compile=model cannot be used with skip_policy={c.skip_policy}, because it would "
+            "compile the model again for every set of skipped blocks: use --compile=blocks"
         )
     if c.n_embd % c.n_head:
         raise UserError(f"n_embd={c.n_embd} must be a multiple of n_head={c.n_head}")
 
 
 def padded_vocab_size(meta: dict | None) -> int:
-    """Return a corpus's vocabulary size, padded to a multiple of 64; GPT-2's if there is no
-    corpus."""
+    """Return a corpus's vocabulary size, padded to a multiple of 64.
+
+    Without a corpus, use the size of GPT-2's vocabulary.
+    """
     size = meta["vocab_size"] if meta else 50257
     return -(-size // 64) * 64
 
 
 def grad_accum_steps(config: Config, tokens_per_step: int, world_size: int) -> int:
-    """Return the number of micro-batches per process in an optimizer step of `tokens_per_step`
-    tokens.
+    """Return the number of micro-batches per process and optimizer step.
 
     Raises:
-        UserError: if it is not a whole number; the message names batch sizes for which it is.
+        UserError: if the number is not an integer. The message suggests valid batch sizes.
     """
     c = config
     if tokens_per_step % (c.block_size * world_size):
@@ -283,8 +287,8 @@ def grad_accum_steps(config: Config, tokens_per_step: int, world_size: int) -> i
         divisors = [b for b in range(1, sequences + 1) if sequences % b == 0]
         near = sorted(sorted(divisors, key=lambda b: abs(b - c.batch_size))[:3])
         raise UserError(
-            f"batch_size={c.batch_size} does not divide the {sequences} sequences that each of "
-            f"{world_size} processes has per step (tokens_per_step={tokens_per_step}): use "
+            f"batch_size={c.batch_size} does not divide the {sequences} sequences per step of each "
+            f"of {world_size} processes (tokens_per_step={tokens_per_step}): use "
             f"batch_size={', '.join(map(str, near))}"
         )
     return sequences // c.batch_size

@@ -1,7 +1,8 @@
-"""Token shards and tokenizers: what the corpus is, and which tokens a step reads.
+"""Token shards, tokenizers and the data order.
 
-A corpus is a folder of shards in llm.c's .bin format (256 int32 header: magic 20240520, version 1,
-token count; then uint16 tokens), and a meta.json that lists them. fineweb.py writes it.
+A corpus is a folder of shards in llm.c's .bin format (a header of 256 int32, which begins with the
+magic number 20240520, the version 1 and the token count, then uint16 tokens), and a meta.json that
+lists them. fineweb.py writes it.
 """
 
 import json
@@ -23,23 +24,22 @@ from stagewise.fileio import decode_json, sha256
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
-# Of each shard: enough to detect another tokenizer. The rest is checked as it is read.
+# Per shard; enough to detect a different tokenizer. The other tokens are checked when read.
 TOKENS_CHECKED_AT_START = 2**20
 
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """Return the tokenizer `name`: "bytes" (256 byte tokens and <|endoftext|>) or one of
-    tiktoken's.
+    """Return a tokenizer: "bytes" (256 byte tokens and <|endoftext|>) or a tiktoken encoding.
 
-    tiktoken downloads GPT-2's vocabulary once; TIKTOKEN_CACHE_DIR names a folder that already has
-    it.
+    tiktoken downloads the vocabulary once. Set TIKTOKEN_CACHE_DIR to a folder that already contains
+    it to avoid the download.
 
     Raises:
         UserError: if the name is unknown or the vocabulary cannot be downloaded.
     """
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
-        # The pattern only cuts the work into short pieces: without merges every byte is a token.
+        # The pattern only splits the text into short pieces. Without merges, every byte is a token.
         return tiktoken.Encoding(
             "bytes",
             pat_str=r"[\s\S]{1,16}",
@@ -50,10 +50,10 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
         return tiktoken.get_encoding(name)
     except ValueError as error:
         raise UserError(f"tokenizer {name!r} is unknown: {first_line(error)}") from None
-    except OSError as error:  # all exceptions of requests are
+    except OSError as error:  # the base class of all exceptions of requests
         raise UserError(
-            f"tokenizer {name!r} could not be downloaded ({type(error).__name__}): connect once, "
-            "or set TIKTOKEN_CACHE_DIR to a folder that has its files"
+            f"tokenizer {name!r} could not be downloaded ({type(error).__name__}): check the "
+            "connection, or set TIKTOKEN_CACHE_DIR to a folder that contains its files"
         ) from None
 
 
@@ -62,7 +62,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Write `tokens` (uint16) as one .bin shard."""
+    """Write `tokens` (uint16) to a .bin shard."""
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
     with open(path, "wb") as f:
@@ -83,17 +83,17 @@ def open_shard(path: Path) -> np.ndarray:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if len(header) < HEADER_INTS or header[0] != MAGIC:
         raise UserError(
-            f"{path}: not a token shard (llm.c's .bin begins with {MAGIC}): write shards with "
-            "fineweb.py"
+            f"{path}: not a token shard (a .bin file of llm.c starts with {MAGIC}): write shards "
+            "with fineweb.py"
         )
     if header[1] != VERSION:
         raise UserError(
-            f"{path}: shard version {header[1]}; only version {VERSION} (uint16 tokens) can be read"
+            f"{path}: shard version {header[1]} is not supported: use version {VERSION} (uint16)"
         )
     count = int(header[2])
     if size != HEADER_BYTES + 2 * count:
         raise UserError(
-            f"{path}: the header says {count:,} tokens, the file has "
+            f"{path}: the header gives {count:,} tokens, but the file has "
             f"{(size - HEADER_BYTES) // 2:,}: it is truncated or corrupted, copy or write it again"
         )
     if not count:
@@ -103,7 +103,7 @@ def open_shard(path: Path) -> np.ndarray:
 
 @dataclass
 class ShardEntry:
-    """A shard in meta.json."""
+    """The entry of a shard in meta.json."""
 
     file: Annotated[str, Meta(pattern=r"^[^\0]*$")]
     split: Literal["train", "val"]
@@ -112,7 +112,7 @@ class ShardEntry:
 
 @dataclass
 class CorpusMeta:
-    """The fields of meta.json that training needs; there may be more."""
+    """The required fields of meta.json; others are ignored."""
 
     tokenizer: str
     vocab_size: int
@@ -120,10 +120,10 @@ class CorpusMeta:
 
 
 def load_meta(data_dir: str | Path) -> dict[str, Any]:
-    """Return meta.json of a corpus.
+    """Return the contents of a corpus's meta.json.
 
     Raises:
-        UserError: if it is missing, or not of the form of `CorpusMeta`.
+        UserError: if the file is missing, or does not match `CorpusMeta`.
     """
     path = Path(data_dir) / "meta.json"
     try:
@@ -132,21 +132,21 @@ def load_meta(data_dir: str | Path) -> dict[str, Any]:
         return json.loads(text)
     except FileNotFoundError:
         raise UserError(
-            f"{path}: not found: data_dir must be a corpus; write one with fineweb.py --out "
+            f"{path}: not found: data_dir must contain a corpus; write one with fineweb.py --out "
             f"{data_dir}"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path}: is not a valid meta.json ({first_line(error)}): write the corpus again with "
+            f"{path}: not a valid meta.json ({first_line(error)}): write the corpus again with "
             "fineweb.py"
         ) from None
 
 
 def verify_shards(data_dir: str | Path, meta: dict) -> None:
-    """Compare every shard's sha256 with the one in meta.json.
+    """Compare the SHA-256 checksum of every shard with meta.json.
 
     Raises:
-        UserError: naming the first shard that differs.
+        UserError: if a shard differs. The message names the first one.
     """
     total = sum(2 * s["tokens"] for s in meta["shards"])
     with tqdm(total=total, unit="B", unit_scale=True, desc="verifying shards") as bar:
@@ -154,8 +154,8 @@ def verify_shards(data_dir: str | Path, meta: dict) -> None:
             path = Path(data_dir) / shard["file"]
             if "sha256" not in shard:
                 raise UserError(
-                    f"{data_dir}/meta.json: has no sha256 of {shard['file']}: write the corpus "
-                    "again, or omit --verify_data"
+                    f"{data_dir}/meta.json: no sha256 for {shard['file']}: write the corpus again, "
+                    "or omit --verify_data"
                 )
             try:
                 digest = sha256(path)
@@ -163,7 +163,7 @@ def verify_shards(data_dir: str | Path, meta: dict) -> None:
                 raise UserError(f"{path}: cannot be read ({error.strerror})") from None
             if digest != shard["sha256"]:
                 raise UserError(
-                    f"{path}: its sha256 differs from meta.json: the shard is corrupted, copy or "
+                    f"{path}: the sha256 differs from meta.json: the shard is corrupted, copy or "
                     "write it again"
                 )
             bar.update(2 * shard["tokens"])
@@ -174,14 +174,14 @@ def verify_shards(data_dir: str | Path, meta: dict) -> None:
 
 
 class Shards:
-    """One split of a corpus, cut into windows of `block_size` inputs and their next-token targets.
+    """One split of a corpus, divided into windows of `block_size` inputs and next-token targets.
 
-    Windows do not overlap and do not cross shards: an epoch reads every token once as an input,
-    except for each shard's last incomplete window. All shards that meta.json lists must exist,
-    because a missing one would silently change the order of the data.
+    Windows do not overlap and do not cross shard boundaries. An epoch reads every token once as an
+    input, except for the last, incomplete window of each shard. All shards listed in meta.json must
+    exist, because a missing one would silently change the data order.
 
     Raises:
-        UserError: if shards are missing or corrupted, or none holds a window.
+        UserError: if shards are missing or corrupted, or too short for a single window.
     """
 
     def __init__(self, data_dir: str | Path, split: str, block_size: int, meta: dict):
@@ -189,7 +189,7 @@ class Shards:
         shards = [s for s in meta["shards"] if s["split"] == split]
         if not shards:
             raise UserError(
-                f"{data_dir}/meta.json: lists no {split} shards: write the corpus again with "
+                f"{data_dir}/meta.json: no {split} shards are listed: write the corpus again with "
                 "fineweb.py"
             )
         self.paths = [Path(data_dir) / s["file"] for s in shards]
@@ -198,53 +198,53 @@ class Shards:
             tokens = open_shard(path)
             if len(tokens) != shard["tokens"]:
                 raise UserError(
-                    f"{path}: has {len(tokens):,} tokens, meta.json says {shard['tokens']:,}: copy "
-                    "both again"
+                    f"{path}: has {len(tokens):,} tokens, but meta.json lists "
+                    f"{shard['tokens']:,}: copy both again"
                 )
             self._check_vocabulary(path, tokens[:TOKENS_CHECKED_AT_START])
             counts.append(len(tokens))
-        # The number of the first window of every shard, and of all windows.
+        # Index of the first window of every shard, then the total number of windows.
         self.first = np.cumsum([0] + [max(0, n - 1) // block_size for n in counts])
         if len(self) == 0:
             raise UserError(
-                f"{data_dir}: no {split} shard has the {block_size + 1} tokens of a window: lower "
-                "block_size"
+                f"{data_dir}: no {split} shard has the {block_size + 1} tokens needed for a "
+                "window: lower block_size"
             )
 
     def __len__(self) -> int:
         return int(self.first[-1])
 
     def read(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return inputs and targets of the numbered windows, each (n, block_size), int64.
+        """Return inputs and targets, each (n, block_size) int64, of the windows with these indices.
 
         Raises:
-            UserError: if a token id is outside the vocabulary, or a shard disappeared or was
+            UserError: if a token id is outside the vocabulary, or a shard has been deleted or
                 truncated since the start.
         """
         rows = np.empty((len(windows), self.block_size + 1), dtype=np.int64)
         for row, window, shard in zip(rows, windows, self._shard_of(windows)):
             start = int(window - self.first[shard]) * self.block_size
             offset = HEADER_BYTES + 2 * start
-            # Not a memory map: reading beyond the end of a truncated file kills the process
-            # (SIGBUS).
+            # Not a memory map, because reading past the end of a truncated file raises SIGBUS,
+            # which terminates the process.
             try:
                 tokens = np.fromfile(self.paths[shard], "<u2", self.block_size + 1, offset=offset)
             except OSError as error:
                 raise UserError(
-                    f"{self.paths[shard]}: can no longer be read ({error.strerror}): restore it, "
-                    "then resume"
+                    f"{self.paths[shard]}: can no longer be read ({error.strerror}): restore the "
+                    "file, then resume"
                 ) from None
             if len(tokens) != len(row):
                 raise UserError(
-                    f"{self.paths[shard]}: was truncated since the start: copy or write it again, "
-                    "then resume"
+                    f"{self.paths[shard]}: truncated since the run started: copy or write it "
+                    "again, then resume"
                 )
             self._check_vocabulary(self.paths[shard], tokens)
             row[:] = tokens
         return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
 
     def files(self, windows: np.ndarray) -> list[str]:
-        """Return the names of the shards that hold these windows."""
+        """Return the names of the shards that contain these windows."""
         return [self.paths[shard].name for shard in np.unique(self._shard_of(windows))]
 
     def _shard_of(self, windows):
@@ -254,17 +254,17 @@ class Shards:
         if len(tokens) and tokens.max() >= self.vocab_size:
             raise UserError(
                 f"{path}: token id {tokens.max()} is outside the vocabulary of {self.vocab_size}: "
-                "the shard is corrupted, or from another tokenizer than meta.json says; write the "
-                "corpus again with fineweb.py"
+                "the shard is corrupted, or was written with a different tokenizer than the one in "
+                "meta.json; write the corpus again with fineweb.py"
             )
 
 
 class TrainOrder:
     """The order in which windows are read: a pure function of (number of windows, seed).
 
-    Epoch e visits all windows in a permutation drawn from (seed, e). Training reads this endless
-    sequence from its start, however many windows a step takes and however it cuts them into
-    sequences. World size, micro-batch, schedule and resuming have no influence.
+    Epoch e reads all windows in a random permutation seeded with (seed, e). Training reads this
+    infinite sequence from its start. The world size, the micro-batch size, the schedule and
+    resuming do not affect the order.
     """
 
     def __init__(self, n_windows: int, seed: int):
@@ -272,7 +272,7 @@ class TrainOrder:
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def windows(self, start: int, stop: int) -> np.ndarray:
-        """Return the windows at positions start..stop-1 of the sequence."""
+        """Return the windows at positions `start` to `stop` - 1 of the sequence."""
         position = np.arange(start, stop)
         parts = []
         for epoch in range(start // self.n_windows, (stop - 1) // self.n_windows + 1):
@@ -282,16 +282,16 @@ class TrainOrder:
 
     def _permutation(self, epoch):
         if epoch != self._epoch:
-            # RandomState, because numpy promises never to change its stream.
+            # RandomState, because NumPy guarantees that its stream never changes.
             random = np.random.RandomState([self.seed, epoch])
             self._epoch, self._order = epoch, random.permutation(self.n_windows)
         return self._order
 
 
 class Prefetch:
-    """Iterates over items that a background thread makes, one ahead of the consumer.
+    """Iterates over `items` in a background thread, one item ahead of the consumer.
 
-    `waited` counts the seconds that the consumer waited for an item.
+    `waited` is the time in seconds that the consumer spent waiting for items.
     """
 
     def __init__(self, items: Iterator):

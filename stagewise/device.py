@@ -1,4 +1,4 @@
-"""The machine a script runs on: which device, which precision, how fast it could be."""
+"""The device that a script runs on: selection, precision, peak FLOP/s and memory."""
 
 import contextlib
 import os
@@ -10,8 +10,8 @@ import torch
 
 from stagewise.errors import UserError
 
-# Dense bf16 peak in FLOP/s by words of the device's name, the specific before the general. Vendors'
-# data sheets, without sparsity; the choice of entries follows torchtitan and nanochat.
+# Dense bf16 peak in FLOP/s by words in the device name, more specific entries first. From the
+# vendors' data sheets, without sparsity; the choice of entries follows torchtitan and nanochat.
 PEAK_FLOPS = [
     (("gb200",), 2.5e15),
     (("b200",), 2.25e15),
@@ -43,12 +43,13 @@ PEAK_FLOPS = [
 
 
 def pick_device(device: str, local_rank: int = 0, world_size: int = 1) -> torch.device:
-    """Return the torch device that the option `device` means.
+    """Return the torch device selected by the option `device`.
 
-    "auto" is CUDA if available, otherwise the CPU. Under torchrun each rank gets a GPU of its own.
+    "auto" is CUDA if available, otherwise the CPU. Under torchrun, each rank uses its own GPU.
 
     Raises:
-        UserError: if the device is unknown or missing, or is one GPU for several processes.
+        UserError: if the device is unknown or unavailable, or is a single GPU for several
+            processes.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,15 +73,15 @@ def pick_device(device: str, local_rank: int = 0, world_size: int = 1) -> torch.
             )
         picked = torch.device("cuda", index)
         torch.cuda.set_device(picked)
-        torch.set_float32_matmul_precision("high")  # TF32 where a product stays in fp32
+        torch.set_float32_matmul_precision("high")  # TF32 for fp32 matrix products
     return picked
 
 
 def use_deterministic_kernels() -> None:
-    """Make the same input give the same bits on a GPU too.
+    """Make GPU results reproducible bit for bit.
 
-    Must be called before the first matrix product. torch raises an error for operations that have
-    no deterministic kernel.
+    Must be called before the first matrix product. Operations without a deterministic kernel raise
+    an error.
     """
     # Required by cuBLAS, see torch's notes on reproducibility.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -89,10 +90,10 @@ def use_deterministic_kernels() -> None:
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """Return the autocast context of the option `dtype`.
+    """Return the autocast context for the option `dtype`.
 
-    "auto" is bfloat16 on GPUs of compute capability 8.0 or later, float32 elsewhere. float16 is not
-    offered, because it needs loss scaling.
+    "auto" is bfloat16 on GPUs with compute capability 8.0 or higher, and float32 otherwise. float16
+    is not supported, because it requires loss scaling.
     """
     if dtype == "auto":
         modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -111,7 +112,7 @@ def cpu_name() -> str:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the dense bf16 peak of the device in FLOP/s, None if the table does not list it."""
+    """Return the dense bf16 peak of the device in FLOP/s, or None if it is not in the table."""
     return _peak_of(device_name(device))
 
 
@@ -123,7 +124,8 @@ def _peak_of(name):
 def peak_memory(device: torch.device) -> int:
     """Return the peak memory in bytes since the last reset.
 
-    On a GPU what torch allocated, on a CPU the resident set of the process.
+    On a GPU, this is the memory allocated by PyTorch. On a CPU, it is the resident set size of the
+    process.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -136,6 +138,6 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        # If a sandbox forbids it, the peak stays that of the run so far.
+        # If this is not permitted, the peak is that of the process so far.
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")

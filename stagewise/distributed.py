@@ -1,5 +1,4 @@
-"""Processes of torch.distributed: joining, agreeing to stop, and checking that replicas are
-equal."""
+"""torch.distributed: initialization, a collective stop flag, and checks for equal replicas."""
 
 import datetime
 import os
@@ -14,10 +13,10 @@ from stagewise.errors import UserError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all processes of a run."""
+    """The rank of this process among all processes of a run."""
 
     rank: int = 0
-    local_rank: int = 0  # among those of this machine
+    local_rank: int = 0  # on this node
     world_size: int = 1
     launched: bool = False  # by torchrun, or with the environment that it sets
 
@@ -27,7 +26,7 @@ class Ranks:
 
 
 def ranks_from_environment() -> Ranks:
-    """Return what torchrun's environment variables say; a single process without them."""
+    """Return the ranks from torchrun's environment variables, or a single process without them."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     if not all(name in os.environ for name in (*names, "MASTER_ADDR")):
         return Ranks()
@@ -38,18 +37,17 @@ def ranks_from_environment() -> Ranks:
 def init_process_group(
     device: torch.device, ranks: Ranks, timeout: int
 ) -> dist.ProcessGroup | None:
-    """Start torch.distributed.
+    """Initialize torch.distributed.
 
     Returns:
-        A gloo group, over which the processes communicate without their GPUs; None if there is only
-        one process.
+        A gloo group, for collectives on CPU tensors, or None if there is only one process.
     """
     delta = datetime.timedelta(seconds=timeout)
     rendezvous: dict[str, Any] = {}
     own_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if own_store and os.environ["GROUP_WORLD_SIZE"] == "1":
-        # torchrun keeps one store for all restarts (torch 2.13). Without a prefix of its own, a
-        # restarted rank finds the addresses of the ranks before it, and waits for them.
+        # torchrun uses one store for all restarts (torch 2.13). Without a separate prefix, a
+        # restarted rank would find the addresses of the previous ranks and wait for them.
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
@@ -62,7 +60,7 @@ def init_process_group(
             store=dist.PrefixStore(prefix, store), rank=ranks.rank, world_size=ranks.world_size
         )
     if device.type == "cuda":
-        # NCCL waits longer: when it gives up, it ends the process without a message of ours.
+        # A longer timeout for NCCL, which aborts the process without our error message.
         dist.init_process_group("nccl", device_id=device, timeout=2 * delta, **rendezvous)
     else:
         dist.init_process_group("gloo", timeout=delta, **rendezvous)
@@ -70,7 +68,7 @@ def init_process_group(
 
 
 def any_rank_stopping(stopping: bool, gloo_group: dist.ProcessGroup | None) -> bool:
-    """Return whether any process of the group is to stop; all get the same answer."""
+    """Return on all ranks whether `stopping` is True on any rank of the group."""
     if gloo_group is None:
         return stopping
     flag = torch.tensor(float(stopping))
@@ -80,10 +78,10 @@ def any_rank_stopping(stopping: bool, gloo_group: dist.ProcessGroup | None) -> b
 
 @torch.no_grad()
 def check_replicas(model: torch.nn.Module, step: int, gloo_group: dist.ProcessGroup | None) -> None:
-    """Compare a checksum of every parameter over all ranks.
+    """Compare a checksum of every parameter across all ranks.
 
     Raises:
-        UserError: naming the first parameter that is not the same on all ranks.
+        UserError: if the checksums differ. The message names the first such parameter.
     """
     if gloo_group is None:
         return
@@ -95,6 +93,6 @@ def check_replicas(model: torch.nn.Module, step: int, gloo_group: dist.ProcessGr
         if not torch.equal(theirs, all_sums[0]):
             name = names[int((theirs != all_sums[0]).nonzero()[0])]
             raise UserError(
-                f"step {step}: {name} on rank {rank} differs from rank 0: the run stops; the last "
-                "checkpoint is good"
+                f"step {step}: {name} on rank {rank} differs from rank 0; stopping. Resume from "
+                "the last checkpoint"
             )

@@ -1,4 +1,4 @@
-"""Weights from and to Hugging Face's GPT2LMHeadModel, and OpenAI's GPT-2 from the Hub."""
+"""Conversion to and from Hugging Face's GPT2LMHeadModel, and OpenAI's GPT-2 from the Hub."""
 
 import re
 import sys
@@ -19,9 +19,9 @@ SIZES = {
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
 }
 ENDPOINT = None  # the Hub
-PAUSES = (1, 2, 4, 8)  # seconds before each further attempt
+PAUSES = (1, 2, 4, 8)  # seconds before each retry
 
-# transformers' Conv1D layers hold their weights transposed.
+# transformers' Conv1D layers store their weights transposed.
 _CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _MASKS = (".attn.bias", ".attn.masked_bias")  # buffers in old checkpoints
 _EMBEDDINGS = ("transformer.wte.weight", "lm_head.weight")
@@ -30,10 +30,10 @@ _EMBEDDINGS = ("transformer.wte.weight", "lm_head.weight")
 def from_hf(
     state_dict: dict[str, torch.Tensor], vocab_size: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """Return a state dict for `GPT` from one of GPT2LMHeadModel.
+    """Convert a state dict of GPT2LMHeadModel to one of `GPT`.
 
     Args:
-        vocab_size: if given, the rows of wte are padded with zeros up to it.
+        vocab_size: if given, wte is padded with zeros to this number of rows.
     """
     ours = {}
     for name, w in state_dict.items():
@@ -48,10 +48,10 @@ def from_hf(
 def to_hf(
     state_dict: dict[str, torch.Tensor], vocab_size: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """Return a state dict for GPT2LMHeadModel from one of `GPT`.
+    """Convert a state dict of `GPT` to one of GPT2LMHeadModel.
 
     Args:
-        vocab_size: if given, wte is cut to its first rows.
+        vocab_size: if given, only this number of rows of wte is kept.
     """
     theirs = {}
     for name, w in state_dict.items():
@@ -62,7 +62,7 @@ def to_hf(
 
 
 def load_pretrained(name: str) -> dict[str, Any]:
-    """Return what `checkpoint.load_checkpoint` returns, for one of SIZES.
+    """Return one of SIZES in the format of `checkpoint.load_checkpoint`.
 
     Raises:
         UserError: if it cannot be downloaded.
@@ -87,15 +87,15 @@ def load_pretrained(name: str) -> dict[str, Any]:
 
 
 def download(repo: str, file: str) -> Path:
-    """Return the path of a repository's file in the Hub's cache, after downloading it if needed.
+    """Return the path of a repository's file in the local Hub cache, downloading it if needed.
 
-    huggingface_hub resumes a broken connection; other failures are retried after PAUSES. The Hub
-    names large files by their sha256: one with the wrong checksum is removed.
+    huggingface_hub resumes interrupted downloads; other failures are retried after PAUSES. Large
+    files in the cache are named by their SHA-256; a file with the wrong checksum is deleted.
 
     Raises:
         UserError: if all attempts fail.
     """
-    from huggingface_hub import hf_hub_download  # slow to import, and most runs do without
+    from huggingface_hub import hf_hub_download  # slow to import and rarely needed
 
     wrong = ""
     for pause in (*PAUSES, None):
@@ -105,7 +105,7 @@ def download(repo: str, file: str) -> Path:
                 return path
             path.unlink()
             wrong = "its checksum is wrong"
-        except Exception as error:  # of the Hub, of its HTTP library, of the disk
+        except Exception as error:  # from the Hub, its HTTP library or the file system
             wrong = f"{type(error).__name__}: {first_line(error)}"
         if pause is not None:
             print(f"{repo}: {wrong}; retrying", file=sys.stderr)

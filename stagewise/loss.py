@@ -1,8 +1,7 @@
-"""Cross entropy of a language-model head in chunks: the logits never exist all at once.
+"""Chunked cross-entropy for a language-model head, which never materializes all logits at once.
 
-The only place where tensors as wide as the vocabulary exist.
-`torch.nn.functional.linear_cross_entropy` (torch 2.13) does the same; on a CPU it took 3 to 6 times
-as long, and torch 2.11 does not have it.
+`torch.nn.functional.linear_cross_entropy` (torch 2.13) does the same. It took 3 to 6 times as long
+on a CPU, and torch 2.11 does not have it.
 """
 
 import math
@@ -10,23 +9,22 @@ import math
 import torch
 from torch import nn
 
-# Bytes of fp32 logits that exist at once. In training every chunk adds to the whole weight
-# gradient, so small chunks cost time. Measured on a CPU; the sizes for a GPU have not been
-# measured.
+# Maximum size in bytes of the fp32 logits of a chunk. In training, every chunk updates the full
+# weight gradient, so small chunks are slow. Tuned on a CPU; the GPU values are not tuned.
 LOGITS_BYTES = {"cpu": 192 * 2**20, "cuda": 2 * 2**30}
 LOGITS_BYTES_EVAL = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}
 
 
 def _chunk_size(n_rows: int, n_vocab: int, limit: int) -> int:
-    """Rows per chunk, for the fewest equal chunks whose logits stay within `limit` bytes."""
+    """Return the rows per chunk, for the fewest equal chunks of at most `limit` bytes of logits."""
     n_chunks = max(1, math.ceil(4 * n_rows * n_vocab / limit))
     return math.ceil(n_rows / n_chunks)
 
 
 class SoftmaxLoss(nn.Module):
-    """Summed cross entropy in nats of logits (N, V), and its gradient (N, V) in the logits' dtype.
+    """Summed cross-entropy in nats of logits (N, V), and its gradient (N, V) in the logits' dtype.
 
-    A module, so that it can be compiled by itself, without a tensor of fp32 logits.
+    This is a separate module so that it can be compiled, which avoids a tensor of fp32 logits.
     """
 
     def forward(
@@ -41,7 +39,7 @@ class SoftmaxLoss(nn.Module):
 
 
 def _matmul_into(out, a, b, add=False):
-    """out = a @ b, or out += a @ b, for an `out` of a and b's dtype or a wider one."""
+    """Compute out = a @ b, or out += a @ b. `out` may have a wider dtype than a and b."""
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=int(add), out=out)
     else:
@@ -54,12 +52,12 @@ def _autocast_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross entropy (a scalar, in nats) of the logits ``x @ weight.T``.
+    """Mean cross-entropy (a scalar, in nats) of the logits ``x @ weight.T``.
 
-    x (N, C), weight (V, C), targets (N,). The forward pass computes the gradients too, while a
-    chunk's logits exist; the backward pass scales them. Matrix products use autocast's dtype if it
-    is enabled, sums use fp32. A gradient that is not required is not computed, so a frozen head
-    costs two of the three products.
+    The shapes are x (N, C), weight (V, C) and targets (N,). The forward pass also computes the
+    gradients, chunk by chunk; the backward pass only scales them. Matrix products use autocast's
+    dtype if autocast is enabled; sums use fp32. Gradients that are not required are not computed,
+    so a frozen head needs two of the three matrix products.
     """
 
     @staticmethod
@@ -93,14 +91,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 @torch.no_grad()
 def token_losses(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the cross entropy (N, K) in nats of each row of ``x @ weight.T`` with its K targets.
+    """Return the cross-entropy (N, K) in nats of each row of ``x @ weight.T`` for its K targets.
 
-    For evaluation. x (N, C), weight (V, C), targets (N, K); dtypes as in `ChunkedCrossEntropy`.
+    For evaluation. The shapes are x (N, C), weight (V, C) and targets (N, K). The dtypes are those
+    of `ChunkedCrossEntropy`.
     """
     kind, dtype = x.device.type, _autocast_dtype(x)
     size = _chunk_size(len(x), len(weight), LOGITS_BYTES_EVAL[kind])
-    # Reused by all chunks: on the CPU, newly allocated memory costs a fifth of the time in page
-    # faults.
+    # Buffers are reused by all chunks. On a CPU, page faults of new allocations would take a fifth
+    # of the time.
     wide = torch.promote_types(x.dtype, torch.float32)
     logits, log_p = (torch.empty(size, len(weight), dtype=wide, device=x.device) for _ in range(2))
     losses = []

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per row, every step once."""
+"""metrics.jsonl: one JSON object per line, at most one per step."""
 
 import contextlib
 import json
@@ -13,11 +13,12 @@ from stagewise.fileio import atomic_write
 
 
 class MetricsWriter:
-    """Appends rows to metrics.jsonl. If a row cannot be written (a full disk), it is retried later.
+    """Appends rows to metrics.jsonl. Rows that cannot be written (full disk) are retried later.
 
-    Opening the file at `step` drops the rows after it, which the run will write again, and a
-    truncated last row. With step None the run starts anew: the rows of a run that left no
-    checkpoint move to metrics.jsonl.former.
+    Args:
+        step: the step at which the run resumes. Later rows, which the run will write again, and a
+            truncated last row are removed. None starts a new file, and an existing one is renamed
+            to metrics.jsonl.former.
 
     Raises:
         UserError: if the file is corrupted or cannot be written.
@@ -37,7 +38,7 @@ class MetricsWriter:
                 "--out_dir"
             ) from None
         self.path, self._pending = path, b""
-        self._size = os.fstat(self._file).st_size  # of the rows that are completely written
+        self._size = os.fstat(self._file).st_size  # bytes of completely written rows
 
     def write(self, row: dict) -> None:
         self._pending += json.dumps(row).encode() + b"\n"
@@ -61,7 +62,7 @@ class MetricsWriter:
             self._pending = b""
 
     def sync(self) -> None:
-        """Return when all rows are on the disk, so that no checkpoint is ahead of its metrics."""
+        """Flush all rows to disk, so that no checkpoint is ahead of its metrics."""
         self._flush()
         with contextlib.suppress(OSError):
             os.fsync(self._file)
@@ -72,10 +73,10 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Return the rows of a metrics.jsonl, without a truncated last one.
+    """Return the rows of metrics.jsonl, without a truncated last row.
 
     Raises:
-        UserError: if a line before a valid row is not a row.
+        UserError: if an invalid line is followed by a valid row.
     """
     rows: list[dict] = []
     corrupted = None
@@ -89,7 +90,7 @@ def read_metrics(path: Path) -> list[dict]:
             continue
         if corrupted:
             raise UserError(
-                f"{path}, line {corrupted}: is not a row of metrics: fix or remove the line"
+                f"{path}, line {corrupted}: not a valid row of metrics: fix or remove the line"
             )
         rows.append(row)
     return rows

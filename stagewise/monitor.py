@@ -1,4 +1,4 @@
-"""Monitors of a long run: losses that go wrong, and signals to stop."""
+"""Monitoring of a long run: non-finite losses, loss spikes, and signals to stop."""
 
 import math
 import os
@@ -15,28 +15,29 @@ from stagewise.fileio import convert
 
 # Stopped by a signal, with everything saved. EX_TEMPFAIL of sysexits.h.
 EXIT_STOPPED = 75
-WINDOW = 128  # losses that a spike is measured against, as in llm.c
+WINDOW = 128  # number of previous losses for the z-score, as in llm.c
 SPIKE = 6.0  # standard deviations
 
 
 @dataclass
 class LossHistory:
-    """What a `LossMonitor` knows. It belongs in checkpoints: a resumed run continues the counts."""
+    """State of a `LossMonitor`, saved in checkpoints so that a resumed run continues the counts."""
 
-    skipped_steps: int = 0  # updates skipped because loss or gradient were not finite
+    skipped_steps: int = 0  # updates skipped because the loss or gradient was not finite
     skipped_in_a_row: int = 0
     spikes: int = 0
     losses: list[float] = field(default_factory=list)  # the last WINDOW finite ones
 
 
 class LossMonitor:
-    """Follows loss and gradient norm of every step.
+    """Monitors the loss and the gradient norm of every step.
 
     Args:
-        history: from a checkpoint, as `state()` returned it.
+        history: the result of `state()` from a checkpoint.
+        quiet: if True, print no messages.
 
     Raises:
-        UserError: if `history` is not of that form.
+        UserError: if `history` is corrupted.
     """
 
     def __init__(self, history: dict | None = None, quiet: bool = False):
@@ -52,11 +53,11 @@ class LossMonitor:
         return asdict(self.history)
 
     def update(self, step: int, loss: float, grad_norm: float) -> float | None:
-        """Take in a step and return its z-score.
+        """Record a step and return the z-score of its loss.
 
-        The z-score is the number of standard deviations by which the loss is above the mean of the
-        WINDOW losses before. It is None if loss or gradient are not finite, so that the update was
-        skipped, or if there are fewer losses before.
+        The z-score is the number of standard deviations by which the loss exceeds the mean of the
+        previous WINDOW losses. It is None if the loss or the gradient norm is not finite, in which
+        case the update was skipped, or if there are fewer than WINDOW previous losses.
         """
         h = self.history
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -81,9 +82,9 @@ class LossMonitor:
 
 
 class StopSignals:
-    """Records SIGTERM, SIGINT and SIGUSR1, Slurm's warning, for the training loop to check.
+    """Records SIGTERM, SIGINT and SIGUSR1 for the training loop to check.
 
-    A second SIGINT ends the process at once.
+    Slurm can send SIGUSR1 before a time limit. A second SIGINT terminates the process immediately.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -94,15 +95,15 @@ class StopSignals:
         self._former = {number: signal.signal(number, self._record) for number in self.NUMBERS}
 
     def restore(self) -> None:
-        """Reinstall the former handlers."""
+        """Restore the previous handlers."""
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
     def _record(self, number, frame):
         now = time.monotonic()
         if number == signal.SIGINT:
-            # A launcher may pass on the Ctrl-C that the terminal sends to all processes: two at
-            # once are one.
+            # The terminal sends Ctrl-C to all processes, and a launcher may forward it. Two SIGINTs
+            # within 0.5 seconds count as one.
             if self._interrupted is not None and now - self._interrupted > 0.5:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
                 os.kill(os.getpid(), signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Independent streams of random numbers, each a pure function of a name and some integers."""
+"""Independent random streams, each a pure function of a name and some integers."""
 
 import zlib
 
@@ -6,17 +6,17 @@ import numpy as np
 
 
 def _hash(stream: str, parts: tuple[int, ...], n: int) -> np.ndarray:
-    """`n` random 32-bit integers.
+    """Return `n` random 32-bit integers.
 
-    The name of the stream and the number of parts are hashed too, because numpy's `SeedSequence`
-    drops trailing zeros and so treats (a, b) and (a, b, 0) alike.
+    The stream name and the number of parts are hashed too, because NumPy's `SeedSequence` ignores
+    trailing zeros and would not distinguish (a, b) from (a, b, 0).
     """
     words = [zlib.crc32(stream.encode()), len(parts), *parts]
     return np.random.SeedSequence(words).generate_state(n)
 
 
 def derived_seed(stream: str, *parts: int) -> int:
-    """Return a 32-bit seed, such as that of ("weights", seed, block)."""
+    """Return a 32-bit seed, for example for ("weights", seed, block)."""
     return int(_hash(stream, parts, 1)[0])
 
 

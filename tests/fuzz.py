@@ -3,9 +3,8 @@
     python tests/fuzz.py [--inputs 12000] [--seed 0] [--only shards ...]          make fuzz
 
 An input is a good one with a few changes. What may come of it is a result, a UserError, or tyro's
-exit with status 2 for options. Anything else, a RuntimeWarning of numpy or a file written elsewhere
-included,
-is a finding: it is printed with the seed that reproduces it.
+exit with status 2 for options. Anything else is a finding, also a RuntimeWarning of numpy or a file
+written elsewhere. It is printed with the seed that reproduces it.
 """
 
 import contextlib
@@ -25,6 +24,7 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,6 +93,11 @@ VALUES = ["4", "12", "0.5", "paper", "released_code", "carry", "copy", "reset", 
 VALUES += ["match_paper_cost", "True", "False", *OPERATORS, *SKIP_POLICIES]
 VALUES += ["0:512 50%:1024", "0:256 1M:512 1B:1024", "50%:512", "0:0", "0:300", "0:512 0:1024"]
 VALUES += ["0:1024 100%:512", "0:1_024 2.5K:512", "_:512", "0:5_", "0%:1024 1e3:512"]
+FITTING: dict[type, list[str]] = {
+    bool: ["True", "False"],
+    int: ["0", "1", "2", "3", "4", "8", "12", "64", "1000", "-1", "9" * 18],
+    float: ["0", "1e-3", "0.5", "0.999", "1", "3", "-0.1", "1e300", "1e-300"],
+}
 
 
 # --- mutations
@@ -121,7 +126,21 @@ def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
     return bytes(mutated)
 
 
-ODD_VALUES = [None, True, 0, -1, 1.5, 1e308, 10**30, "", "x", "../../etc/passwd", "\x00", [], {}]
+ODD_VALUES: list = [
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    1e308,
+    10**30,
+    "",
+    "x",
+    "../../etc/passwd",
+    "\x00",
+    [],
+    {},
+]
 ODD_VALUES += [[[]], {"a": 1}, float("nan"), "é" * 50]
 
 
@@ -151,8 +170,7 @@ def mutate_json_file(path: Path, rng: random.Random) -> None:
         path.write_bytes(mutate_bytes(path.read_bytes(), rng))
 
 
-# --- targets: each gets a new copy of the good files, changes something, and uses it as the scripts
-# do
+# --- targets: each gets a copy of the good files, changes something, and uses it as the scripts do
 
 
 def read_corpus(folder: Path, verify: bool) -> None:
@@ -207,14 +225,15 @@ def config_files(work: Path, rng: random.Random) -> None:
 
 
 def flags(work: Path, rng: random.Random) -> None:
-    defaults = {f.name: str(f.default) for f in dataclasses.fields(Config)}
+    defaults = {f.name: f.default for f in dataclasses.fields(Config)}
     names = [name for name in defaults if name not in ("out_dir", "dry_run", "data_dir")]
     argv = []
     for _ in range(rng.choice((1, 2, 4))):
         name = rng.choice(names)
-        near = mutate_bytes(defaults[name].encode(), rng).decode("utf-8", "replace")
-        choices = [defaults[name], near, *WORDS, *VALUES, str(rng.randrange(-5, 4000))]
-        value = rng.choice(choices)
+        fitting = FITTING.get(type(defaults[name]), VALUES)
+        near = mutate_bytes(str(defaults[name]).encode(), rng).decode("utf-8", "replace")
+        odd = [near, *WORDS, *VALUES, str(rng.randrange(-5, 4000))]
+        value = rng.choice(fitting if rng.random() < 0.7 else odd)
         flag = f"--{name}"
         if rng.random() < 0.1:
             flag = "--" + mutate_bytes(name.encode(), rng).decode("utf-8", "replace")
@@ -222,49 +241,58 @@ def flags(work: Path, rng: random.Random) -> None:
     dry_run(argv, work)
 
 
-def random_ramp(values: list[int], rng: random.Random) -> str:
-    """Return a ramp that is often valid."""
-    starts = [rng.choice(("0", "0%"))]
-    for _ in range(rng.randrange(4)):
-        number = rng.choice((rng.randrange(100), round(rng.uniform(0, 100), 2)))
-        starts.append(f"{number}{rng.choice(('%', '%', 'K', ''))}")
-    if rng.random() < 0.8:
-        starts.sort(key=lambda start: float(start.rstrip("%K")))
-    ramp = " ".join(f"{start}:{rng.choice(values)}" for start in starts)
-    if rng.random() < 0.2:
+def random_ramp(values: list[int], rng: random.Random, last: int) -> str:
+    """Return a ramp that is often valid. It often ends at the value `last`."""
+    unit = rng.choice(("%", "%", "", "K"))
+    numbers = [rng.choice((rng.randrange(1, 99), round(rng.uniform(1, 99), 2))) for _ in range(3)]
+    starts = ["0", *(f"{number}{unit}" for number in sorted(numbers[: rng.randrange(4)]))]
+    if rng.random() < 0.1:
+        rng.shuffle(starts)
+    chosen = [rng.choice(values) for _ in starts]
+    if rng.random() < 0.9:
+        chosen[-1] = last
+    ramp = " ".join(f"{start}:{value}" for start, value in zip(starts, chosen))
+    if rng.random() < 0.1:
         return mutate_bytes(ramp.encode(), rng).decode("utf-8", "replace")
     return ramp
 
 
 def methods(work: Path, rng: random.Random) -> None:
-    """Options of methods, all at once: what the schedule must satisfy, and a step in every
-    phase."""
-    options = dict(
-        n_layer=rng.choice((1, 2, 3, 4, 6)),
-        stages=rng.choice((1, 1, 2, 3, 4)),
-        steps=rng.choice((1, 2, 5, 8, 40, 4000)),
+    """Options of methods, all at once: check their schedule, and make a step in every phase."""
+    stages = rng.choice((1, 2, 2, 3, 4))
+    options: dict[str, Any] = dict(
+        OPTIONS,
+        n_layer=rng.choice((4, 4, 5, 6, 3)),
+        stages=stages,
+        steps=rng.choice((8, 9, 40, 4000, 1)),
         continual_steps=rng.choice((0, 0, 3, "match_flops", "match_paper_cost")),
         freezing=rng.random() < 0.6,
         phase1=rng.choice(("paper", "released_code")),
-        growth=rng.choice([*OPERATORS, "stacks"]),
+        growth=rng.choice(list(OPERATORS)),
         optimizer_state=rng.choice(("carry", "copy", "reset")),
         continual_optimizer_state=rng.choice(("carry", "reset")),
         rewarmup_steps=rng.choice((0, 3)),
         skip_policy=rng.choice(["none", *SKIP_POLICIES]),
-        skip_rate=rng.choice((0.0, 0.2, 0.9, 1.0, -0.1, float("nan"))),
-        compile="none",
+        skip_rate=rng.choice((0.0, 0.2, 0.9)),
+        context_ramp="",
+        tokens_per_step_ramp="",
     )
-    if rng.random() < 0.4:
-        blocks = [rng.randrange(7) for _ in range(rng.randrange(1, 5))]
-        options["stage_blocks"] = tuple(sorted(blocks) if rng.random() < 0.9 else blocks)
-    if rng.random() < 0.3:
-        n = rng.choice((2, 2, options["stages"], 2 * options["stages"]))
+    if rng.random() < 0.05:
+        options["growth"] = "stacks"
+    if rng.random() < 0.05:
+        options["skip_rate"] = rng.choice((1.0, -0.1, float("nan")))
+    if rng.random() < 0.2:
+        blocks = sorted(rng.sample(range(options["n_layer"]), rng.randrange(3)))
+        options["stage_blocks"] = (*blocks, options["n_layer"])
+        options["stages"] = rng.choice((1, 1, 1, 2))
+    if rng.random() < 0.2:
+        n = rng.choice((2, 2, stages, 2 * stages))
         options["phase_fractions"] = tuple(rng.choice((0, 1, 0.3, 1e-9, 1e9)) for _ in range(n))
-    if rng.random() < 0.6:
-        options["context_ramp"] = random_ramp([1, 4, 8, 16, 32, 32, 5, 64], rng)
-    if rng.random() < 0.6:
-        options["tokens_per_step_ramp"] = random_ramp([64, 128, 192, 256, 100], rng)
-    config = dataclasses.replace(Config(**OPTIONS), **{"context_ramp": "", **options})
+    if rng.random() < 0.4:
+        options["context_ramp"] = random_ramp([1, 4, 8, 16, 32], rng, last=32)
+    if rng.random() < 0.4:
+        options["tokens_per_step_ramp"] = random_ramp([64, 128, 192, 256], rng, last=256)
+    config = Config(**options)
     check(config)
     walk(config)
 
@@ -320,7 +348,7 @@ def checkpoint_files(work: Path, rng: random.Random) -> None:
     config = Config(**OPTIONS)
     schedule, _ = make_schedules(config, MODEL_CONFIG)
     newest = newest_checkpoint(work / "run")
-    which = newest if rng.random() < 0.5 else folder
+    which = newest if newest and rng.random() < 0.5 else folder
     checkpoint = load_checkpoint(which, optimizer=True)
     train.check_resumable(checkpoint, config, MODEL_CONFIG, schedule, N_WINDOWS)
     model = GPT.from_weights(MODEL_CONFIG, checkpoint["model"])
@@ -337,19 +365,19 @@ def checkpoint_files(work: Path, rng: random.Random) -> None:
 def init_weights(work: Path, rng: random.Random) -> None:
     """A new run that starts from the weights of a mutated checkpoint."""
     folder = checkpoints(work / "run")[-1]
-    path = folder / rng.choice(("state.json", "model.safetensors"))
+    path = folder / rng.choice(("state.json", "state.json", "model.safetensors"))
     if path.suffix == ".json":
         mutate_json_file(path, rng)
-    else:
+    elif rng.random() < 0.5:
         path.write_bytes(mutate_bytes(path.read_bytes(), rng))
     lines = [f"{sha256(p)}  {p.name}\n" for p in sorted(folder.iterdir()) if p.name != SUMS]
     (folder / SUMS).write_text("".join(lines))
     options = OPTIONS | dict(
         stages=1,
-        n_layer=rng.choice((4, 4, 6, 3)),
+        n_layer=rng.choice((4, 4, 4, 6, 6, 3)),
         growth=rng.choice(("stack", "random", "zero_output")),
         context_ramp="",
-        init_weights=rng.choice((str(folder), str(work / "run"), str(work), "no such run")),
+        init_weights=str(rng.choice([folder] * 4 + [work / "run"] * 4 + [work, "no such run"])),
     )
     config = Config(**options)
     model_config = train.make_model_config(config, 320)
@@ -373,9 +401,20 @@ def run_folders(work: Path, rng: random.Random) -> None:
     MetricsWriter(work / "run" / "metrics.jsonl", 2).close()
 
 
-ALL = (shards, meta, hellaswag_lines, config_files, flags, methods)
-ALL += (checkpoint_files, init_weights, run_folders)
-TARGETS = {target.__name__: target for target in ALL}
+TARGETS = {
+    target.__name__: target
+    for target in (
+        shards,
+        meta,
+        hellaswag_lines,
+        config_files,
+        flags,
+        methods,
+        checkpoint_files,
+        init_weights,
+        run_folders,
+    )
+}
 
 
 # --- running them

@@ -105,7 +105,7 @@ def test_config_files_are_checked_like_options_and_named(capsys, tmp_path, line,
         load(path)
     message = capsys.readouterr().err
     assert exit_.value.code == 2
-    assert named in message and f"the option above is in config file {path}" in message
+    assert named in message and f"the option is set in config file {path}" in message
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_missing_config_files_end_with_a_suggestion():
     with pytest.raises(UserError, match="s4: did you mean configs/s4.py"):
         load("configs/gpt2_124m.py", "s4")
     assert load("--out_dir", "s4").out_dir == "s4"  # a value, not a file
-    with pytest.raises(UserError, match="not found; there are baseline, "):
+    with pytest.raises(UserError, match="not found; choose from baseline, "):
         load("zzzz.py")
 
 

@@ -1,4 +1,4 @@
-"""The account of what a schedule costs: against the paper, by hand, and against torch's counter."""
+"""Tests of the cost of a schedule: against the paper, by hand, and against torch's FLOP counter."""
 
 import dataclasses
 import math
@@ -33,12 +33,12 @@ SMALL = GPTConfig(block_size=48, vocab_size=192, n_layer=4, n_head=2, n_embd=32)
 # --- the paper
 
 
-def test_the_papers_formula_gives_the_circles_of_its_figures():
+def test_the_papers_formula_matches_its_figures():
     assert [paper_compute_matched_step(S, 10_000) for S in (4, 8, 12)] == [14_688, 15_469, 15_729]
 
 
 @pytest.mark.parametrize("S", [1, 2, 3, 4, 6, 12])
-def test_a_schedule_costs_what_the_formula_says_where_stages_divide_blocks(S):
+def test_cost_matches_the_papers_formula_if_stages_divide_blocks(S):
     T = 48_000  # divisible by 2S
     schedule, baseline = make_schedule(12, T, S, **ONE), make_schedule(12, T, **ONE)
     stages = cumulative_cost(schedule, T, "paper_cost", GPT2)
@@ -62,7 +62,7 @@ def test_twelve_blocks_in_eight_stages_cost_more_than_the_formula():
 # --- cumulative cost
 
 
-def test_cost_is_cumulative_over_phases_of_different_batch_and_context():
+def test_cost_accumulates_over_phases_with_different_batch_and_context():
     base = make_schedule(4, 10, tokens_per_step=480, context_length=48)
     schedule = with_ramp(base, "tokens_per_step", "0:96 50%:480")
     schedule = with_ramp(schedule, "context_length", "0:12 70%:48")
@@ -79,7 +79,7 @@ def test_cost_is_cumulative_over_phases_of_different_batch_and_context():
         assert cumulative_cost(schedule, step, "paper_cost", SMALL) == 8 * sum(tokens[:step])
 
 
-def test_skipped_blocks_cost_nothing_in_the_steps_that_skip_them():
+def test_skipped_blocks_cost_nothing():
     base = make_schedule(4, 64, 2, 16, tokens_per_step=96, context_length=48)
     schedule = with_skip_policy(base, "layer_dropout", 0.6, seed=3)
     total = dict.fromkeys(COST_METRICS, 0)
@@ -105,7 +105,7 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("metric", COST_METRICS)
-def test_the_compute_matched_step_is_where_the_cumulative_cost_says(name, metric):
+def test_cumulative_cost_at_the_compute_matched_step_equals_the_baselines(name, metric):
     """Within a schedule that costs more than its baseline, and past the end of one that costs
     less."""
     schedule, baseline = SCHEDULES[name], make_schedule(12, 100)
@@ -133,7 +133,7 @@ def test_flops_of_the_124m_model_by_hand():
 
 
 def counted_flops(model, T, scales=None):
-    """What torch counts in a real forward and backward pass; attention runs as matrix products."""
+    """Return torch's FLOP count of a forward and backward pass, with attention as matmuls."""
     idx = torch.randint(192, (3, T))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(idx, idx, scales).backward()
@@ -167,7 +167,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_planned_flops_are_the_counted_flops(kind):
+def test_computed_flops_match_torchs_counter(kind):
     schedule, number = KINDS[kind]
     step = schedule.at(number)
     phase = step.phase
@@ -182,14 +182,14 @@ def test_the_skipping_kinds_skip_something():
     assert len(set(running)) > 3 and any(len(r) < 2 for r in running)
 
 
-def test_flops_of_a_frozen_middle_are_the_counted_flops():
+def test_flops_with_frozen_middle_blocks_match_torchs_counter():
     model = GPT(SMALL)
     model.freeze(blocks=[0, 2], embeddings=True)
     flops = cost.flops_per_token(SMALL, 48, range(4), [1, 3], train_embeddings=False)
     assert counted_flops(model, 48) == 3 * 48 * flops
 
 
-# --- what a run is measured against
+# --- the baseline of a run
 
 
 def test_continual_steps_until_compute_matched():
@@ -210,8 +210,8 @@ def test_continual_steps_until_compute_matched():
         ["--freezing=False", "--growth=stack"],
     ],
 )
-def test_continual_steps_match_the_baseline_whatever_the_method(metric, method):
-    """Percentages and policies refer to the steps before them, so adding them changes nothing."""
+def test_continual_steps_match_the_baseline_with_any_method(metric, method):
+    """Percentages and policies refer only to the steps before continual training."""
     options = ["--stages=4", "--steps=1000", f"--continual_steps=match_{metric}", *method]
     schedule, baseline = make_schedules(load_config(options, Config()), GPT2)
     n = schedule.n_steps
@@ -223,7 +223,7 @@ def test_continual_steps_match_the_baseline_whatever_the_method(metric, method):
     assert compute_matched_steps(schedule, baseline, GPT2)[metric] == n and after == at
 
 
-def test_the_baseline_has_nothing_of_the_method():
+def test_the_baseline_is_independent_of_the_method():
     options = ["--stages=4", "--context_ramp=0:512 50%:1024", "--skip_policy=layer_dropout"]
     options += ["--tokens_per_step_ramp=0:262144 50%:524288", "--growth=stack"]
     schedule, baseline = make_schedules(load_config(options, Config()), GPT2)
@@ -269,13 +269,13 @@ def test_the_summary_adds_up():
         (["--stages=4", "--tokens_per_step_ramp=0:262144 50%:524288"], None),
     ],
 )
-def test_the_papers_formula_is_quoted_only_for_schedules_that_it_describes(options, step):
+def test_the_papers_formula_is_printed_only_if_it_applies(options, step):
     s = summary(*options)
     assert s["paper_formula_step"] == step
-    assert ("By the paper's formula" in summary_table(s)) == (step is not None)
+    assert ("The paper's formula" in summary_table(s)) == (step is not None)
 
 
-def test_the_table_shows_what_varies():
+def test_the_table_shows_context_and_batch_only_if_they_vary():
     plain, varied = (
         summary_table(summary("--stages=4", *more))
         for more in ([], ["--context_ramp=0:512 50%:1024", "--skip_policy=layer_dropout"])

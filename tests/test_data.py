@@ -220,9 +220,9 @@ def header(magic=20240520, version=1, count=50, tokens=50):
         (header()[:700], "not a token shard"),
         (header(magic=20240801), "not a token shard"),
         (header(version=7), "version 7"),
-        (header(tokens=49), "header says 50 tokens, the file has 49: it is truncated"),
+        (header(tokens=49), "header gives 50 tokens, but the file has 49: it is truncated"),
         (header()[:-1], "truncated"),
-        (header(tokens=51), "header says 50 tokens, the file has 51"),
+        (header(tokens=51), "header gives 50 tokens, but the file has 51"),
         (header(count=-1), "corrupted"),
     ],
 )
@@ -248,9 +248,11 @@ def test_missing_shards_short_shards_and_tokens_of_another_vocabulary_are_errors
     with pytest.raises(UserError, match="x_train_000001.bin: cannot be read"):
         Shards(folder, "train", 10, META)
     write_shard(folder / "x_train_000001.bin", np.arange(70, dtype=np.uint16))
-    with pytest.raises(UserError, match="x_train_000001.bin: has 70 tokens, meta.json says 101"):
+    with pytest.raises(
+        UserError, match="x_train_000001.bin: has 70 tokens, but meta.json lists 101"
+    ):
         Shards(folder, "train", 10, META)
-    with pytest.raises(UserError, match="lists no val shards"):
+    with pytest.raises(UserError, match="no val shards are listed"):
         Shards(folder, "val", 10, META | {"shards": META["shards"][1:]})
 
 
@@ -279,7 +281,7 @@ def test_a_corrupted_meta_json_is_an_error(tmp_path, content):
 
 @pytest.mark.parametrize(
     "how, named",
-    [("deleted", "can no longer be read"), ("truncated", "was truncated since the start")],
+    [("deleted", "can no longer be read"), ("truncated", "truncated since the run started")],
 )
 def test_a_shard_that_is_lost_is_named(tmp_path, how, named):
     path = tmp_path / "x.bin"
@@ -302,10 +304,10 @@ def test_verify_data_compares_shards_with_their_checksums(corpus, tmp_path, run_
     content[-2] ^= 1
     path.write_bytes(content)
     run_train("not verified", data_dir=folder, steps=1)
-    with pytest.raises(UserError, match="stdlib_train_000001.bin: its sha256 differs from meta"):
+    with pytest.raises(UserError, match="stdlib_train_000001.bin: the sha256 differs from meta"):
         run_train("verified", data_dir=folder, steps=1, verify_data=True)
     assert not (tmp_path / "verified").exists()
     meta = load_meta(folder)
     del meta["shards"][0]["sha256"]
-    with pytest.raises(UserError, match="has no sha256 of stdlib_val_000000.bin"):
+    with pytest.raises(UserError, match="no sha256 for stdlib_val_000000.bin"):
         verify_shards(folder, meta)

@@ -167,7 +167,7 @@ def test_signals_stop_a_run_and_a_second_interrupt_ends_it_at_once(corpus, tmp_p
         wait_for(lambda: step_of(out) >= step, process)  # noqa: B023
         process.send_signal(number)
         code, output = end(process)
-        assert code == 75 and "everything saved; continue with the same command" in output, output
+        assert code == 75 and "checkpoint saved; continue with the same command" in output, output
     process = start(*command)
     wait_for(lambda: step_of(out) == 39, process)
     process.send_signal(signal.SIGINT)
@@ -192,7 +192,7 @@ def test_a_shard_that_is_lost_during_training_is_named(corpus, tmp_path, how):
         os.truncate(path, 5000)
     code, output = end(process)
     assert code == 1 and "Traceback" not in output
-    named = "can no longer be read" if how == "deleted" else "was truncated since the start"
+    named = "can no longer be read" if how == "deleted" else "truncated since the run started"
     assert f"error: {path}: {named}" in output
     assert load_checkpoint(out)["step"] > 0
 
@@ -216,7 +216,7 @@ def test_a_run_resumes_with_other_processes_and_micro_batches(corpus, tmp_path, 
         wait_for(lambda: step_of(out) >= step, process)  # noqa: B023
         process.send_signal(signal.SIGTERM)
         code, output = end(process)
-        assert code != 0 and "everything saved" in output, output
+        assert code != 0 and "checkpoint saved" in output, output
         assert load_checkpoint(out)["step"] == step_of(out) >= step
     torchrun(2, "train.py", *arguments(out, **options | {"batch_size": 2}))
     assert [row["step"] for row in metrics(out)] == list(range(81))

@@ -39,8 +39,8 @@ def test_a_second_run_in_the_same_folder_is_an_error(tmp_path):
     command = [sys.executable, "-c", LOCK, str(ROOT), str(tmp_path)]
     lock = lock_folder(tmp_path)
     second = subprocess.run(command, capture_output=True, text=True)
-    assert "UserError" in second.stderr and "another run writes there" in second.stderr
-    with pytest.raises(UserError, match="another run writes there"):
+    assert "UserError" in second.stderr and "another run is using it" in second.stderr
+    with pytest.raises(UserError, match="another run is using it"):
         lock_folder(tmp_path)
     lock.release()
     assert subprocess.run(command).returncode == 0
@@ -52,7 +52,7 @@ def test_the_lock_ends_with_its_process(tmp_path):
     command = [sys.executable, "-c", program, str(ROOT), str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "locked\n"
-    with pytest.raises(UserError, match="another run writes there"):
+    with pytest.raises(UserError, match="another run is using it"):
         lock_folder(tmp_path)
     process.kill()
     process.wait()
@@ -61,7 +61,7 @@ def test_the_lock_ends_with_its_process(tmp_path):
 
 def test_a_folder_that_cannot_be_locked_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written, or not locked"):
+    with pytest.raises(UserError, match="cannot be written or locked"):
         lock_folder(tmp_path / "file")
 
 

@@ -146,16 +146,16 @@ def test_many_documents_keep_their_order(monkeypatch, tmp_path):
         (
             "a.jsonl",
             '{"body": "no text"}\n',
-            r"needs a column `text` of strings; it has \['body'\]",
+            r"needs a `text` column of strings; found \['body'\]",
         ),
-        ("a.jsonl", '{"text": 3}\n', "needs a column `text` of strings"),
-        ("a.jsonl", '{"text": ["a"]}\n', "needs a column `text` of strings"),
-        ("a.jsonl", '{"text": "a"}\n{"text": null}\n', "document 1: its `text` is null"),
+        ("a.jsonl", '{"text": 3}\n', "needs a `text` column of strings"),
+        ("a.jsonl", '{"text": ["a"]}\n', "needs a `text` column of strings"),
+        ("a.jsonl", '{"text": "a"}\n{"text": null}\n', "document 1: `text` is null"),
         ("a.jsonl", '{"text": "too short"}\n', "only 10 tokens"),
         ("a.jsonl", "", "a.jsonl"),
         ("a.jsonl", b'{"text": "\xff"}\n', "documents 0 to 0 is not UTF-8"),
         ("a.parquet", "not parquet", "cannot be read as parquet"),
-        ("a.csv", "text\nx", "one format out of .parquet, .jsonl, .txt; found .csv"),
+        ("a.csv", "text\nx", "found .csv files: use files of one format out of"),
     ],
 )
 def test_bad_source(monkeypatch, tmp_path, name, content, message):
@@ -169,7 +169,7 @@ def test_bad_source(monkeypatch, tmp_path, name, content, message):
     "options, message",
     [
         (dict(source="/nowhere"), "--source=/nowhere: no such file or folder"),
-        (dict(shard_tokens=2**31), "the most that a shard's header can express"),
+        (dict(shard_tokens=2**31), "the maximum in a shard's header"),
         (dict(shard_tokens=1), "must be between 2 and"),
         (dict(processes=0), "--processes=0 must be at least 1"),
         (dict(tokenizer="o200k"), "tokenizer 'o200k' is unknown"),
@@ -322,7 +322,7 @@ def test_interrupted_run_starts_again(monkeypatch, tmp_path, capsys, number):
         "meta.json",
     }
     assert not (tmp_path / "out.partial").exists()
-    assert ("removing the files of an interrupted run" in capsys.readouterr().err) == left
+    assert ("removing files left by an interrupted run" in capsys.readouterr().err) == left
 
 
 def test_existing_out_is_not_touched(monkeypatch, tmp_path):
@@ -340,7 +340,7 @@ def test_users_own_partial_folder_is_not_touched(monkeypatch, tmp_path, file):
         (partial / file).write_text("years of work")
     else:
         partial.write_text("years of work")
-    with pytest.raises(UserError, match=r"out.partial exists, but fineweb.py did not create it"):
+    with pytest.raises(UserError, match=r"out.partial exists, but was not created by fineweb.py"):
         run(monkeypatch, tmp_path, "stdlib")
     assert (partial / file if file else partial).read_text() == "years of work"
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
-"""A checkpoint of format 1, kept in tests/golden/, must load and resume in every later version.
+"""A checkpoint of format 1, stored in tests/golden/, must load and resume in every later version.
 
-`python tests/test_golden.py` made it. Do not make it again: a new format gets a new folder.
+It was created by `python tests/test_golden.py`. Do not regenerate it: a new format gets a new
+folder.
 """
 
 import json
@@ -32,7 +33,7 @@ OPTIONS = [
 
 
 def write_corpus(folder: Path) -> None:
-    """The same bytes everywhere, with a pattern to learn."""
+    """Write a deterministic corpus with a learnable pattern."""
     folder.mkdir(parents=True)
     random = np.random.RandomState(0)
     tokens = (np.arange(20_000) % 7 * 20 + random.randint(3, size=20_000)).astype(np.uint16)
@@ -77,10 +78,10 @@ def test_the_golden_checkpoint_resumes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("version", [0, FORMAT_VERSION + 1, "1", None])
-def test_another_format_is_refused_by_its_number(version, tmp_path):
+def test_other_format_versions_raise_an_error(version, tmp_path):
     copy = shutil.copytree(GOLDEN / "step_00000007", tmp_path / "step_00000007")
     state = json.loads((copy / "state.json").read_text()) | {"format_version": version}
-    if version is None:  # of a version that did not have the field
+    if version is None:  # written before the field existed
         del state["format_version"]
     (copy / "state.json").write_text(json.dumps(state))
     lines = (copy / "SHA256SUMS").read_text().splitlines()
@@ -93,7 +94,7 @@ def test_another_format_is_refused_by_its_number(version, tmp_path):
 
 
 def make() -> None:
-    """Write tests/golden/format_N from a run in the present folder."""
+    """Write tests/golden/format_N from a run in the current folder."""
     write_corpus(Path("data/golden"))
     places = ["--data_dir=data/golden", "--out_dir=out/golden"]
     sys.argv = ["train.py", *OPTIONS, *places, "--keep_checkpoints=9"]

@@ -21,8 +21,7 @@ BUILT_IN = ("random", "copy_last", "stack", "zero_output")
 
 
 def sources(name, old, new):
-    """Each block's source as a short word: k2 is old block 2 itself, 2 a copy of it, + a new
-    one."""
+    """Abbreviate a source map: k2 is old block 2 itself, 2 a copy of it, + a new block."""
 
     def word(s):
         text = "+" if s == FRESH else f"{'k' * s.keep}{s.mix[0][0]}"
@@ -57,21 +56,23 @@ def test_source_maps(name, old, new, expected):
 @pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize("old", range(1, 7))
 @pytest.mark.parametrize("added", range(1, 8))
-def test_these_operators_keep_every_old_block_in_order(name, old, added):
+def test_built_in_operators_keep_every_old_block_in_order(name, old, added):
     m = source_map(name, old, old + added)
     assert [s.mix[0][0] for s in m if s.keep] == list(range(old))
     assert len(growth.new_blocks(m)) == added
     assert source_map(name, old, old) == tuple(map(keep, range(old)))
 
 
-def test_operators_are_refused_by_name():
+def test_invalid_operators_raise_errors_that_name_them():
     with pytest.raises(UserError, match="growth='stak' is unknown: did you mean stack?"):
         source_map("stak", 2, 4)
-    with pytest.raises(UserError, match="growth=stack copies existing blocks, but there are none"):
+    with pytest.raises(
+        UserError, match="growth=stack copies existing blocks, but the model has none"
+    ):
         source_map("stack", 0, 4)
 
 
-def test_what_is_refused_without_blocks_is_copying_not_a_name(monkeypatch):
+def test_only_operators_that_copy_require_existing_blocks(monkeypatch):
     monkeypatch.setitem(growth.OPERATORS, "fresh_bottom", lambda old, new: (FRESH,) * new)
     assert source_map("fresh_bottom", 0, 2) == (FRESH, FRESH)
     for name in set(growth.OPERATORS) - {"random", "fresh_bottom"}:
@@ -91,9 +92,9 @@ def test_what_is_refused_without_blocks_is_copying_not_a_name(monkeypatch):
         (keep(0), Source(mix=((1, 1.0),), zero_output=True, keep=True), FRESH),
     ],
 )
-def test_an_operator_that_returns_no_map_is_an_error(monkeypatch, bad):
+def test_invalid_source_maps_raise_an_error(monkeypatch, bad):
     monkeypatch.setitem(growth.OPERATORS, "bad", lambda old, new: bad)
-    with pytest.raises(ValueError, match="growth operator bad returned no map from 2 to 3"):
+    with pytest.raises(ValueError, match="growth operator bad returned an invalid map from 2 to 3"):
         source_map("bad", 2, 3)
 
 
@@ -101,7 +102,7 @@ def test_an_operator_that_returns_no_map_is_an_error(monkeypatch, bad):
 
 
 def random_model(n_blocks, seed=0, dtype=torch.float32):
-    """A model whose every parameter is random, so that a wrong block or scale shows."""
+    """Return a model with all parameters random, so that a wrong block or scale is detected."""
     model = GPT(MODEL, n_blocks=n_blocks).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -120,10 +121,10 @@ def equal(a, b):
 
 @pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize("old, new", [(2, 4), (3, 7), (4, 5)])
-def test_blocks_are_what_the_map_says(name, old, new):
+def test_blocks_match_the_source_map(name, old, new):
     model = random_model(old)
     before, values = list(model.transformer.h), [tensors(b) for b in model.transformer.h]
-    fresh = [tensors(b) for b in GPT(MODEL).transformer.h]  # by position, as in a whole model
+    fresh = [tensors(b) for b in GPT(MODEL).transformer.h]  # as in a model with all blocks
     model.grow(source_map(name, old, new), seed=1337)
     assert model.n_blocks == new
     for i, (block, source) in enumerate(zip(model.transformer.h, source_map(name, old, new))):
@@ -135,11 +136,11 @@ def test_blocks_are_what_the_map_says(name, old, new):
             assert torch.equal(value, torch.zeros_like(value) if zero else expected[key])
         assert all(p.requires_grad for p in block.parameters())
     copies = {id(p) for b in model.transformer.h for p in b.parameters()}
-    assert len(copies) == new * len(values[0])  # no parameter stands in two blocks
+    assert len(copies) == new * len(values[0])  # no two blocks share a parameter
 
 
 def test_a_mix_is_a_weighted_sum():
-    """Interpolation between two blocks, and a shrunk block with new weights added."""
+    """Interpolate two blocks; scale a block down and add newly initialized weights."""
     model = random_model(2)
     a, b = (tensors(block) for block in model.transformer.h)
     fresh = tensors(GPT(MODEL).transformer.h[2])
@@ -182,7 +183,7 @@ def test_a_new_block_in_the_middle_does_not_repeat_earlier_weights():
 
 
 def trained(n_blocks, steps=3, config=None):
-    """A model and AdamW after some steps."""
+    """Return a model and its AdamW optimizer after `steps` steps."""
     config = config or Config(learning_rate=1e-2)
     model = GPT(MODEL, n_blocks=n_blocks)
     optimizer = train.make_optimizer(model, config)
@@ -198,7 +199,7 @@ def step(model, optimizer, n=1):
 
 
 def grow(model, optimizer, n_blocks, name, state):
-    """Enter a phase with more blocks, as the training loop does."""
+    """Enter a phase with more blocks, as in the training loop."""
     (phase,) = make_schedule(n_blocks, 1).phases
     phase = dataclasses.replace(phase, growth=name, optimizer_state=state)
     return train.enter_phase(model, optimizer.state, phase, Config(learning_rate=1e-2))
@@ -225,7 +226,7 @@ def test_optimizer_state_is_carried_copied_or_reset(name, state):
 
 
 def test_copied_state_is_a_copy():
-    """The next step must not change the state of the source through its copy."""
+    """The next step must not modify the source's state through shared memory."""
     model, optimizer = trained(2)
     optimizer = grow(model, optimizer, 4, "stack", "copy")
     a, b = (dict(model.transformer.h[i].named_parameters())["mlp.c_fc.weight"] for i in (0, 2))
@@ -243,7 +244,7 @@ def test_a_mix_of_blocks_mixes_their_state():
             torch.testing.assert_close(optimizer.state[p][key], mean)
 
 
-def test_a_source_that_never_trained_gives_no_state():
+def test_a_source_without_state_gives_no_state():
     model, optimizer = trained(2)
     for p in model.transformer.h[1].parameters():
         del optimizer.state[p]
@@ -254,7 +255,7 @@ def test_a_source_that_never_trained_gives_no_state():
 
 
 def test_mixed_state_stays_valid():
-    """Second moments are not negative, and a number of steps is one, whatever the weights."""
+    """Second moments stay nonnegative and step counts stay valid for any weights."""
     model, optimizer = trained(2)
     difference = Source(mix=((1, 2.0), (0, -1.0)))
     shrunk = Source(mix=((1, 0.1),), fresh=1.0)
@@ -271,8 +272,8 @@ def test_mixed_state_stays_valid():
 @pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize("state", ["carry", "copy", "reset"])
 def test_new_parameters_train_and_their_first_update_is_not_inflated(name, state):
-    """Public code forgets to hand new parameters to the optimizer, or resets Adam's step count but
-    not its moments, so that bias correction inflates the first updates."""
+    """Some public implementations do not add new parameters to the optimizer, or reset Adam's step
+    count but not exp_avg and exp_avg_sq, so that bias correction inflates the first updates."""
     model, optimizer = trained(2)
     optimizer = grow(model, optimizer, 4, name, state)
     before = [tensors(b) for b in model.transformer.h]
@@ -281,7 +282,7 @@ def test_new_parameters_train_and_their_first_update_is_not_inflated(name, state
         for key, p in block.named_parameters():
             change = (p - old[key]).abs().max().item()
             decay = 1e-2 * 0.1 * old[key].abs().max().item()
-            # a block with zero projections passes no gradient to what is before them in its branch
+            # zero projections block the gradient to the earlier layers of their branch
             if key.split(".")[-2] == "c_proj" or name != "zero_output":
                 assert change > 0, key
-            assert change <= 1e-2 * 1.5 + decay, key  # lr, and what momentum may add to it
+            assert change <= 1e-2 * 1.5 + decay, key  # lr, plus a margin for momentum

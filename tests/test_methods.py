@@ -1,4 +1,4 @@
-"""Methods as data: each of configs/methods/ through dry run, resuming, processes and compiling."""
+"""Tests of each method in configs/methods/: dry run, resuming, two processes and compilation."""
 
 import dataclasses
 import inspect
@@ -24,7 +24,7 @@ from stagewise.data import Shards, TrainOrder, load_meta, write_shard
 from stagewise.distributed import Ranks
 from stagewise.fileio import sha256
 
-# For every method: options of a tiny run, and the step at which something changes.
+# For every method: the options of a tiny run, and the step at which something changes.
 METHODS = {
     "one_shot_stacking": (dict(steps=20), 6),
     "context_growth": (dict(steps=8, block_size=1024, tokens_per_step=2048, batch_size=1), 4),
@@ -56,8 +56,8 @@ def test_dry_run(name, run_train, capsys):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("state", ["copy", "carry", "reset"])
-def test_a_resumed_run_is_the_uninterrupted_run(name, state, run_train, tmp_path):
-    """Before the change, at the boundary, and after it."""
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_run(name, state, run_train, tmp_path):
+    """Resume before the change, at the change, and after it."""
     if state != "copy" and name != "one_shot_stacking":
         pytest.skip("nothing grows, so there is one rule of optimizer state")
     options, change = METHODS[name]
@@ -78,7 +78,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(name, state, run_train, tmp_path
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_cost_of_every_step_is_what_it_ran(name, run_train):
+def test_the_cost_of_every_step_matches_what_it_ran(name, run_train):
     options, _ = METHODS[name]
     out = run_train("run", config_file(name), **options)
     argv = [config_file(name), *arguments(out, **options)]
@@ -96,12 +96,12 @@ def test_the_cost_of_every_step_is_what_it_ran(name, run_train):
             cost = cost_per_token(step, metric, model_config)
             assert row[metric] - before[metric] == tokens * cost
         costs.add(row["flops"] - before["flops"])
-    assert len(costs) > 1  # not one price for all steps
+    assert len(costs) > 1  # the cost per token is not constant
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
-def test_two_processes_train_what_one_trains(name, corpus, tmp_path):
+def test_two_processes_match_one(name, corpus, tmp_path):
     options, _ = METHODS[name]
     options = options | dict(data_dir=corpus, grad_clip=1.0)
     one, two = tmp_path / "one", tmp_path / "two"
@@ -120,8 +120,8 @@ def test_two_processes_train_what_one_trains(name, corpus, tmp_path):
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("name", METHODS)
-def test_compiled_blocks_train_like_plain_ones_with_few_graphs(name, run_train):
-    """Also across what changes: no graph for each set of skipped blocks."""
+def test_compiled_blocks_match_eager_training_with_few_graphs(name, run_train):
+    """Including across changes: skipped blocks do not need new graphs."""
     options, _ = METHODS[name]
     plain = metrics(run_train("plain", config_file(name), **options))
     torch._dynamo.reset()
@@ -133,13 +133,13 @@ def test_compiled_blocks_train_like_plain_ones_with_few_graphs(name, run_train):
     assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 5
 
 
-def test_skipping_under_a_model_compiled_whole_is_refused(run_train):
-    with pytest.raises(train.UserError, match="skip_policy=layer_dropout .* --compile=blocks"):
+def test_skip_policies_with_compile_model_raise_an_error(run_train):
+    with pytest.raises(train.UserError, match="skip_policy=layer_dropout, .* --compile=blocks"):
         run_train("run", skip_policy="layer_dropout", compile="model")
 
 
 def test_skipped_blocks_do_not_change(run_train):
-    """Neither by weight decay nor by momentum; their optimizer state waits."""
+    """Neither weight decay nor momentum changes them; their optimizer state is kept."""
     options, _ = METHODS["layer_dropout"]
     options = options | EVERY_STEP | dict(weight_decay=0.5)
     out = run_train("run", config_file("layer_dropout"), **options)
@@ -162,12 +162,12 @@ def test_skipped_blocks_do_not_change(run_train):
     assert skipped > 5
 
 
-# --- context and batch that change: every token once, in the baseline's order
+# --- ramps of context and batch: every token once, in the baseline's order
 
 
 @pytest.fixture
 def numbers(tmp_path):
-    """A corpus in which every token says where it stands: one epoch is 240 windows of 64."""
+    """Write a corpus in which each token encodes its position; an epoch is 240 windows of 64."""
     entries = []
     for split, n in (("val", 200), ("train", 40 * 64 + 5), ("train", 200 * 64 + 1)):
         path = tmp_path / f"n_{split}_{len(entries):06d}.bin"
@@ -180,7 +180,7 @@ def numbers(tmp_path):
 
 
 def read_tokens(folder, step=0, world_size=1, **options):
-    """Inputs and targets of every step from `step` on, in order, and the contexts that occur."""
+    """Return inputs and targets from `step` on, in order, and the context lengths that occur."""
     words = arguments(folder / "out", **{"data_dir": folder, "steps": 15} | options)
     config = load_config(words, Config())
     model_config = train.make_model_config(config, 65536)
@@ -212,8 +212,8 @@ RAMPS = [
 @pytest.mark.parametrize("ramps", RAMPS)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_every_token_is_read_once_in_the_order_of_the_baseline(numbers, ramps, world_size):
-    """Also over the end of an epoch, and from any step at which a run may resume."""
-    base, _, _, _ = read_tokens(numbers, steps=30)  # in steps of 16 windows at full context
+    """Including across epochs, and from any step at which a run may resume."""
+    base, _, _, _ = read_tokens(numbers, steps=30)  # steps of 16 windows at full context
     for name in ("context_ramp", "tokens_per_step_ramp"):
         ramps = ramps | {name: ramps.get(name, "")}
     x, y, contexts, schedule = read_tokens(numbers, world_size=world_size, batch_size=4, **ramps)
@@ -231,7 +231,7 @@ def test_every_token_is_read_once_in_the_order_of_the_baseline(numbers, ramps, w
 
 
 def test_the_corpus_is_read_to_its_end(numbers):
-    """A whole epoch, with every ramp at once: each token exactly once."""
+    """With all ramps combined, an epoch reads each token exactly once."""
     ramps = RAMPS[3]
     x, _, _, schedule = read_tokens(numbers, steps=30, **ramps)
     epoch = 240 * 64
@@ -245,10 +245,10 @@ def test_the_corpus_is_read_to_its_end(numbers):
 @pytest.mark.parametrize(
     "options, said",
     [
-        (dict(context_ramp="0:48"), "context_ramp=0:48: 48 must divide block_size=64"),
+        (dict(context_ramp="0:48"), "context_ramp='0:48': 48 must divide block_size=64"),
         (dict(context_ramp="0:128"), "128 must divide block_size=64"),
-        (dict(context_ramp="0:8"), "must reach block_size=64 before the end"),
-        (dict(context_ramp="0:8 100B:64"), "must reach block_size=64 before the end"),
+        (dict(context_ramp="0:8"), "must end at block_size=64"),
+        (dict(context_ramp="0:8 100B:64"), "must end at block_size=64"),
         (dict(context_ramp="512"), "must be START:VALUE"),
         (dict(tokens_per_step_ramp="0:500"), "tokens_per_step=500 must be a multiple"),
         (dict(tokens_per_step_ramp="0:64"), "batch_size=8 does not divide the 1 sequences"),
@@ -257,7 +257,7 @@ def test_the_corpus_is_read_to_its_end(numbers):
         (dict(skip_policy="layer_dropout", skip_rate=1), "skip_rate=1.0 must be"),
     ],
 )
-def test_methods_that_cannot_be_are_refused_before_anything_is_written(
+def test_invalid_methods_raise_errors_before_anything_is_written(
     options, said, run_train, tmp_path
 ):
     with pytest.raises(train.UserError, match=re.escape(said)):
@@ -265,17 +265,17 @@ def test_methods_that_cannot_be_are_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_resuming_under_another_ramp_is_refused_by_what_differs(run_train):
+def test_resuming_with_a_different_ramp_raises_an_error(run_train):
     options = dict(steps=16, context_ramp="0:32 50%:64")
     run_train("run", **options)
     with pytest.raises(train.UserError, match="differs in context_length"):
         run_train("run", **options | {"context_ramp": "0:16 50%:64"}, init_from="resume")
     with pytest.raises(train.UserError, match="differs in .*skip"):
         run_train("run", **options, skip_policy="layer_dropout", init_from="resume")
-    run_train("run", **options, continual_steps=4, init_from="resume")  # may grow
+    run_train("run", **options, continual_steps=4, init_from="resume")  # may increase
 
 
-def test_a_ramp_leaves_the_rest_of_the_schedule_alone():
+def test_a_ramp_does_not_change_the_rest_of_the_schedule():
     config = load_config(["--stages=4", "--context_ramp=0:512 50%:1024"], Config())
     schedule, _ = train.make_schedules(config, GPTConfig())
     plain, _ = train.make_schedules(dataclasses.replace(config, context_ramp=""), GPTConfig())
@@ -286,7 +286,7 @@ def test_a_ramp_leaves_the_rest_of_the_schedule_alone():
 
 
 def test_a_run_starts_from_the_weights_of_another(run_train, corpus):
-    """Of a smaller one, which the growth operator enlarges; here without changing its function."""
+    """The growth operator enlarges a smaller model, here without changing its function."""
     small = run_train("small", n_layer=2)
     out = run_train("large", init_weights=small, growth="zero_output", steps=4)
     rows = metrics(out)
@@ -294,7 +294,7 @@ def test_a_run_starts_from_the_weights_of_another(run_train, corpus):
     assert rows[0]["blocks"] == 4 and rows[0]["step"] == 0
     weights = load_checkpoint(out)["model"]
     assert sum("h.3.attn.c_proj.weight" in name for name in weights) == 1
-    # resuming needs the small run no more
+    # resuming does not need the small run
     shutil.rmtree(small)
     run_train("large", init_weights=small, growth="zero_output", steps=4, init_from="auto")
 
@@ -302,20 +302,20 @@ def test_a_run_starts_from_the_weights_of_another(run_train, corpus):
 @pytest.mark.parametrize(
     "options, said",
     [
-        (dict(n_embd=64), "has n_embd=32, but n_embd=64 is asked for"),
+        (dict(n_embd=64), "has n_embd=32, but n_embd=64 was requested"),
         (dict(stages=4), "has 2 blocks, but the first phase has 1"),
         (dict(stage_blocks=(3, 4)), "has 2 blocks, but phase 1 of the first stage would train all"),
         (dict(init_weights="/nowhere"), "/nowhere: has no checkpoint"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(options, said, run_train):
+def test_mismatched_weights_raise_an_error(options, said, run_train):
     small = run_train("small", n_layer=2, steps=2)
     with pytest.raises(train.UserError, match=said):
         run_train("large", **{"init_weights": small} | options)
 
 
-def test_weights_for_another_tokenizer_are_refused(run_train, corpus, tmp_path):
-    """And a vocabulary without padding, as GPT-2's own, is padded."""
+def test_weights_for_a_different_tokenizer_raise_an_error(run_train, corpus, tmp_path):
+    """A vocabulary without padding, such as GPT-2's, is padded."""
     small = run_train("small", steps=2)
     folder = small / "checkpoints/step_00000002"
     state = json.loads((folder / "state.json").read_text())
@@ -334,7 +334,7 @@ def test_weights_for_another_tokenizer_are_refused(run_train, corpus, tmp_path):
     assert torch.equal(wte[:257], weights["transformer.wte.weight"]) and not wte[257:].any()
     (folder / "state.json").write_text(json.dumps(state | {"tokenizer": "gpt2"}))
     sign()
-    with pytest.raises(train.UserError, match="was trained with tokenizer gpt2, but .* has bytes"):
+    with pytest.raises(train.UserError, match="was trained with tokenizer gpt2, but .* uses bytes"):
         run_train("other", init_weights=small, steps=2)
 
 
@@ -342,7 +342,7 @@ def test_weights_for_another_tokenizer_are_refused(run_train, corpus, tmp_path):
 
 
 def test_the_worked_example_adds_a_method(tmp_path, corpus):
-    """To a copy of the repository without stacking; nothing but the two files changes."""
+    """Apply the example to a copy of the repository without `stack`; only two files change."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     operator, config = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     dry, run = (shlex.split(c) for c in re.findall(r"```sh\n(.*?)```", text, re.DOTALL))

@@ -1,4 +1,4 @@
-"""The model against transformers' GPT-2, growth, and freezing."""
+"""Tests of the model: against transformers' GPT-2, growth, and freezing."""
 
 import dataclasses
 import gc
@@ -26,12 +26,12 @@ def weights(model):
     return {name: w.clone() for name, w in model.state_dict().items()}
 
 
-# --- against a second source
+# --- against transformers
 
 
 @pytest.fixture(scope="module")
 def hf():
-    """transformers' GPT-2, small, with random weights and biases."""
+    """Return a small transformers GPT-2 with random weights and biases."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -46,14 +46,13 @@ def hf():
     )
     model = GPT2LMHeadModel(config).eval()
     for p in model.parameters():
-        torch.nn.init.normal_(
-            p, std=0.2
-        )  # large weights, so that a wrong activation or scale shows
+        # Large weights, so that a wrong activation or scale is detected.
+        torch.nn.init.normal_(p, std=0.2)
     return model
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-11)])
-def test_logits_and_loss_are_transformers(hf, dtype, tolerance):
+def test_logits_and_loss_match_transformers(hf, dtype, tolerance):
     ours = GPT(GPTConfig(block_size=64, vocab_size=301, n_layer=3, n_head=4, n_embd=48)).to(dtype)
     ours.load_state_dict(from_hf(hf.state_dict()))
     theirs = hf.to(dtype)
@@ -66,7 +65,7 @@ def test_logits_and_loss_are_transformers(hf, dtype, tolerance):
     )  # theirs is float32
 
 
-def test_gradients_are_transformers(hf):
+def test_gradients_match_transformers(hf):
     ours = GPT(GPTConfig(block_size=64, vocab_size=301, n_layer=3, n_head=4, n_embd=48)).double()
     ours.load_state_dict(from_hf(hf.state_dict()))
     theirs = hf.double()
@@ -83,8 +82,8 @@ def test_gradients_are_transformers(hf):
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("chunks", [1, 3, 50])
-def test_the_chunked_loss_is_the_loss(monkeypatch, frozen, chunks):
-    """Value and gradients, against whole logits in fp64; the gradient of the result scales them."""
+def test_the_chunked_loss_matches_the_full_loss(monkeypatch, frozen, chunks):
+    """Compare value and scaled gradients with those of unchunked logits in fp64."""
     monkeypatch.setitem(losses.LOGITS_BYTES, "cpu", 4 * 320 * -(-50 // chunks))
     generator = torch.Generator().manual_seed(0)
     x, weight = (
@@ -115,8 +114,8 @@ def test_the_chunked_loss_is_the_loss(monkeypatch, frozen, chunks):
     )
 
 
-def test_a_step_never_holds_all_logits(monkeypatch):
-    """More rows need no more memory as wide as the vocabulary."""
+def test_a_step_never_materializes_all_logits(monkeypatch):
+    """Memory for vocabulary-sized tensors does not grow with the number of rows."""
 
     def peak(T):
         model = GPT(GPTConfig(block_size=T, vocab_size=16384, n_layer=1, n_head=1, n_embd=8))
@@ -129,7 +128,7 @@ def test_a_step_never_holds_all_logits(monkeypatch):
     assert peak(256) - peak(64) < 0.05 * (256 - 64) * 16384 * 4
 
 
-def test_parameter_names_and_counts_are_gpt2s():
+def test_parameter_names_and_counts_match_gpt2():
     model = GPT(GPTConfig(vocab_size=50257), device="meta")
     assert model.num_params() == 124_439_808
     assert (
@@ -163,7 +162,7 @@ def test_attention_is_causal():
 # --- initial weights and growth
 
 
-def test_initial_weights_are_gpt2s_with_residual_projections_scaled_for_the_final_depth():
+def test_initial_weights_match_gpt2_with_residual_projections_scaled_for_the_final_depth():
     model = GPT(
         GPTConfig(block_size=64, vocab_size=320, n_layer=8, n_head=4, n_embd=128), n_blocks=2
     )
@@ -178,7 +177,7 @@ def test_initial_weights_are_gpt2s_with_residual_projections_scaled_for_the_fina
             assert abs(p.mean().item()) < expected / 30, name
 
 
-def test_a_grown_model_has_the_weights_of_one_built_whole():
+def test_a_grown_model_has_the_weights_of_one_created_at_full_depth():
     whole, grown = GPT(SHAPE, seed=5), GPT(SHAPE, n_blocks=1, seed=5)
     torch.manual_seed(99)  # growth does not read the global random state, nor change it
     state = torch.get_rng_state()
@@ -214,7 +213,7 @@ def test_seeds_of_different_streams_differ():
     assert all(0 <= u < 1 for u in uniform) and abs(sum(uniform) / 1000 - 0.5) < 0.05
 
 
-def test_growth_keeps_the_present_parameters_and_refuses_what_cannot_be():
+def test_growth_keeps_existing_parameters_and_rejects_too_many_blocks():
     model = GPT(SHAPE, n_blocks=2)
     before, values = list(model.parameters()), weights(model)
     model.eval()
@@ -226,7 +225,7 @@ def test_growth_keeps_the_present_parameters_and_refuses_what_cannot_be():
         model.grow((keep(0), keep(1), keep(2), keep(3), FRESH), seed=0)
 
 
-def test_a_model_is_built_from_its_weights_with_the_blocks_that_it_has():
+def test_from_weights_infers_the_number_of_blocks():
     for n_blocks in (0, 3):
         model = GPT(SHAPE, n_blocks=n_blocks, seed=9)
         again = GPT.from_weights(dataclasses.asdict(SHAPE), weights(model))
@@ -243,7 +242,7 @@ def test_a_model_is_built_from_its_weights_with_the_blocks_that_it_has():
 
 
 def test_skipped_and_scaled_blocks():
-    """A block with 0 does not run and gets no gradient; another factor scales both branches."""
+    """A block with factor 0 is skipped and gets no gradient; other factors scale both branches."""
     model = GPT(SHAPE).double()
     idx = torch.randint(320, (2, 32))
     assert torch.equal(model(idx, residual_scales=(1, 1, 1, 1)), model(idx))
@@ -265,19 +264,19 @@ def test_skipped_and_scaled_blocks():
 
 
 def last_phase_1(n_layer, phase1="paper"):
-    """The phase in which only the last of the blocks trains."""
+    """Return the phase in which only the last block trains."""
     phases = make_schedule(n_layer, 64, n_layer, phase1=phase1).phases
     return next(p for p in phases if p.stage == n_layer and p.kind == "new_blocks")
 
 
 def phase_1_model(phase1="paper"):
-    """Four blocks, of which the last trains."""
+    """Return a model with four blocks, of which only the last trains."""
     model = GPT(SHAPE)
     set_trainable(model, last_phase_1(4, phase1))
     return model
 
 
-def test_what_trains_is_what_the_phase_says():
+def test_trainable_parameters_match_the_phase():
     model = phase_1_model()
     assert model.trainable() == {
         "blocks": [False, False, False, True],
@@ -295,7 +294,7 @@ def test_what_trains_is_what_the_phase_says():
 
 
 def test_embeddings_and_head_freeze_separately():
-    """They share a tensor; frozen as one of them, it gets the gradient of the other alone."""
+    """They share a tensor; if one is frozen, the tensor gets only the gradient of the other."""
     idx = torch.randint(320, (2, 32))
 
     def gradient(**frozen):
@@ -312,7 +311,7 @@ def test_embeddings_and_head_freeze_separately():
     torch.testing.assert_close(head_only + embeddings_only, both)
 
 
-def test_freezing_changes_no_gradient_of_what_still_trains():
+def test_freezing_does_not_change_the_remaining_gradients():
     idx = torch.randint(320, (2, 32))
     frozen, whole = phase_1_model(), GPT(SHAPE)
     frozen(idx, idx).backward()
@@ -322,7 +321,7 @@ def test_freezing_changes_no_gradient_of_what_still_trains():
 
 
 def graph_leaves(loss):
-    """All parameters that autograd's graph of a loss can reach, and the number of its nodes."""
+    """Return the parameters reachable in the autograd graph of a loss, and its number of nodes."""
     seen, queue, leaves = set(), [loss.grad_fn], set()
     while queue:
         node = queue.pop()
@@ -335,7 +334,7 @@ def graph_leaves(loss):
     return leaves, len(seen)
 
 
-def test_a_frozen_trunk_builds_no_graph():
+def test_frozen_lower_blocks_build_no_graph():
     idx = torch.randint(320, (2, 32))
     model = phase_1_model()
     assert not model.transformer.h[2](model.transformer.h[1](torch.randn(2, 32, 32))).requires_grad
@@ -352,7 +351,7 @@ def test_a_frozen_trunk_builds_no_graph():
 
 
 class LiveBytes(TorchDispatchMode):
-    """The most bytes that tensors made under it held at once, parameters aside."""
+    """Tracks the peak bytes of tensors created in this mode, not counting parameters."""
 
     def __init__(self, model):
         super().__init__()
@@ -383,7 +382,7 @@ def peak_bytes(model, idx=None):
     return bytes_.peak
 
 
-def test_a_frozen_trunk_keeps_no_activations():
+def test_frozen_lower_blocks_store_no_activations():
     """Peak memory of a step does not grow with the number of frozen blocks, unless embeddings
     train."""
 
@@ -402,7 +401,7 @@ def test_a_frozen_trunk_keeps_no_activations():
 
 @pytest.mark.gpu
 @needs_gpu
-def test_a_frozen_trunk_keeps_no_activations_on_the_gpu():
+def test_frozen_lower_blocks_store_no_activations_on_the_gpu():
     def peak(frozen):
         model = GPT(GPTConfig(vocab_size=1024, n_layer=12, block_size=512), device="cuda")
         if frozen:
@@ -417,10 +416,10 @@ def test_a_frozen_trunk_keeps_no_activations_on_the_gpu():
     assert peak(frozen=True) < 0.3 * peak(frozen=False)
 
 
-# --- sampling and bad input
+# --- sampling and invalid input
 
 
-def test_generate_extends_greedily_and_never_draws_padding():
+def test_generate_is_greedy_at_temperature_0_and_never_samples_padding():
     model = GPT(SHAPE).eval()
     idx = torch.randint(300, (2, 5))
     out = model.generate(
@@ -437,7 +436,7 @@ def test_generate_extends_greedily_and_never_draws_padding():
     assert drawn.max() < 300
 
 
-def test_too_long_sequences_and_uneven_heads_are_refused():
+def test_too_long_sequences_and_invalid_head_counts_raise_errors():
     with pytest.raises(ValueError, match="block_size=64"):
         GPT(SHAPE)(torch.zeros(1, 65, dtype=torch.long))
     with pytest.raises(ValueError, match="n_head=5"):

@@ -250,7 +250,7 @@ def test_a_signal_stops_a_run_after_the_step_with_everything_saved(
         run_train("run", steps=16)
     assert exit_.value.code == monitor.EXIT_STOPPED == 75
     del exit_  # its traceback keeps the lock of the folder
-    assert "stopped at step 6 of 16, everything saved" in capsys.readouterr().out
+    assert "stopped at step 6 of 16, checkpoint saved" in capsys.readouterr().out
     out = tmp_path / "run"
     assert [p.name for p in checkpoints(out)] == ["step_00000006"]
     assert metrics(out)[-1]["step"] == 6

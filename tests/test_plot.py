@@ -151,14 +151,14 @@ def test_a_run_without_hellaswag_has_one_figure(run_train, tmp_path):
 
 
 def test_folders_that_are_no_runs_are_refused(tmp_path, runs):
-    with pytest.raises(UserError, match="config.json: cannot be read .* name a run folder"):
+    with pytest.raises(UserError, match="config.json: cannot be read .* specify a run folder"):
         plot.load_run(tmp_path)
     (runs[0] / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="metrics.jsonl: is empty"):
         plot.load_run(runs[0])
     for corrupted in ('{\n{"step": 1}\n', '[1]\n{"step": 1}\n', '{"step": 1}\n'):
         (runs[0] / "metrics.jsonl").write_text(corrupted)
-        with pytest.raises(UserError, match=r"metrics.jsonl.* (is corrupted|is not a row)"):
+        with pytest.raises(UserError, match=r"metrics.jsonl.* (is corrupted|not a valid row)"):
             plot.load_run(runs[0])
     (runs[0] / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="metrics.jsonl: cannot be read"):
@@ -260,7 +260,7 @@ def test_runs_with_different_baselines_are_noted(runs, run_train, tmp_path, caps
 
 def test_all_runs_below_out_by_default(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="no runs below out/"):
+    with pytest.raises(UserError, match="no runs in out/"):
         plot.main(plot.Args())
     (tmp_path / "out").mkdir()
     for run in runs:

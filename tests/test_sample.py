@@ -40,7 +40,7 @@ def test_samples_continue_the_prompt(run_train, capsys):
 
 @pytest.mark.parametrize("temperature", ["nan", "inf", "-inf", "-1", "1e-30", "1e30"])
 def test_bad_temperature(tmp_path, temperature):
-    with pytest.raises(UserError, match="--temperature=.* must be 0, or between 0.01 and 100"):
+    with pytest.raises(UserError, match="--temperature=.* must be 0 or between 0.01 and 100"):
         sample.main(sample.Args(tmp_path, temperature=float(temperature)))
 
 

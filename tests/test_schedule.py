@@ -1,4 +1,4 @@
-"""The schedule as data: boundaries, trained sets, ramps, skipped blocks, learning rates."""
+"""Tests of the schedule: boundaries, trained blocks, ramps, skipped blocks, learning rates."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ def values(schedule, *names):
 # --- phases
 
 
-def test_twelve_blocks_in_eight_stages_end_with_twelve():
+def test_uneven_stages_end_with_all_blocks():
     assert blocks_per_stage(12, 8) == [1, 3, 4, 6, 7, 9, 10, 12]
 
 
@@ -37,7 +37,7 @@ def test_twelve_blocks_in_eight_stages_end_with_twelve():
     "S, T", [(1, 7), (4, 10_000), (8, 10_000), (12, 10_000), (5, 997), (12, 24), (7, 15)]
 )
 @pytest.mark.parametrize("freezing", [True, False])
-def test_phases_have_exactly_the_steps_asked_for(S, T, freezing):
+def test_phases_have_exactly_the_requested_steps(S, T, freezing):
     phases = make_schedule(12, T, S, 13, freezing=freezing).phases
     assert phases[0].start == 0 and phases[-1].stop == T + 13
     assert all(a.stop == b.start for a, b in zip(phases, phases[1:]))
@@ -49,7 +49,7 @@ def test_phases_have_exactly_the_steps_asked_for(S, T, freezing):
     assert blocks == sorted(blocks) and blocks[-1] == 12
 
 
-def test_the_baseline_is_the_schedule_with_one_phase():
+def test_the_baseline_is_a_schedule_with_one_phase():
     schedule = make_schedule(12, 10)
     (phase,) = schedule.phases
     assert (phase.n_blocks, phase.trained_blocks) == (12, tuple(range(12)))
@@ -66,15 +66,15 @@ def test_the_baseline_is_the_schedule_with_one_phase():
         with_skip_policy(make_schedule(12, 100), "layer_dropout", 0.1, seed=0),
     ],
 )
-def test_what_is_not_a_baseline(other):
+def test_methods_are_not_the_baseline(other):
     assert not other.is_baseline
     assert make_schedule(12, 100, continual_steps=50).is_baseline
 
 
-def test_phase_1_freezes_what_precedes_by_the_paper_or_the_released_code():
+def test_phase_1_freezes_existing_parts_as_in_the_paper_or_the_released_code():
     paper = make_schedule(12, 100, 4)
     assert values(paper, "stage", "kind", "n_blocks", "trained_blocks")[:4] == [
-        (1, "new_blocks", 3, (0, 1, 2)),  # nothing precedes
+        (1, "new_blocks", 3, (0, 1, 2)),  # no existing blocks
         (1, "all_blocks", 3, (0, 1, 2)),
         (2, "new_blocks", 6, (3, 4, 5)),
         (2, "all_blocks", 6, (0, 1, 2, 3, 4, 5)),
@@ -86,7 +86,7 @@ def test_phase_1_freezes_what_precedes_by_the_paper_or_the_released_code():
     assert values(released, "trained_blocks") == values(paper, "trained_blocks")
 
 
-def test_phase_1_trains_the_new_blocks_wherever_the_operator_puts_them():
+def test_phase_1_trains_the_new_blocks_at_any_position():
     schedule = make_schedule(6, 100, stage_blocks=(3, 6), growth_operator="zero_output")
     assert [s.keep for s in source_map("zero_output", 3, 6)] == [True, False] * 3
     assert schedule.phases[2].trained_blocks == (1, 3, 5)
@@ -119,36 +119,36 @@ def test_explicit_blocks_and_unequal_fractions():
     ]
 
 
-def test_fractions_without_freezing_are_those_of_the_stages():
-    """Not halves, as if every stage had two phases."""
+def test_without_freezing_fractions_are_per_stage():
+    """Without freezing, a stage is not split into two phases."""
     schedule = make_schedule(4, 100, 2, freezing=False, phase_fractions=(0.3, 0.7))
     assert values(schedule, "stop", "n_blocks") == [(30, 2), (100, 4)]
 
 
-def test_every_stage_ends_with_a_checkpoint_to_keep_even_without_phase_2():
+def test_every_stage_ends_with_a_milestone_even_without_phase_2():
     schedule = make_schedule(12, 100, stage_blocks=(2, 12), phase_fractions=(1, 1, 2, 0))
     assert values(schedule, "stop", "milestone") == [(25, False), (50, True), (100, True)]
 
 
-def test_a_stage_without_steps_leaves_nothing_to_freeze():
+def test_after_a_stage_without_steps_there_is_nothing_to_freeze():
     schedule = make_schedule(12, 100, stage_blocks=(2, 12), phase_fractions=(0, 0, 1, 1))
     first = schedule.phases[0]
     assert (first.name, first.start, first.n_blocks) == ("stage 2 phase 1", 0, 12)
     assert len(first.trained_blocks) == 12 and first.train_head
 
 
-def test_phase_1_fixes_embeddings_and_head_also_if_all_blocks_are_new():
+def test_phase_1_freezes_embeddings_and_head_even_if_all_blocks_are_new():
     schedule = make_schedule(12, 100, stage_blocks=(0, 12))
     assert values(schedule, "train_embeddings") == [True, True, False, True]
     assert schedule.phases[2].trained_blocks == tuple(range(12))
 
 
-def test_a_run_may_start_with_embeddings_and_head_alone():
+def test_a_run_may_start_without_blocks():
     schedule = make_schedule(12, 100, stage_blocks=(0, 12), freezing=False)
     assert values(schedule, "n_blocks") == [0, 12]
 
 
-def test_what_happens_on_entry():
+def test_optimizer_state_and_rewarmup_on_phase_entry():
     schedule = make_schedule(
         12,
         100,
@@ -183,15 +183,15 @@ def test_what_happens_on_entry():
         (dict(continual_steps=-1), "continual_steps=-1"),
         (dict(stages=12, steps=2, phase_fractions=(1,) * 22 + (0, 0)), "last of 12 stages"),
         (dict(stages=4, growth_operator="stak"), "did you mean stack"),
-        (dict(stage_blocks=(0, 12), growth_operator="stack"), "there are none yet"),
+        (dict(stage_blocks=(0, 12), growth_operator="stack"), "the model has none"),
     ],
 )
-def test_schedules_that_cannot_be_are_refused_by_name(arguments, named):
+def test_invalid_schedules_raise_errors_that_name_the_argument(arguments, named):
     with pytest.raises(UserError, match=named):
         make_schedule(12, **({"steps": 100} | arguments))
 
 
-def test_phases_survive_json():
+def test_phases_round_trip_through_json():
     schedule = with_skip_policy(make_schedule(12, 100, 4), "layer_dropout", 0.2, seed=1)
     rows = [dataclasses.asdict(p) for p in schedule.phases]
     assert tuple(convert(rows, list[Phase])) == schedule.phases
@@ -200,7 +200,7 @@ def test_phases_survive_json():
 # --- ramps
 
 
-def test_a_ramp_cuts_phases_where_the_value_changes():
+def test_a_ramp_splits_phases_at_value_changes():
     base = make_schedule(12, 100, 2, 20, rewarmup_steps=4, optimizer_state="reset")
     schedule = with_ramp(base, "context_length", "0:256 60%:512 90%:1024")
     assert values(schedule, "name", "start", "stop", "context_length") == [
@@ -220,7 +220,7 @@ def test_a_ramp_cuts_phases_where_the_value_changes():
     assert before.trained_blocks == after.trained_blocks == tuple(range(6, 12))
 
 
-def test_ramps_compose_and_cut_again():
+def test_ramps_can_be_combined():
     base = make_schedule(12, 80, tokens_per_step=1000)
     schedule = with_ramp(base, "tokens_per_step", "0:500 20K:1000")
     assert values(schedule, "stop", "tokens_per_step") == [(40, 500), (80, 1000)]
@@ -241,16 +241,16 @@ def test_ramps_compose_and_cut_again():
         ("0:512 half:1024", "'half:1024' must be"),
         ("0:0", "'0:0' must be"),
         ("0:-1", "'0:-1' must be"),
-        ("10:512", "must rise from 0"),
-        ("0:512 0%:1024", "must rise from 0"),
-        ("0:512 50%:1024 40%:512", "must rise from 0"),
+        ("10:512", "must increase from 0"),
+        ("0:512 0%:1024", "must increase from 0"),
+        ("0:512 50%:1024 40%:512", "must increase from 0"),
         ("0:512 1T:1024", "'1T:1024' must be"),
         ("0:64_", "'0:64_' must be"),
         ("=_:512", "must be START:VALUE"),
         ("0:512 1__0:1024", "'1__0:1024' must be"),
     ],
 )
-def test_ramps_that_cannot_be_are_refused(ramp, said):
+def test_invalid_ramps_raise_errors(ramp, said):
     with pytest.raises(UserError, match=said):
         with_ramp(make_schedule(12, 100), "context_length", ramp)
 
@@ -279,12 +279,12 @@ def test_layer_dropout_skips_with_the_published_probability():
             skipped = [scale[i] == 0 for scale in scales]
             spread = math.sqrt(sum(q * (1 - q) for q in p))
             assert abs(sum(skipped) - sum(p)) <= 4 * spread
-            for scale, q in zip(scales, p):  # the expected contribution is that of the whole block
+            for scale, q in zip(scales, p):  # the expected contribution is that of the full block
                 assert scale[i] == 0 or scale[i] == pytest.approx(1 / (1 - q))
     assert schedule.at(1999).residual_scales == (1.0,) * 5
 
 
-def test_what_is_skipped_is_a_pure_function_of_seed_and_step():
+def test_skipped_blocks_are_a_pure_function_of_seed_and_step():
     a, b, other = dropped(), dropped(), dropped(seed=1)
     steps = [7, 3, 1000, 7]
     assert [a.at(s) for s in steps] == [b.at(s) for s in steps]
@@ -294,7 +294,7 @@ def test_what_is_skipped_is_a_pure_function_of_seed_and_step():
     ]
 
 
-def test_running_blocks_are_those_not_skipped():
+def test_running_blocks_are_the_ones_not_skipped():
     step = dropped(rate=0.9).at(0)
     assert step.running_blocks == tuple(i for i in range(5) if step.residual_scales[i])
     assert make_schedule(5, 10).at(3).residual_scales is None
@@ -310,12 +310,12 @@ def test_running_blocks_are_those_not_skipped():
         ("layer_dropout", float("nan"), "skip_rate=nan"),
     ],
 )
-def test_policies_that_cannot_be_are_refused(name, rate, said):
+def test_invalid_policies_raise_errors(name, rate, said):
     with pytest.raises(UserError, match=said):
         with_skip_policy(make_schedule(5, 10), name, rate, seed=0)
 
 
-# --- what resuming compares
+# --- comparison on resuming
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_policies_that_cannot_be_are_refused(name, rate, said):
         lambda s: with_skip_policy(s, "layer_dropout", 0.5, seed=0),
     ],
 )
-def test_continual_steps_may_grow_under_any_method(change):
+def test_continual_steps_may_increase_with_any_method(change):
     short, long = (change(make_schedule(12, 100, 4, n)) for n in (0, 30))
     assert begun(short.phases, 100) == begun(long.phases, 100)
     assert [short.at(s).residual_scales for s in range(100)] == [
@@ -334,14 +334,14 @@ def test_continual_steps_may_grow_under_any_method(change):
     assert long.at(120).residual_scales in (None, (1.0,) * 12)
 
 
-def test_what_does_not_change_the_training_is_not_compared():
+def test_fields_that_do_not_affect_training_are_not_compared():
     plain, stack = make_schedule(12, 100), make_schedule(12, 100, growth_operator="stack")
     assert begun(plain.phases, 50) == begun(stack.phases, 50)
     ramp = with_ramp(make_schedule(12, 200, tokens_per_step=8), "tokens_per_step", "0:8 50%:16")
     assert begun(ramp.phases, 100) == begun(make_schedule(12, 100, tokens_per_step=8).phases, 100)
 
 
-def test_a_longer_run_begins_like_the_shorter_one():
+def test_a_longer_run_starts_like_a_shorter_one():
     short, long = make_schedule(12, 100, 4, 10), make_schedule(12, 100, 4, 30)
     assert begun(short.phases, 105) == begun(long.phases, 105) != begun(long.phases, 111)
     other = with_ramp(short, "context_length", "0:1024 50%:512")
@@ -362,19 +362,19 @@ def test_a_constant_rate_is_constant():
     assert set(rates(make_schedule(12, 50, 4))) == {1.0}
 
 
-def test_cosine_falls_from_peak_to_floor():
+def test_cosine_decays_from_peak_to_min_lr():
     r = rates(make_schedule(12, 100), lr_schedule="cosine", warmup_steps=9)
     assert r[:9] == pytest.approx([i / 10 for i in range(1, 10)]) and r[9] == 1.0
     assert all(a > b for a, b in zip(r[9:], r[10:])) and r[-1] == pytest.approx(0.1, abs=1e-3)
     assert r[9 + 45] == pytest.approx(0.55, abs=0.02)
 
 
-def test_wsd_is_stable_then_falls_linearly():
+def test_wsd_is_constant_then_decays_linearly():
     r = rates(make_schedule(12, 100), lr_schedule="wsd", min_lr=0.0)
     assert set(r[:81]) == {1.0} and r[90] == pytest.approx(0.5) and r[99] == pytest.approx(0.05)
 
 
-def test_every_later_phase_warms_up_again_but_a_cut_does_not():
+def test_every_later_phase_warms_up_again_but_a_split_does_not():
     schedule = make_schedule(12, 40, 2, rewarmup_steps=3)
     r = rates(schedule)
     for phase in schedule.phases[1:]:

@@ -138,9 +138,9 @@ def test_the_first_seeds_come_first(tmp_path):
 @pytest.mark.parametrize(
     "text, named",
     [
-        (None, "study.toml: cannot be read (No such file or directory): name a folder that has"),
-        ("title = ", "study.toml: is not a valid study: Invalid value"),
-        ("title = " + "[" * 9999, "study.toml: is not a valid study"),
+        (None, "study.toml: cannot be read (No such file or directory): specify a folder with"),
+        ("title = ", "study.toml: not a valid study: Invalid value"),
+        ("title = " + "[" * 9999, "study.toml: not a valid study"),
         ('title = "x"', "missing required field `runs`"),
         ('about = "x"\nruns = {a = {}}', "missing required field `title`"),
         ('title = "x"\nruns = 3', "runs: expected `object`, got `int`"),
@@ -199,7 +199,7 @@ def run_only(folder, *names, monkeypatch, **options):
 
 def test_finished_runs_are_not_trained_again(copy, monkeypatch, capsys, restored_signals):
     run_only(copy, *LABELS, monkeypatch=monkeypatch)
-    end = f"all 7 runs have finished; report: python study.py report {copy}"
+    end = f"all 7 runs have finished; to write the report: python study.py report {copy}"
     assert capsys.readouterr().out.splitlines() == [end]
 
 
@@ -208,9 +208,7 @@ def test_an_option_newer_than_a_kept_run_has_its_default(copy, monkeypatch, rest
     for folder in (copy, copy / "out"):
         edit(folder / "s4_seed1" / "config.json", growth=None, skip_rate=None, dropout=None)
     run_only(copy, "s4_seed1", monkeypatch=monkeypatch)
-    with pytest.raises(
-        UserError, match="was trained with growth=random, but growth=stack is asked"
-    ):
+    with pytest.raises(UserError, match="was trained with growth=random, not growth=stack"):
         run_only(copy, "s4_seed1", monkeypatch=monkeypatch, options=("growth=stack",))
     # All options at once: every one has a default.
     for folder in (copy, copy / "out"):
@@ -227,7 +225,7 @@ def test_an_option_newer_than_a_kept_run_has_its_default(copy, monkeypatch, rest
 def test_runs_continue_with_their_own_options_only(copy, monkeypatch, restored_signals):
     for option in ("checkpoint_interval=7", "max_skipped_steps=3", "timeout=30"):
         run_only(copy, "s4_seed1", monkeypatch=monkeypatch, options=(option,))
-    with pytest.raises(UserError, match="with learning_rate=0.001, but learning_rate=1.0 is asked"):
+    with pytest.raises(UserError, match="with learning_rate=0.001, not learning_rate=1.0"):
         run_only(copy, "s4_seed1", monkeypatch=monkeypatch, options=("learning_rate=1",))
     shutil.rmtree(copy / "s4_seed1")  # only out/ has it
     with pytest.raises(UserError, match="out/s4_seed1: was trained with learning_rate=0.001"):
@@ -256,12 +254,12 @@ def test_mistakes_are_found_before_anything_is_trained(corpus, tmp_path, monkeyp
     with pytest.raises(UserError, match="no run has finished together with its baseline"):
         study.main(study.ReportArgs(folder))
     write_study(folder, data_dir=corpus)
-    refused("--options seed=3: the study sets this option itself", options=("seed=3",))
+    refused("--options seed=3: the study sets this option", options=("seed=3",))
     refused("batch_size=7 does not divide", options=("batch_size=7",))
     refused("must be a multiple of block_size=64 x 3 processes", processes=3)
     ramp = "tokens_per_step_ramp=0:2048"
     for option in ("stages=2", "continual_steps=4", "skip_policy=layer_dropout", ramp):
-        refused("^baseline: runs are compared with it, so it must train", options=(option,))
+        refused("^baseline: runs are compared with this run, so it must train", options=(option,))
 
 
 def test_mistakes_are_one_line_on_the_command_line(tmp_path):
@@ -294,7 +292,7 @@ def test_a_study_that_is_stopped_saves_and_continues(corpus, tmp_path, how):
     if how == "SIGTERM":  # continues where it stopped, for a while
         step = load_checkpoint(out)["step"]
         refused = script(*command[1:], "--options", "tokens_per_step=2048", check=False)
-        assert "was trained with tokens_per_step=1024, but tokens_per_step=2048" in refused.stderr
+        assert "was trained with tokens_per_step=1024, not tokens_per_step=2048" in refused.stderr
         assert refused.returncode == 1
         assert script(*command[1:], "--minutes=0.5", check=False).returncode == 75
         assert load_checkpoint(out)["step"] > step
@@ -510,12 +508,16 @@ def test_an_unfinished_run_is_not_reported(copy):
 
 def test_what_is_no_baseline_is_not_compared_with(copy):
     edit(copy / "baseline_seed1" / "schedule.json", is_baseline=False)
-    with pytest.raises(UserError, match="^baseline: runs are compared with it, so it must train"):
+    with pytest.raises(
+        UserError, match="^baseline: runs are compared with this run, so it must train"
+    ):
         study.load_results(copy)
     totals = schedule_of(copy / "baseline_seed1")["baseline"]
     longer = totals | {"steps": 20, "flops": totals["flops"] + 1}
     edit(copy / "baseline_seed1" / "schedule.json", is_baseline=True, baseline=longer)
-    with pytest.raises(UserError, match="^baseline: runs are compared with it, so it must train"):
+    with pytest.raises(
+        UserError, match="^baseline: runs are compared with this run, so it must train"
+    ):
         study.load_results(copy)
 
 

@@ -1,4 +1,4 @@
-"""The training loop: against a plain one, over processes, through freezing, growth and resuming."""
+"""Tests of the training loop: against a reference loop, multiple processes, growth and resuming."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ EVERY_STEP = dict(checkpoint_interval=1, keep_checkpoints=100)
 
 
 def at(out, step):
-    """The checkpoint of a step."""
+    """Return the checkpoint of a step."""
     return load_checkpoint(out / "checkpoints" / f"step_{step:08d}", optimizer=True)
 
 
@@ -53,12 +53,12 @@ def same_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# --- the loop is right
+# --- correctness of the loop
 
 
 @pytest.mark.parametrize("phase1", ["paper", "released_code"])
-def test_the_run_is_that_of_a_plain_loop(run_train, corpus, phase1):
-    """One plain AdamW over whole batches, as in the released code, is the reference."""
+def test_a_run_matches_a_reference_loop(run_train, corpus, phase1):
+    """The reference is plain AdamW on full batches, as in the released code."""
     out = run_train(
         "run",
         **S4,
@@ -108,7 +108,7 @@ def test_the_run_is_that_of_a_plain_loop(run_train, corpus, phase1):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase1", ["paper", "released_code"])
-def test_two_processes_train_what_one_trains_in_every_phase(corpus, tmp_path, phase1):
+def test_two_processes_match_one_in_every_phase(corpus, tmp_path, phase1):
     options = dict(**S4, data_dir=corpus, phase1=phase1, grad_clip=1.0)
     one, two = tmp_path / "one", tmp_path / "two"
     script("train.py", *arguments(one, **options, batch_size=8))
@@ -137,7 +137,7 @@ def test_two_processes_train_what_one_trains_in_every_phase(corpus, tmp_path, ph
             assert row.get(key) == other.get(key), (row["step"], key)
     for p, q in zip(model_of(one).parameters(), model_of(two).parameters()):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)  # AdamW divides rounding by rounding
-    # and one process goes on from what two have written
+    # one process resumes from a checkpoint written by two
     for out in (one, two):
         script("train.py", *arguments(out, **options | {"continual_steps": 8}, init_from="resume"))
     a, b = metrics(one), metrics(two)
@@ -147,7 +147,7 @@ def test_two_processes_train_what_one_trains_in_every_phase(corpus, tmp_path, ph
     )
 
 
-def test_the_micro_batch_does_not_matter(run_train):
+def test_the_micro_batch_size_does_not_change_the_result(run_train):
     losses = [
         [r["loss"] for r in metrics(run_train(f"b{b}", **S4, batch_size=b)) if "loss" in r]
         for b in (1, 16)
@@ -156,8 +156,8 @@ def test_the_micro_batch_does_not_matter(run_train):
 
 
 @pytest.mark.parametrize("phase1", ["paper", "released_code"])
-def test_phase_1_leaves_every_frozen_tensor_bit_identical_and_moves_every_other(run_train, phase1):
-    """Weight decay and carried momentum would both move a tensor that is not left alone."""
+def test_phase_1_keeps_frozen_tensors_bit_identical_and_changes_all_others(run_train, phase1):
+    """Weight decay or carried momentum would change a tensor that is not properly frozen."""
     out = run_train("run", **S4, **EVERY_STEP, phase1=phase1, weight_decay=0.1)
     schedule = make_schedule(4, 16, 4, 4, phase1=phase1)
     frozen_seen = set()
@@ -178,7 +178,7 @@ def test_phase_1_leaves_every_frozen_tensor_bit_identical_and_moves_every_other(
     assert ({"wte.weight", "wpe.weight", "lm_head.weight"} < frozen_seen) == (phase1 == "paper")
 
 
-def test_new_blocks_begin_as_the_growth_operator_says(run_train):
+def test_new_blocks_start_as_the_growth_operator_specifies(run_train):
     out = run_train("run", **S4, **EVERY_STEP, learning_rate=0.0, weight_decay=0.0)
     assert same_weights(at(out, 20)["model"], GPT(GPTConfig(**TINY), seed=1337).state_dict())
     assert [at(out, s)["n_blocks"] for s in (1, 4, 5, 8, 9, 12, 13, 20)] == [1, 1, 2, 2, 3, 3, 4, 4]
@@ -197,7 +197,7 @@ def test_optimizer_state_is_carried_or_reset(run_train, at_phase, at_continual):
         return at(out, step)["optimizer"]["transformer.wpe.weight/step"].item()
 
     assert updates(4) == (2 if at_phase == "reset" else 4)  # stage 1 has phases of 2 steps
-    assert updates(8) == (2 if at_phase == "reset" else 6)  # it waits through phase 1 of stage 2
+    assert updates(8) == (2 if at_phase == "reset" else 6)  # unchanged in phase 1 of stage 2
     assert updates(16) == (2 if at_phase == "reset" else 10)
     assert updates(20) == {"carry": updates(16) + 4, "reset": 4}[at_continual]
 
@@ -223,7 +223,7 @@ ON_A_GPU = [pytest.mark.gpu, needs_gpu]
         pytest.param(ON_GPU | OTHER, marks=ON_A_GPU),
     ],
 )
-def test_a_resumed_run_is_the_uninterrupted_run(run_train, tmp_path, options):
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_run(run_train, tmp_path, options):
     options = S4 | options | {"grad_clip": 1.0, "lr_schedule": "wsd", "rewarmup_steps": 1}
     whole = run_train("whole", **options, **EVERY_STEP)
     end, rows = at(whole, 20), metrics(whole)
@@ -232,7 +232,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(run_train, tmp_path, options):
         part = tmp_path / f"from_{step}"
         name = f"checkpoints/step_{step:08d}"
         shutil.copytree(whole / name, part / name)
-        # what the interrupted run had written beyond its checkpoint is written again, not twice
+        # rows written after the checkpoint are replaced, not duplicated
         (part / "metrics.jsonl").write_text(
             (whole / "metrics.jsonl").read_text() + '{"step": 21, "sta'
         )
@@ -248,7 +248,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(run_train, tmp_path, options):
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_deterministic_kernels_are_used_where_asked_for(run_train, monkeypatch, deterministic):
+def test_deterministic_kernels_are_used_if_requested(run_train, monkeypatch, deterministic):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     seen, update = [], train.train_step
 
@@ -266,7 +266,7 @@ def test_deterministic_kernels_are_used_where_asked_for(run_train, monkeypatch, 
     assert seen == [(True, ":4096:8") if deterministic else (False, None)] * 2
 
 
-def test_every_step_drops_out_other_units(run_train, monkeypatch):
+def test_every_step_uses_different_dropout_masks(run_train, monkeypatch):
     seeds, manual_seed = [], torch.manual_seed
     monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or manual_seed(seed))
     run_train("run", **S4, dropout=0.1)
@@ -291,10 +291,10 @@ def test_resuming_may_extend_a_run_but_not_change_it(run_train, corpus):
             run_train("run", **S4 | {"continual_steps": 6, "init_from": "resume"} | change)
 
 
-# --- what a run leaves behind
+# --- outputs of a run
 
 
-def test_a_run_folder_tells_the_whole_run(run_train, corpus):
+def test_a_run_folder_documents_the_run(run_train, corpus):
     out = run_train("run", **S4, checkpoint_interval=7)
     model_config = GPTConfig(**TINY)
     schedule = make_schedule(4, 16, 4, 4, context_length=64, tokens_per_step=1024)
@@ -318,7 +318,7 @@ def test_a_run_folder_tells_the_whole_run(run_train, corpus):
                 and row["tokens_per_second"] > 0
                 and row["peak_memory"] > 0
             )
-            assert row["mfu"] is None  # no peak is known of a CPU
+            assert row["mfu"] is None  # the peak of a CPU is unknown
         assert {
             "hellaswag_acc",
             "hellaswag_acc_norm",
@@ -349,7 +349,7 @@ def test_a_run_folder_tells_the_whole_run(run_train, corpus):
 
 
 def test_validation_loss_is_the_mean_over_the_fixed_tokens(run_train, corpus):
-    """Also where the last micro-batch is not full: 35 windows in batches of 8."""
+    """Including a last micro-batch that is not full: 35 windows in batches of 8."""
     out = run_train("run", eval_tokens=35 * 64 - 1, hellaswag_data="none")
     val = Shards(corpus, "val", 64, load_meta(corpus))
     model = model_of(out).eval()
@@ -359,7 +359,7 @@ def test_validation_loss_is_the_mean_over_the_fixed_tokens(run_train, corpus):
     assert "hellaswag_acc" not in metrics(out)[-1]
 
 
-def test_baseline_and_incremental_run_read_the_same_data(run_train, monkeypatch):
+def test_baseline_and_stagewise_run_read_the_same_data(run_train, monkeypatch):
     def read(name, **options):
         seen, windows = [], TrainOrder.windows
 
@@ -378,7 +378,7 @@ def test_baseline_and_incremental_run_read_the_same_data(run_train, monkeypatch)
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("phase1", ["paper", "released_code"])
-def test_compiled_regions_train_like_plain_ones_with_few_graphs(run_train, phase1):
+def test_compiled_regions_match_eager_training_with_few_graphs(run_train, phase1):
     """12 stages, evaluations and HellaSwag, then another context length."""
     options = dict(
         n_layer=12,
@@ -405,8 +405,8 @@ def test_compiled_regions_train_like_plain_ones_with_few_graphs(run_train, phase
 @pytest.mark.slow
 @needs_compiler
 @torch._dynamo.config.patch(recompile_limit=1)
-def test_the_model_compiled_whole_trains_like_the_plain_one(run_train):
-    """Also beyond the number of graphs (here 1) after which torch runs a function uncompiled."""
+def test_the_compiled_model_matches_eager_training(run_train):
+    """Even beyond the recompile limit (here 1), after which torch falls back to eager execution."""
     options = dict(n_layer=2, stages=2, steps=8, batch_size=16, hellaswag_limit=3)
     plain = metrics(run_train("plain", **options))
     torch._dynamo.reset()
@@ -423,13 +423,10 @@ def test_the_model_compiled_whole_trains_like_the_plain_one(run_train):
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-3)])
-def test_the_fast_path_learns_what_the_plain_one_learns_over_200_steps(
-    corpus, monkeypatch, dtype, tolerance
-):
-    """Compiled regions, chunked loss, micro-batches, fused AdamW; the plain path has none."""
-    monkeypatch.setitem(
-        stagewise.loss.LOGITS_BYTES, "cpu", 100 * 4 * TINY["vocab_size"]
-    )  # 256 rows of a micro-batch in three parts
+def test_the_fast_path_matches_the_reference_over_200_steps(corpus, monkeypatch, dtype, tolerance):
+    """The fast path uses compiled regions, chunked cross-entropy, micro-batches and fused AdamW."""
+    # A micro-batch has 256 rows, so this gives three chunks.
+    monkeypatch.setitem(stagewise.loss.LOGITS_BYTES, "cpu", 100 * 4 * TINY["vocab_size"])
     data = Shards(corpus, "train", 64, load_meta(corpus))
     order = TrainOrder(len(data), 1337)
     schedule = make_schedule(4, 160, stages=2, continual_steps=40)
@@ -470,7 +467,7 @@ def test_the_fast_path_learns_what_the_plain_one_learns_over_200_steps(
     assert max(abs(a / b - 1) for a, b in losses) < tolerance
 
 
-def test_bf16_products_change_little_but_something(run_train):
+def test_bf16_changes_the_loss_slightly(run_train):
     exact, rounded = (
         metrics(run_train(dtype, **S4, dtype=dtype)) for dtype in ("float32", "bfloat16")
     )
@@ -479,7 +476,7 @@ def test_bf16_products_change_little_but_something(run_train):
             assert row[key] == pytest.approx(other[key], rel=5e-3) and row[key] != other[key]
 
 
-def test_speed_and_utilisation_are_tokens_and_flops_over_time(run_train, monkeypatch):
+def test_throughput_and_mfu_are_tokens_and_flops_over_time(run_train, monkeypatch):
     monkeypatch.setattr(train, "peak_flops", lambda device: 1e12)
     out = run_train("run", **S4, log_interval=2, hellaswag_data="none")
     rows = metrics(out)
@@ -494,8 +491,8 @@ def test_speed_and_utilisation_are_tokens_and_flops_over_time(run_train, monkeyp
 
 
 @pytest.mark.slow
-def test_gradients_are_exchanged_on_the_last_micro_step_only(corpus, tmp_path):
-    """DistributedDataParallel itself says whether a forward pass prepares an exchange."""
+def test_gradients_are_reduced_only_on_the_last_micro_batch(corpus, tmp_path):
+    """DistributedDataParallel records whether a forward pass prepares a gradient reduction."""
     program = tmp_path / "spy.py"
     program.write_text(
         f"""import json, os, sys
@@ -522,15 +519,15 @@ open({str(tmp_path)!r} + "/exchanged" + os.environ["RANK"], "w").write(json.dump
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("phase1", ["paper", "released_code"])
-def test_the_gpu_trains_like_the_cpu(run_train, phase1):
-    """bf16 products against fp32 ones, whole schedule, compiled."""
+def test_gpu_training_matches_cpu_training(run_train, phase1):
+    """Compiled bf16 training on the GPU against fp32, over a complete schedule."""
     cpu = metrics(run_train("cpu", **S4, phase1=phase1))
     gpu = metrics(run_train("gpu", **S4, phase1=phase1, device="cuda", compile="blocks"))
     assert [r["loss"] for r in gpu[1:]] == pytest.approx([r["loss"] for r in cpu[1:]], rel=5e-3)
     assert gpu[-1]["hellaswag_n"] == 10 and gpu[-1]["peak_memory"] > 0
 
 
-# --- bad input, seen as a user sees it
+# --- invalid input
 
 
 def test_dry_run_needs_no_data_and_prints_the_schedule(tmp_path):
@@ -590,7 +587,7 @@ def test_continual_steps_until_compute_matched(monkeypatch, capsys, tmp_path, go
         (dict(dropout=1.0), "dropout=1.0 must be float < 1.0"),
     ],
 )
-def test_bad_options_are_refused_by_name_before_anything_is_written(
+def test_invalid_options_raise_errors_before_anything_is_written(
     run_train, tmp_path, options, named
 ):
     with pytest.raises(UserError, match=named):
@@ -606,30 +603,32 @@ def test_a_used_folder_is_not_overwritten(run_train):
     assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
 
 
-def test_a_run_without_a_checkpoint_says_what_to_do(run_train, tmp_path):
+def test_a_run_without_a_checkpoint_suggests_init_from_auto(run_train, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     with pytest.raises(
-        UserError, match="that run has no checkpoint yet: start it again with --init_from=auto"
+        UserError, match="the run has no checkpoint yet, start it again with --init_from=auto"
     ):
         run_train("run", steps=2)
 
 
-def test_compiling_without_a_compiler_is_refused_before_the_run(run_train, tmp_path, monkeypatch):
+def test_compiling_without_a_compiler_raises_an_error_before_the_run(
+    run_train, tmp_path, monkeypatch
+):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="C\\+\\+ compiler .* --compile=none"):
         run_train("run", compile="blocks")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_dry_run_leaves_a_runs_plan_alone(run_train):
+def test_a_dry_run_does_not_overwrite_a_runs_schedule(run_train):
     out = run_train("run", steps=2)
     before = (out / "schedule.json").read_text()
     run_train("run", steps=5, dry_run=True)
     assert (out / "schedule.json").read_text() == before
 
 
-def test_a_mistake_is_one_line_without_a_traceback(tmp_path):
+def test_a_user_error_is_one_line_without_a_traceback(tmp_path):
     result = script("train.py", *arguments(tmp_path / "x", data_dir="/nowhere"), check=False)
     assert result.returncode == 1 and result.stdout == ""
     (line,) = result.stderr.splitlines()
