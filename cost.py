@@ -210,15 +210,12 @@ def summarize(schedule: Schedule, baseline: Schedule, model_config) -> dict:
     of the baseline's total.
     """
     totals = {m: cumulative_cost(baseline, baseline.n_steps, m, model_config) for m in COST_METRICS}
-    rows = []
+    rows, after = [], dict.fromkeys(COST_METRICS, 0)
     for p in schedule.phases:
-        before, after = (
-            {m: cumulative_cost(schedule, step, m, model_config) for m in COST_METRICS}
-            for step in (p.start, p.stop)
-        )
-        row: dict = dataclasses.asdict(p)
-        row |= {m: after[m] - before[m] for m in COST_METRICS}
-        row["fraction"] = {m: (after[m] - before[m]) / totals[m] for m in COST_METRICS}
+        costs = {m: _phase_cost(p, p.n_steps, m, model_config) for m in COST_METRICS}
+        after = {m: after[m] + costs[m] for m in COST_METRICS}
+        row: dict = dataclasses.asdict(p) | costs
+        row["fraction"] = {m: costs[m] / totals[m] for m in COST_METRICS}
         row["cumulative"] = {m: after[m] / totals[m] for m in COST_METRICS}
         rows.append(row)
     return {

@@ -10,23 +10,33 @@ format) and meta.json. The built-in corpus also has hellaswag.jsonl, a task in H
 that is created from the validation documents.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
+import stagewise.console  # noqa: F401  (first: Ctrl-C during the other imports)
+
+# isort: split
+
 import contextlib
+import glob
+import hashlib
 import json
 import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
-import sys
 import sysconfig
 import threading
+from array import array
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import filelock
 import numpy as np
@@ -34,14 +44,16 @@ import tiktoken
 import tyro
 from tqdm import tqdm
 
-from stagewise.data import get_tokenizer, open_shard, write_shard
-from stagewise.errors import UserError, first_line, report_user_errors
-from stagewise.fileio import fsync, sha256
+from stagewise.data import encode, get_tokenizer, open_shard, write_shard
+from stagewise.errors import UserError, file_errors, first_line, report_user_errors
+from stagewise.fileio import atomic_write, decode_json, fsync, sha256
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
 DOCUMENTS_AT_A_TIME = 64
 # In DIR.partial. Identifies folders created by this script. Locked while the folder is written.
 LOCK = ".fineweb.lock"
+PROGRESS, SOURCE = "progress.json", ".source"  # in DIR.partial: see `Progress`, `load_files`
+FORMATS = {"parquet": (".parquet",), "jsonl": (".jsonl", ".json"), "txt": (".txt",)}
 
 
 @dataclass
@@ -50,11 +62,11 @@ class Args:
 
     source: str = FINEWEB
     """The FineWeb-Edu dataset; "stdlib" for Python's standard library; or a local file or folder
-    (parquet or jsonl with a `text` column, or txt)."""
+    (parquet or jsonl with a `text` column, or txt; the last two may be .gz or .zst)."""
     out: Path | None = None
     """Folder to create. Default: data/NAME, named after the source.
     The folder appears only when the corpus is complete.
-    An interrupted run cannot be resumed: start it again."""
+    Until then, OUT.partial keeps finished shards, and the same command continues."""
     subset: str = "sample-10BT"
     """Subset of FineWeb-Edu."""
     tokenizer: str | None = None
@@ -63,6 +75,8 @@ class Args:
     """Tokens per shard. The validation set is one shard, but at most a tenth of the corpus."""
     processes: int = os.cpu_count() or 1
     """Number of tokenizer processes."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """At a document that is null, not UTF-8, or not valid JSON: stop and name it, or skip it."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -93,50 +107,202 @@ def stdlib_documents() -> list[tuple[str, str]]:
     ]
 
 
-def load_source(source: str, subset: str):
-    """Return a Hugging Face dataset with a `text` column, from the Hub or from local files.
+class JsonLines:
+    """The documents of JSON Lines files: the string `text` of every line that is not blank."""
+
+    def __init__(self, paths: list[Path]):
+        self.paths = paths
+        self.offsets = [array("q") for _ in paths]  # of the lines in each file
+        for path, offsets in zip(paths, self.offsets):
+            with open(path, "rb") as f:
+                position = 0
+                for line in f:
+                    if not line.isspace():
+                        offsets.append(position)
+                    position += len(line)
+        self.first = np.cumsum([0, *map(len, self.offsets)])
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def read(self, start: int, stop: int) -> list[str]:
+        """Return documents.
+
+        Raises:
+            ValueError: if one is invalid. The message names the file and the offset of the line.
+        """
+        texts = []
+        for i in range(start, stop):
+            number = int(np.searchsorted(self.first, i, side="right")) - 1
+            offset = self.offsets[number][i - self.first[number]]
+            with open(self.paths[number], "rb") as f:
+                f.seek(offset)
+                line = f.readline()
+            try:
+                texts.append(decode_json(line, _Line).text)
+            except ValueError as error:
+                where = f"{self.paths[number].name}, at byte {offset:,}"
+                raise ValueError(f"{where}: {first_line(error)}") from None
+        return texts
+
+
+@dataclass
+class _Line:
+    """A line of a JSON Lines file. Other fields are ignored."""
+
+    text: str
+
+
+class TextFiles:
+    """The documents of text files: every file is one."""
+
+    def __init__(self, paths: list[Path]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, start: int, stop: int) -> list[str]:
+        """Return documents. Raise ValueError if one is not UTF-8."""
+        texts = []
+        for path in self.paths[start:stop]:
+            try:
+                texts.append(path.read_bytes().decode())
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path.name}: {first_line(error)}") from None
+        return texts
+
+
+class Rows:
+    """The documents of a Hugging Face dataset: the strings in its column `text`."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, start: int, stop: int) -> list[str]:
+        """Return documents. Raise ValueError if one is null or not UTF-8."""
+        texts = self.dataset[start:stop]["text"]
+        if None in texts:
+            raise ValueError("`text` is null")
+        return texts
+
+
+class Texts:
+    """Documents in memory."""
+
+    def __init__(self, texts: list[str]):
+        self.texts = texts
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def read(self, start: int, stop: int) -> list[str]:
+        return self.texts[start:stop]
+
+
+Documents = JsonLines | TextFiles | Rows | Texts
+
+
+def load_hub(subset: str) -> Rows:
+    """Return a subset of FineWeb-Edu.
 
     Raises:
-        UserError: if the files cannot be read, have different or unknown formats, or do not have
-            the column.
+        UserError: if it cannot be loaded.
     """
-    import datasets  # slow to import, and not needed for the built-in corpus
+    import datasets  # slow to import, and only needed here and for parquet
 
-    if source == FINEWEB:
-        try:
-            return datasets.load_dataset(FINEWEB, name=subset, split="train").select_columns("text")
-        except Exception as error:  # raised by the Hub, its HTTP library or the disk
-            raise UserError(
-                f"{FINEWEB} ({subset}) could not be loaded ({first_line(error)}): check the "
-                "connection and --subset, or use a local --source"
-            ) from None
-    datasets.disable_progress_bars()
-    path = Path(source)
-    builders = {".parquet": "parquet", ".jsonl": "json", ".txt": "text"}
-    files = sorted(p for p in path.rglob("*") if p.suffix in builders) if path.is_dir() else [path]
-    suffixes = {p.suffix for p in files}
-    if len(suffixes) != 1 or not suffixes <= builders.keys():
-        raise UserError(
-            f"--source={source}: found {', '.join(sorted(suffixes)) or 'no'} files: use files of "
-            f"one format out of {', '.join(builders)}"
-        )
-    builder = builders[suffixes.pop()]
-    options = {"sample_by": "document"} if builder == "text" else {}
     try:
+        loaded = datasets.load_dataset(FINEWEB, name=subset, split="train")
+        return Rows(loaded.select_columns("text"))
+    except Exception as error:  # raised by the Hub, its HTTP library or the disk
+        raise UserError(
+            f"{FINEWEB} ({subset}) could not be loaded ({first_line(error)}): check the "
+            "connection and --subset, or use a local --source"
+        ) from None
+
+
+def source_files(source: str) -> tuple[str, list[Path]]:
+    """Return the format of a local source, a key of FORMATS, and its files in order of their paths.
+
+    Raises:
+        UserError: if there are no files, files of several formats, or files of unknown formats.
+    """
+    path = Path(source)
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    # Hidden files, such as .gitattributes, and READMEs are not part of a dataset.
+    ignored = ("readme", "license")
+    files = [p for p in files if not p.name.startswith(".") and p.stem.lower() not in ignored]
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        name = file.name.lower().removesuffix(".gz").removesuffix(".zst")
+        suffix = Path(name).suffix
+        known = next((key for key, suffixes in FORMATS.items() if suffix in suffixes), None)
+        found.setdefault(known or f"*{file.suffix}", []).append(file)
+    if len(found) != 1 or not found.keys() <= FORMATS.keys():
+        kinds = ", ".join(f"{len(paths)} {key}" for key, paths in sorted(found.items()))
+        raise UserError(
+            f"--source={source}: found {kinds or 'no'} files: use files of one format, "
+            ".parquet, .jsonl, .json (JSON Lines) or .txt; the last three may be compressed "
+            "(.gz, .zst)"
+        )
+    return found.popitem()
+
+
+def load_files(kind: str, files: list[Path], folder: Path) -> Documents:
+    """Return the documents of local files.
+
+    Args:
+        kind: a key of FORMATS.
+        folder: for copies: datasets converts parquet, and compressed files are expanded. They are
+            not kept, because a cache could return an earlier version of a file.
+
+    Raises:
+        UserError: if a file cannot be read, or does not have the format.
+    """
+    folder.mkdir()
+    expanded = []
+    for i, path in enumerate(files):
+        with file_errors(path, "make it readable, or move it out of the source"):
+            if path.suffix.lower() in (".gz", ".zst"):
+                import pyarrow  # a dependency of datasets
+
+                expanded.append(folder / f"{i:08d}_{path.stem[:200]}")
+                codec = {".gz": "gzip", ".zst": "zstd"}[path.suffix.lower()]
+                with open(path, "rb") as f, open(expanded[-1], "wb") as out:
+                    shutil.copyfileobj(pyarrow.CompressedInputStream(f, codec), out, 2**20)
+            else:
+                expanded.append(path)
+                with open(path, "rb") as f:
+                    if kind == "jsonl" and f.read(1024).lstrip()[:1] == b"[":
+                        raise ValueError("a JSON array, not JSON Lines (one object per line)")
+    if kind == "jsonl":
+        return JsonLines(expanded)
+    if kind == "txt":
+        return TextFiles(expanded)
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        # datasets treats names as patterns.
+        names = [glob.escape(str(path.absolute())) for path in files]
         loaded = datasets.load_dataset(
-            builder, data_files=[str(p) for p in files], split="train", **options
+            "parquet", data_files=names, split="train", cache_dir=str(folder)
         )
     except Exception as error:  # the readers raise many kinds of errors for corrupted files
         raise UserError(
-            f"--source={source}: cannot be read as {builder} "
-            f"({first_line(error.__cause__ or error)}): fix or remove the corrupted file"
+            f"{files[0].parent}: cannot be read as parquet "
+            f"({first_line(error.__cause__ or error)}): fix the corrupted file, or move it out of "
+            "the source"
         ) from None
     text = loaded.features.get("text")
     if getattr(text, "dtype", None) not in ("string", "large_string"):
         raise UserError(
-            f"--source={source}: needs a `text` column of strings; found {loaded.column_names}"
+            f"{files[0]}: needs a `text` column of strings; found {loaded.column_names}"
         )
-    return loaded.select_columns("text")
+    return Rows(loaded.select_columns("text"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -144,17 +310,16 @@ def load_source(source: str, subset: str):
 
 
 def tokenize_documents(
-    read: Callable[[int, int], list[str]], total: int, encoding: tiktoken.Encoding, processes: int
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (number of documents, their tokens as uint16), in document order.
+    documents: Documents, start: int, encoding: tiktoken.Encoding, processes: int, on_error: str
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Yield (number of documents, how many were skipped, their tokens as uint16), in order.
 
     The worker processes read the documents, so only tokens are sent between processes. The number
     of pending results is bounded.
 
     Args:
-        read: a function of (start, stop) that returns the documents in this range. It runs in the
-            workers.
-        total: number of documents.
+        start: the first document.
+        on_error: "skip" leaves out documents that are not valid text.
 
     Raises:
         UserError: if a document is not valid text, or a worker is killed.
@@ -162,26 +327,28 @@ def tokenize_documents(
     # Fork, so that the workers share the tokenizer and the memory map of the documents.
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(
-        processes, fork, initializer=_init_worker, initargs=(read, encoding)
+        processes, fork, initializer=_init_worker, initargs=(documents, encoding, on_error)
     ) as pool:
-        futures: deque[tuple[int, Future[np.ndarray]]] = deque()
+        futures: deque[tuple[int, Future[tuple[int, np.ndarray]]]] = deque()
         try:
-            for start in range(0, total, DOCUMENTS_AT_A_TIME):
-                stop = min(start + DOCUMENTS_AT_A_TIME, total)
-                futures.append((stop - start, pool.submit(_tokenize, start, stop)))
+            for first in range(start, len(documents), DOCUMENTS_AT_A_TIME):
+                stop = min(first + DOCUMENTS_AT_A_TIME, len(documents))
+                futures.append((stop - first, pool.submit(_tokenize, first, stop)))
                 if len(futures) > 4 * processes:
                     n, future = futures.popleft()
-                    yield n, future.result()
+                    yield n, *future.result()
             for n, future in futures:
-                yield n, future.result()
+                yield n, *future.result()
         except BrokenProcessPool:
             raise UserError(
                 "a tokenizer process was killed, possibly because of insufficient memory: use "
                 "fewer --processes"
             ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-_shared: tuple  # in a worker process: read, encoding
+_shared: tuple  # in a worker process: documents, encoding, on_error
 
 
 def _init_worker(*shared):
@@ -199,27 +366,54 @@ def _exit_with_parent():
     os._exit(1)
 
 
+def _read(documents, start, stop, on_error):
+    with contextlib.suppress(ValueError):
+        return documents.read(start, stop)
+    texts = []
+    for i in range(start, stop):  # find out which is invalid
+        try:
+            texts += documents.read(i, i + 1)
+        except ValueError as error:
+            if on_error == "stop":
+                raise UserError(
+                    f"document {i:,} is not valid text ({first_line(error)}): fix it, or use "
+                    "--on_error=skip"
+                ) from None
+    return texts
+
+
 def _tokenize(start, stop):
-    read, encoding = _shared
+    documents, encoding, on_error = _shared
     try:
-        texts = read(start, stop)
-    except UnicodeDecodeError as error:
+        texts = _read(documents, start, stop, on_error)
+    except OSError as error:
         raise UserError(
-            f"one of the documents {start:,} to {stop - 1:,} is not UTF-8 ({error}): convert the "
-            "source"
+            f"{error.filename or 'the source'}: can no longer be read ({first_line(error)}): "
+            "restore the file, then repeat the command"
         ) from None
-    if None in texts:
-        raise UserError(
-            f"document {start + texts.index(None):,}: `text` is null: remove it from the source"
-        )
     parts, end_of_text = [], np.array([encoding.eot_token])
     for text in texts:
-        parts += [end_of_text, encoding.encode_to_numpy(text, disallowed_special=())]
-    return np.concatenate(parts, dtype=np.uint16, casting="unsafe")
+        parts += [end_of_text, encode(encoding, text)]
+    skipped = stop - start - len(texts)
+    if not parts:
+        return skipped, np.empty(0, np.uint16)
+    return skipped, np.concatenate(parts, dtype=np.uint16, casting="unsafe")
 
 
 # --------------------------------------------------------------------------------------------------
 # writing
+
+
+@dataclass
+class Progress:
+    """How far a corpus has been written. Saved in OUT.partial after every shard."""
+
+    identity: str  # of the source and the options that determine the tokens
+    shards: list[dict[str, Any]]  # as in meta.json
+    document: int = 0  # the first document whose tokens are not all in these shards
+    offset: int = 0  # number of tokens of the documents from there on that are in these shards
+    tokens: int = 0  # in all shards
+    skipped: int = 0  # documents before `document` that were skipped
 
 
 class ShardWriter:
@@ -228,13 +422,15 @@ class ShardWriter:
     The first shard is the validation set. If it has more than a tenth of all tokens, `finish`
     shortens it and writes the rest as the last training shard.
 
-    Attributes:
-        shards: the entries of meta.json. Complete after `finish`.
+    Args:
+        progress: the state from which to continue. It is updated, and saved after every shard.
     """
 
-    def __init__(self, folder: Path, name: str, shard_tokens: int):
+    def __init__(self, folder: Path, name: str, shard_tokens: int, progress: Progress):
         self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
-        self.shards: list[dict[str, Any]] = []
+        self.progress, self.shards = progress, list(progress.shards)
+        self._document, self._skipped = progress.document, progress.skipped
+        self._written = progress.offset  # number of the next tokens that are already in shards
         self._buffer, self._used = np.empty(shard_tokens, dtype=np.uint16), 0
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
@@ -245,18 +441,27 @@ class ShardWriter:
     def __exit__(self, *error) -> None:
         self._thread.shutdown()
 
-    def add(self, tokens: np.ndarray) -> None:
-        while len(tokens):
-            part = tokens[: self.shard_tokens - self._used]
+    def add(self, n_documents: int, skipped: int, tokens: np.ndarray) -> None:
+        """Append the next tokens.
+
+        Args:
+            n_documents: number of documents from which they come.
+            skipped: how many of those were skipped.
+        """
+        done, self._written = self._written, 0
+        while done < len(tokens):
+            part = tokens[done : done + self.shard_tokens - self._used]
             self._buffer[self._used : self._used + len(part)] = part
             self._used += len(part)
-            tokens = tokens[len(part) :]
+            done += len(part)
             if self._used == self.shard_tokens:
-                self._append(self._buffer)
+                self._append(self._buffer, (self._document, done, self._skipped))
                 self._buffer, self._used = np.empty_like(self._buffer), 0
+        self._document += n_documents
+        self._skipped += skipped
 
-    def finish(self) -> None:
-        """Write the remaining tokens and wait until all shards are written."""
+    def finish(self) -> list[dict[str, Any]]:
+        """Write the remaining tokens, wait until all shards are written, and return them."""
         if self._used:
             self._append(self._buffer[: self._used])
         self._wait()
@@ -266,32 +471,71 @@ class ShardWriter:
             self._write(self.shards[0], first[:n_val])
             self._append(first[n_val:])
             self._wait()
+        return self.shards
 
-    def _append(self, tokens):
+    def _append(self, tokens, position=None):
         split = "train" if self.shards else "val"
         file = f"{self.name}_{split}_{len(self.shards):06d}.bin"
         self.shards.append({"file": file, "split": split})
-        self._write(self.shards[-1], tokens)
+        self._write(self.shards[-1], tokens, position)
 
-    def _write(self, shard, tokens):
+    def _write(self, shard, tokens, position=None):
         self._wait()
-        self._writing = self._thread.submit(self._write_now, shard, tokens)
+        self._writing = self._thread.submit(self._write_now, shard, tokens, position)
 
     def _wait(self):
         if self._writing:
             self._writing.result()
 
-    def _write_now(self, shard, tokens):
+    def _write_now(self, shard, tokens, position):
         path = self.folder / shard["file"]
         write_shard(path, tokens)
         shard |= {"tokens": len(tokens), "sha256": sha256(path)}
+        if position:
+            p = self.progress
+            p.shards.append(dict(shard))
+            p.document, p.offset, p.skipped = position
+            p.tokens += len(tokens)
+            atomic_write(self.folder / PROGRESS, json.dumps(asdict(p)))
+
+
+def load_progress(partial: Path, identity: str) -> Progress:
+    """Return the state of an interrupted run in OUT.partial, or that of a new one.
+
+    Files of an interrupted run that finished no shard are removed.
+
+    Raises:
+        UserError: if the shards come from another source or other options, or are incomplete.
+    """
+    use_another = "repeat the original command, or choose another --out"
+    if not (partial / PROGRESS).exists():
+        for path in _contents(partial):
+            path.unlink()
+        return Progress(identity, [])
+    with file_errors(partial / PROGRESS, use_another):
+        progress = decode_json((partial / PROGRESS).read_bytes(), Progress)
+    if progress.identity != identity:
+        raise UserError(
+            f"{partial}: has {len(progress.shards)} shards of an interrupted run with another "
+            f"source, another version of it, or other options: {use_another}"
+        )
+    for shard in progress.shards:
+        if len(open_shard(partial / shard["file"])) != shard["tokens"]:
+            raise UserError(f"{partial}/{shard['file']}: was changed: choose another --out")
+    print(f"{partial}: continuing after {len(progress.shards)} shards", file=sys.stderr)
+    return progress
+
+
+def _contents(partial):
+    return [path for path in partial.iterdir() if path.name not in (LOCK, SOURCE)]
 
 
 @contextlib.contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
-    """Create and yield the folder OUT.partial. Rename it to `out` on success, else remove it.
+    """Create and yield the folder OUT.partial, and rename it to `out` on success.
 
-    OUT.partial is locked while it is in use. Files left in it by a killed process are removed.
+    OUT.partial is locked while it is in use. After an error, it is kept if it contains finished
+    shards, else removed.
 
     Raises:
         UserError: if `out` exists; if OUT.partial is in use by another process, or was not created
@@ -300,28 +544,31 @@ def atomic_folder(out: Path) -> Iterator[Path]:
     partial = out.with_name(out.name + ".partial")
     lock = _lock(partial, out)
     try:
-        if out.exists():
-            raise UserError(f"--out={out} already exists: choose another folder, or remove it")
-        left = [path for path in partial.iterdir() if path.name != LOCK]
-        if left:
-            print(f"{partial}: removing files left by an interrupted run", file=sys.stderr)
-        for path in left:
-            path.unlink()
+        if os.path.lexists(out):
+            raise UserError(f"--out={out} already exists: choose another folder, or rename it")
         yield partial
+        shutil.rmtree(partial / SOURCE, ignore_errors=True)
+        (partial / PROGRESS).unlink(missing_ok=True)
         for path in (*partial.iterdir(), partial):
             fsync(path)
         # The lock is released only after renaming, so no other process can lock OUT.partial first.
         partial.rename(out)
         (out / LOCK).unlink()
     except BaseException as error:
+        kept = f"{out} was not written: start again"
         with contextlib.suppress(OSError):
-            for path in partial.iterdir():
-                path.unlink()
-            partial.rmdir()
+            shutil.rmtree(partial / SOURCE, ignore_errors=True)
+            left = _contents(partial)
+            if (partial / PROGRESS).exists():
+                kept = f"finished shards are kept in {partial}: the same command continues"
+            else:
+                for path in (*left, partial / LOCK):
+                    path.unlink(missing_ok=True)
+                partial.rmdir()
         if isinstance(error, OSError):
             raise _cannot_be_written(out, error) from None
-        if isinstance(error, KeyboardInterrupt):
-            print(f"\n{out} was not written: start again", file=sys.stderr)
+        if not isinstance(error, UserError) or "kept" in kept:
+            print(f"\n{kept}", file=sys.stderr)
         raise
     finally:
         lock.release()
@@ -334,8 +581,8 @@ def _lock(partial: Path, out: Path) -> filelock.FileLock:
         lock.acquire()
     except FileExistsError:
         raise UserError(
-            f"{partial} exists, but was not created by fineweb.py: rename or remove it, or choose "
-            "another --out"
+            f"{partial} exists, but was not created by fineweb.py: rename it, or choose another "
+            "--out"
         ) from None
     except filelock.Timeout:
         raise UserError(
@@ -348,7 +595,10 @@ def _lock(partial: Path, out: Path) -> filelock.FileLock:
 
 
 def _cannot_be_written(out, error):
-    return UserError(f"--out={out}: cannot be written ({first_line(error)}): choose another folder")
+    return UserError(
+        f"--out={out}: cannot be written ({first_line(error)}): free disk space, or choose another "
+        "folder"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -398,76 +648,92 @@ def continuation_task(
 
 
 def write_continuation_task(path: Path, documents: list[tuple[str, str]], val_tokens: int) -> None:
-    """Write up to 1,000 examples from the documents that end within the first `val_tokens`."""
+    """Write up to 1,000 examples from the documents that end within the first `val_tokens`.
+
+    If these documents are too short for an example, no file is written.
+    """
     ends = np.cumsum([1 + len(text.encode()) for _, text in documents])
     n = int(np.searchsorted(ends, val_tokens, side="right"))
     others = "\n".join(text for _, text in documents[n:])
     examples = continuation_task(documents[:n], others, 1000)
-    path.write_text("".join(json.dumps(e) + "\n" for e in examples))
+    if examples:
+        atomic_write(path, "".join(json.dumps(e) + "\n" for e in examples))
+    else:
+        print("note: the validation set is too short for a HellaSwag-style task", file=sys.stderr)
 
 
 def main(args: Args) -> None:
-    stdlib = args.source == "stdlib"
-    name = (
-        "fineweb_edu" if args.source == FINEWEB else "stdlib" if stdlib else Path(args.source).stem
-    )
+    stdlib, hub = args.source == "stdlib", args.source == FINEWEB
+    name = "fineweb_edu" if hub else Path(args.source).name.split(".")[0] or "corpus"
     out = args.out or Path("data") / name
     if not 2 <= args.shard_tokens < 2**31:
         raise UserError(
             f"--shard_tokens={args.shard_tokens} must be between 2 and 2**31 - 1, the maximum in a "
             "shard's header"
         )
-    if args.processes < 1:
-        raise UserError(f"--processes={args.processes} must be at least 1")
-    if args.source not in (FINEWEB, "stdlib") and not Path(args.source).exists():
+    if not 1 <= args.processes <= 1024:
+        raise UserError(f"--processes={args.processes} must be between 1 and 1,024")
+    if not (hub or stdlib or Path(args.source).exists()):
         raise UserError(
             f"--source={args.source}: no such file or folder: use a path, {FINEWEB} or stdlib"
         )
     encoding = get_tokenizer(args.tokenizer or ("bytes" if stdlib else "gpt2"))
-    if encoding.n_vocab > 2**16:
-        raise UserError(
-            f"--tokenizer={args.tokenizer} has {encoding.n_vocab:,} tokens, but shards store ids "
-            "below 65,536: choose another tokenizer"
-        )
+    kind, files = ("", []) if hub or stdlib else source_files(args.source)
 
-    with atomic_folder(out) as folder, ShardWriter(folder, name, args.shard_tokens) as writer:
-        documents: Any = stdlib_documents() if stdlib else load_source(args.source, args.subset)
-        total = len(documents)
-
-        def read(start, stop):
-            if stdlib:
-                return [text for _, text in documents[start:stop]]
-            return documents[start:stop]["text"]
-
-        n_tokens = 0
-        with tqdm(total=total, unit="doc", desc=f"tokenizing {name}") as bar:
-            for n_documents, tokens in tokenize_documents(read, total, encoding, args.processes):
-                writer.add(tokens)
-                n_tokens += len(tokens)
+    with atomic_folder(out) as folder:
+        shutil.rmtree(folder / SOURCE, ignore_errors=True)
+        named: list[tuple[str, str]] = []
+        documents: Documents
+        if hub:
+            documents = load_hub(args.subset)
+            version: Any = [args.subset, documents.dataset._fingerprint]
+        elif stdlib:
+            named = stdlib_documents()
+            documents = Texts([text for _, text in named])
+            version = sys.version
+        else:
+            documents = load_files(kind, files, folder / SOURCE)
+            version = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        options = (args.source, name, encoding.name, args.shard_tokens, version)
+        progress = load_progress(folder, hashlib.sha256(repr(options).encode()).hexdigest())
+        first, total = progress.document, len(documents)
+        with (
+            ShardWriter(folder, name, args.shard_tokens, progress) as writer,
+            tqdm(total=total, initial=first, unit="doc", desc=f"tokenizing {name}") as bar,
+        ):
+            n_tokens, skipped = progress.tokens - progress.offset, progress.skipped
+            for part in tokenize_documents(
+                documents, first, encoding, args.processes, args.on_error
+            ):
+                writer.add(*part)
+                n_documents, n_skipped, tokens = part
+                n_tokens, skipped = n_tokens + len(tokens), skipped + n_skipped
                 bar.set_postfix(tokens=f"{n_tokens:,}", refresh=False)
                 bar.update(n_documents)
-        if n_tokens < 20:
-            raise UserError(
-                f"--source={args.source}: only {n_tokens} tokens, not enough for a training and a "
-                "validation shard"
-            )
-        writer.finish()
+            if n_tokens < 20:
+                raise UserError(
+                    f"--source={args.source}: only {n_tokens} tokens, not enough for a training "
+                    "and a validation shard"
+                )
+            shards = writer.finish()
         meta = {
-            "source": f"{args.source} {args.subset}" if args.source == FINEWEB else args.source,
+            "source": f"{args.source} {args.subset}" if hub else args.source,
             "tokenizer": encoding.name,
             "vocab_size": encoding.n_vocab,
             "eot_token": encoding.eot_token,
-            "documents": total,
+            "documents": total - skipped,
+            "skipped_documents": skipped,
             "tokens": n_tokens,
-            "shards": writer.shards,
+            "shards": shards,
         }
-        (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-        n_val = writer.shards[0]["tokens"]
+        atomic_write(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
+        n_val = shards[0]["tokens"]
         if stdlib:
-            write_continuation_task(folder / "hellaswag.jsonl", documents, val_tokens=n_val)
+            write_continuation_task(folder / "hellaswag.jsonl", named, val_tokens=n_val)
     print(
         f"{out}: {n_tokens - n_val:,} training and {n_val:,} validation tokens in "
-        f"{len(writer.shards)} shards, {total:,} documents"
+        f"{len(shards)} shards, {total - skipped:,} documents"
+        + (f", {skipped:,} skipped because they are not valid text" if skipped else "")
     )
 
 

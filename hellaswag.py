@@ -12,13 +12,18 @@ Any file in HellaSwag's format works: JSON lines with `ctx`, `endings` (two or m
 no file is specified, the official validation set is downloaded once.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
+import stagewise.console  # noqa: F401  (first: Ctrl-C during the other imports)
+
+# isort: split
+
 import math
 import os
-import sys
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -31,10 +36,10 @@ from tqdm import tqdm
 
 from model import GPT
 from stagewise.checkpoint import load_checkpoint
-from stagewise.data import get_tokenizer
+from stagewise.data import check_tokenizer, encode, get_tokenizer
 from stagewise.device import autocast, pick_device
-from stagewise.errors import UserError, first_line, report_user_errors
-from stagewise.fileio import decode_json, fsync, sha256
+from stagewise.errors import UserError, file_errors, first_line, report_user_errors
+from stagewise.fileio import atomic_file, decode_json, sha256
 from stagewise.loss import token_losses
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -69,28 +74,30 @@ def task_file(option: str, data_dir: str) -> Path | None:
 def download(path: Path = DEFAULT_PATH) -> Path:
     """Download the official validation set to `path` unless the file exists, and return `path`.
 
-    The file is moved to `path` only after its sha256 has been verified.
+    The file appears at `path` only after its sha256 has been verified.
 
     Raises:
-        UserError: if all attempts fail, or the file cannot be written.
+        UserError: if all attempts fail, the file cannot be written, or an existing file is not the
+            official one.
     """
-    if path.exists():
-        return path
-    try:
+    with file_errors(path, ALTERNATIVE):
+        if path.exists():
+            if sha256(path) != SHA256:
+                raise UserError(
+                    f"{path}: is not the official validation set (its sha256 is not "
+                    f"{SHA256[:12]}...): move it away, or specify it with --hellaswag_data "
+                    "(train.py) or --data (hellaswag.py)"
+                )
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Use a temporary folder, because nodes that share data/ may download at the same time.
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            partial = Path(folder, path.name)
-            _download_verified(partial)
-            fsync(partial)
-            partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}): {ALTERNATIVE}") from None
+        # Nodes that share data/ may download at the same time: each writes a file of its own.
+        with atomic_file(path) as f:
+            _download_verified(f)
     return path
 
 
-def _download_verified(path):
-    """Download URL to `path` and verify its sha256.
+def _download_verified(f):
+    """Download URL to an open file and verify its sha256.
 
     huggingface_hub resumes a connection that breaks or stalls, and gives up after 5 attempts
     without data. Errors that it does not retry, and a wrong sha256, are retried here after PAUSES.
@@ -105,29 +112,28 @@ def _download_verified(path):
     given_up = (httpx2.ConnectError, httpx2.TimeoutException, httpx2.RemoteProtocolError)
     # No compression, because a range would refer to the compressed bytes.
     headers = {"Accept-Encoding": "identity"}
-    with open(path, "wb") as f:
-        for pause in (*PAUSES, None):
-            size = f.seek(0, os.SEEK_END)
-            try:
-                http_get(URL, f, resume_size=size, headers=headers, displayed_filename=path.name)
-                f.flush()
-                digest = sha256(path)
-                if digest == SHA256:
-                    return
-                wrong = f"its sha256 is {digest[:12]}..., expected {SHA256[:12]}..."
-                f.truncate(0)
-            except httpx2.HTTPError as error:
-                wrong = f"{type(error).__name__}: {first_line(error)}"
-                if isinstance(error, given_up):
-                    break
-            except OSError as error:
-                if error.errno is not None:  # a disk error
-                    raise
-                wrong = f"{type(error).__name__}: {first_line(error)}"
-                f.truncate(0)
-            if pause is not None:
-                print(f"HellaSwag: {wrong}; retrying", file=sys.stderr)
-                time.sleep(pause)
+    for pause in (*PAUSES, None):
+        size = f.seek(0, os.SEEK_END)
+        try:
+            http_get(URL, f, resume_size=size, headers=headers, displayed_filename="HellaSwag")
+            f.flush()
+            digest = sha256(Path(f.name))
+            if digest == SHA256:
+                return
+            wrong = f"its sha256 is {digest[:12]}..., expected {SHA256[:12]}..."
+            f.truncate(0)
+        except httpx2.HTTPError as error:
+            wrong = f"{type(error).__name__}: {first_line(error)}"
+            if isinstance(error, given_up):
+                break
+        except OSError as error:
+            if error.errno is not None:  # a disk error
+                raise
+            wrong = f"{type(error).__name__}: {first_line(error)}"
+            f.truncate(0)
+        if pause is not None:
+            print(f"HellaSwag: {wrong}; retrying", file=sys.stderr)
+            time.sleep(pause)
     raise UserError(f"HellaSwag could not be downloaded from {URL} ({wrong}): {ALTERNATIVE}")
 
 
@@ -139,7 +145,7 @@ class _Line:
     """A line of the file. Other fields are ignored."""
 
     ctx: NonEmpty
-    endings: Annotated[list[NonEmpty], Meta(min_length=2)]
+    endings: Annotated[list[NonEmpty], Meta(min_length=2, max_length=64)]  # a batch grows with it
     label: int | Annotated[str, Meta(pattern="^[0-9]{1,9}$")]  # a string in the Hub's copy
 
 
@@ -165,12 +171,8 @@ def load_examples(
             format, or has an ending of more than `block_size` tokens. The message names the line.
     """
     examples: list[Example] = []
-    try:
+    with file_errors(path, "specify a readable file in HellaSwag's format"):
         lines = Path(path).read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}): specify a file in HellaSwag's format"
-        ) from None
     for number, text in enumerate(lines, start=1):
         if limit and len(examples) == limit:
             break
@@ -180,21 +182,21 @@ def load_examples(
         try:
             line = decode_json(text, _Line)
         except ValueError as error:
-            raise UserError(f"{where}: {error}: fix or remove the line") from None
+            raise UserError(f"{where}: {error}: fix the line") from None
         label = int(line.label)
         if not 0 <= label < len(line.endings):
             raise UserError(
                 f"{where}: label: expected the index of an ending, 0 to {len(line.endings) - 1}, "
-                f"got {label}: fix or remove the line"
+                f"got {label}: fix the line"
             )
-        endings = [encoding.encode_ordinary(" " + ending) for ending in line.endings]
+        endings = [encode(encoding, " " + ending).tolist() for ending in line.endings]
         longest = max(map(len, endings))
         if longest > block_size:
             raise UserError(
                 f"{where}: an ending has {longest} tokens, more than block_size={block_size}: "
                 "shorten it, or use a model with a longer context"
             )
-        examples.append(Example(encoding.encode_ordinary(line.ctx), endings, label))
+        examples.append(Example(encode(encoding, line.ctx).tolist(), endings, label))
     if not examples:
         raise UserError(f"{path}: has no examples: specify a file in HellaSwag's format")
     return examples
@@ -323,13 +325,16 @@ def ending_losses(
 def evaluate(model: GPT, examples: list[Example], **options: Any) -> dict[str, float]:
     """Return the scores of a model in eval mode: n, acc, acc_norm, acc_stderr, acc_norm_stderr.
 
-    The standard errors of the mean use the sample variance. See `ending_losses` for the options.
+    The standard errors of the mean use the sample variance. If a loss is not finite, which a
+    diverged model can cause, all scores are NaN. See `ending_losses` for the options.
     """
     sums, counts = ending_losses(model, examples, **options)
+    # Missing endings are inf, but -inf and NaN have no order.
+    valid = sum(len(e.endings) for e in examples) == np.isfinite(sums).sum()
     labels = np.array([e.label for e in examples])
     result: dict[str, float] = {"n": len(examples)}
     for name, losses in (("acc", sums), ("acc_norm", sums / counts)):
-        accuracy = float((losses.argmin(1) == labels).mean())
+        accuracy = float((losses.argmin(1) == labels).mean()) if valid else math.nan
         result[name] = accuracy
         result[f"{name}_stderr"] = math.sqrt(accuracy * (1 - accuracy) / max(1, len(examples) - 1))
     return result
@@ -360,6 +365,7 @@ def main(args: Args) -> None:
     checkpoint = load_checkpoint(args.checkpoint)
     model = GPT.from_weights(checkpoint["model_config"], checkpoint["model"], device).eval()
     encoding = get_tokenizer(checkpoint["tokenizer"])
+    check_tokenizer(encoding, model.config.vocab_size, args.checkpoint)
     config = checkpoint["config"]
     path = args.data or task_file(config["hellaswag_data"], config["data_dir"]) or DEFAULT_PATH
     if path == DEFAULT_PATH:
@@ -367,6 +373,8 @@ def main(args: Args) -> None:
     examples = load_examples(path, encoding, model.config.block_size, args.limit)
     with autocast(device, args.dtype):
         scores = evaluate(model, examples, progress=True)
+    if math.isnan(scores["acc"]):
+        raise UserError(f"{args.checkpoint}: the losses are not finite: the model has diverged")
     model_name = f"step {checkpoint['step']}, {checkpoint['n_blocks']} blocks"
     print(f"{model_name}, {len(examples)} examples of {path}")
     for name in ("acc", "acc_norm"):

@@ -200,8 +200,7 @@ class GPT(nn.Module):
             UserError: if the weights do not match `config`.
         """
         try:
-            numbers = [int(name.split(".")[2]) for name in weights if ".h." in name]
-            n_blocks = max(numbers, default=-1) + 1
+            n_blocks = len({name.split(".")[2] for name in weights if ".h." in name})
             model = cls(convert(config, GPTConfig), n_blocks=n_blocks, device="meta")
             model.to_empty(device=device)
             model.transformer.wte.weight = model.lm_head.weight  # to_empty unties them

@@ -8,23 +8,30 @@ a run is compute-matched: its cumulative cost equals the total cost of its basel
 reads only config.json, schedule.json and metrics.jsonl, which train.py writes.
 """
 
-import contextlib
-import dataclasses
-from dataclasses import dataclass
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
+import stagewise.console  # noqa: F401  (first: Ctrl-C during the other imports)
+
+# isort: split
+
+import dataclasses
+import math
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 import matplotlib
 import numpy as np
 import tyro
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 from tabulate import tabulate
 
 from cost import COST_METRICS, NAMES, Metric
 from schedule import Phase
 from stagewise.config import Config, Positive
-from stagewise.errors import UserError, report_user_errors
-from stagewise.fileio import convert, decode_json, fsync
+from stagewise.errors import UserError, file_errors, report_user_errors
+from stagewise.fileio import atomic_file, convert, decode_json
 from stagewise.metrics import read_metrics
 
 matplotlib.use("Agg")
@@ -95,6 +102,8 @@ class RunConfig(Config):
     threads: int
     command: str
     date: str
+    corpus: str = ""  # data.fingerprint
+    starts: tuple[dict[str, Any], ...] = ()  # every start of the run: step, command, ...
 
 
 @dataclass(frozen=True)
@@ -129,22 +138,26 @@ class ScheduleSummary:
 
 @dataclass(frozen=True)
 class Row:
-    """The columns of metrics.jsonl that are used here."""
+    """The columns of metrics.jsonl that are used here.
+
+    None means a value that is not finite, or, for mfu and peak_memory, an unknown one. UNSET means
+    a value that was not measured at this step.
+    """
 
     step: int
     tokens: int
     paper_cost: int
     flops: int
     seconds: float
-    loss: float | None = None
-    tokens_per_second: float | None = None
-    mfu: float | None = None
-    peak_memory: float | None = None
-    val_loss: float | None = None
-    hellaswag_acc: float | None = None
-    hellaswag_acc_stderr: float | None = None
-    hellaswag_acc_norm: float | None = None
-    hellaswag_acc_norm_stderr: float | None = None
+    loss: float | None | UnsetType = UNSET
+    tokens_per_second: float | UnsetType = UNSET
+    mfu: float | None | UnsetType = UNSET
+    peak_memory: float | None | UnsetType = UNSET
+    val_loss: float | None | UnsetType = UNSET
+    hellaswag_acc: float | None | UnsetType = UNSET
+    hellaswag_acc_stderr: float | None | UnsetType = UNSET
+    hellaswag_acc_norm: float | None | UnsetType = UNSET
+    hellaswag_acc_norm_stderr: float | None | UnsetType = UNSET
 
 
 @dataclass
@@ -152,12 +165,15 @@ class Run:
     """The contents of a run folder.
 
     Attributes:
-        columns: the columns of metrics.jsonl by name. Missing values are NaN.
+        columns: the columns of metrics.jsonl by name. Missing values are NaN. Losses and accuracies
+            that are not finite are infinite here, so that a diverged run is not taken for one that
+            ended earlier.
         relative_cost: the cumulative cost at every row by metric, as a fraction of the baseline's
             total.
     """
 
     name: str
+    folder: Path
     config: RunConfig
     schedule: ScheduleSummary
     columns: dict[str, np.ndarray]
@@ -197,9 +213,11 @@ class Run:
         cost = self.relative_cost[metric][self.measured(column)]
         # The end of a compute-matched schedule is rounded, so it may be half a step too early.
         half_step = 0.5 * self.schedule.phases[-1].tokens_per_step / self.schedule.baseline.tokens
-        if not len(y) or cost[-1] < 1 - half_step:
+        if not len(y) or not cost[-1] >= 1 - half_step:
             return None
-        return float(np.interp(1, cost, x)), float(np.interp(1, cost, y))
+        # NaN between a finite and an infinite value.
+        value = float(np.interp(1, cost, y))
+        return float(np.interp(1, cost, x)), math.inf if math.isnan(value) else value
 
     @property
     def is_baseline(self) -> bool:
@@ -225,28 +243,37 @@ def load_run(folder: Path) -> Run:
     """Read a run folder.
 
     Raises:
-        UserError: if files are missing or corrupted, or metrics.jsonl is empty.
+        NoRows: if metrics.jsonl is empty.
+        UserError: if files are missing or corrupted.
     """
     config, schedule = read_config(folder), _read(folder / "schedule.json", ScheduleSummary)
     path = folder / "metrics.jsonl"
-    try:
-        parsed = read_metrics(path)
-    except OSError as error:
-        raise _missing(path, error) from None
-    try:
-        rows = convert(parsed, list[Row])
-    except ValueError as error:
-        raise _corrupted(path, error) from None
+    rows = []
+    for number, parsed in enumerate(read_metrics(path), start=1):
+        try:
+            rows.append(convert(parsed, Row))
+        except ValueError as error:
+            raise _corrupted(f"{path}, line {number}", error) from None
     if not rows:
-        raise UserError(f"{path}: is empty: wait until the run logs a row, or train it again")
+        raise NoRows(f"{path}: is empty: wait until the run logs a row, or train it again")
     columns = {
-        field.name: np.array([getattr(row, field.name) for row in rows], dtype=float)
+        field.name: np.array([_number(field.name, getattr(row, field.name)) for row in rows])
         for field in dataclasses.fields(Row)
     }
     cost: dict[str, np.ndarray] = {
         m: columns[m] / getattr(schedule.baseline, m) for m in COST_METRICS
     }
-    return Run(folder.name, config, schedule, columns, cost)
+    return Run(folder.resolve().name, folder, config, schedule, columns, cost)
+
+
+class NoRows(UserError):
+    """A run that has not logged a row yet."""
+
+
+def _number(column, value):
+    if value is None:
+        return math.nan if column in ("mfu", "peak_memory") else math.inf
+    return math.nan if value is UNSET else float(value)
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -259,24 +286,18 @@ def read_config(folder: Path) -> RunConfig:
 
 
 def _read(path: Path, schema: type[T]) -> T:
+    with file_errors(path, "specify a run folder that train.py wrote and that is readable"):
+        text = path.read_bytes()
     try:
-        return decode_json(path.read_bytes(), schema)
-    except OSError as error:
-        raise _missing(path, error) from None
+        return decode_json(text, schema)
     except ValueError as error:
         raise _corrupted(path, error) from None
 
 
-def _missing(path, error):
+def _corrupted(where, error):
     return UserError(
-        f"{path}: cannot be read ({error.strerror}): specify a run folder written by train.py"
-    )
-
-
-def _corrupted(path, error):
-    return UserError(
-        f"{path}: is corrupted, or was written by another version of train.py ({error}): remove "
-        f"{path.parent} and train the run again"
+        f"{where}: is corrupted, or was written by another version of train.py ({error}): restore "
+        "the file, or train the run again in another folder"
     )
 
 
@@ -304,6 +325,7 @@ def draw(
         if train_column:
             ax.plot(*run.curve(train_column, args.x), color=run.color, alpha=0.22, linewidth=0.8)
         x, y = run.curve(column, args.x)
+        y[~np.isfinite(y)] = np.nan  # a gap in the curve
         if stderr_column:
             error = run.columns[stderr_column][run.measured(column)]
             ax.fill_between(x, y - error, y + error, color=run.color, alpha=0.12, linewidth=0)
@@ -316,15 +338,18 @@ def draw(
             tick = np.interp(starts, steps, x), np.interp(starts, steps, y)
             ax.plot(*tick, color=run.color, **TICK)
         point = run.compute_matched_point(column, args.x, args.match)
-        if point and run.is_baseline:
+        if not point or not math.isfinite(point[1]):
+            continue
+        if run.is_baseline:
             has_level = True
             ax.axhline(point[1], color=run.color, alpha=0.6, zorder=1, **LEVEL)
-        elif point:
+        else:
             has_circle = True
             ax.plot(*point, color=run.color, zorder=5, **CIRCLE)
 
     legend: list[Any] = [
-        plt.Line2D([], [], color=run.color, linewidth=1.8, label=run.name) for run in runs
+        plt.Line2D([], [], color=run.color, linewidth=1.8, label=_label(run, column))
+        for run in runs
     ]
     gray = "#555555"
     if train_column:
@@ -348,8 +373,17 @@ def draw(
     if args.x in ("tokens", "steps"):
         ax.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
     if args.title:
-        ax.set_title(args.title, fontsize=9, loc="left", color="#444444")
+        ax.set_title(_plain(args.title), fontsize=9, loc="left", color="#444444")
     return fig, ax
+
+
+def _label(run, column):
+    return _plain(run.name) + (" (diverged)" if run.last(column) == math.inf else "")
+
+
+def _plain(text):
+    """Return text that Matplotlib draws as it is: no formulas, no unpaired surrogates."""
+    return text.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
 def figure_loss(runs: list[Run], args: Args):
@@ -359,7 +393,7 @@ def figure_loss(runs: list[Run], args: Args):
     """
     fig, ax = draw(runs, "val_loss", args, "loss (nats per token)", train_column="loss")
     curves = [run.curve("val_loss", "steps") for run in runs]
-    late = np.concatenate([y[x >= x[-1] / 10] for x, y in curves if len(x)])
+    late = np.concatenate([y[(x >= x[-1] / 10) & np.isfinite(y)] for x, y in curves if len(x)])
     if len(late) > 1:
         margin = 0.08 * (late.max() - late.min())
         ax.set_ylim(late.min() - margin, late.max() + margin)
@@ -408,28 +442,15 @@ def draw_figures(runs: list[Run], args: Args) -> list[str]:
 
 
 def save(fig, path: Path) -> None:
-    """Write a figure to path.png and path.svg. The same runs give the same bytes.
-
-    Files are replaced atomically.
+    """Write a figure to path.png and path.svg, atomically. The same runs give the same bytes.
 
     Raises:
         UserError: if a file cannot be written.
     """
     for suffix, metadata in (("png", None), ("svg", {"Date": None})):
         file = path.with_name(f"{path.name}.{suffix}")
-        partial = path.with_name(f".{file.name}.partial")
-        try:
-            fig.savefig(partial, format=suffix, metadata=metadata)
-            fsync(partial)
-            partial.replace(file)
-        except OSError as error:
-            raise UserError(
-                f"{file}: cannot be written ({error.strerror}): free disk space, or use another "
-                "folder"
-            ) from None
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
+        with file_errors(file, "free disk space, or use another folder"), atomic_file(file) as f:
+            fig.savefig(f, format=suffix, metadata=metadata)
     print(f"{path}.png and .svg")
 
 
@@ -442,7 +463,7 @@ def table(runs: list[Run], args: Args) -> str:
         loss = run.last("val_loss")
         point = run.compute_matched_point("val_loss", "steps", args.match)
         accuracy = run.last(f"hellaswag_{args.metric}")
-        error = run.last(f"hellaswag_{args.metric}_stderr")
+        error = run.last(f"hellaswag_{args.metric}_stderr") or 0
         rows.append(
             [
                 run.name,
@@ -451,34 +472,48 @@ def table(runs: list[Run], args: Args) -> str:
                 f"{100 * run.relative_cost['paper_cost'][-1]:.1f}%",
                 f"{100 * run.relative_cost['flops'][-1]:.1f}%",
                 f"{run.columns['seconds'][-1] / 60:.1f}",
-                "-" if loss is None else f"{loss:.4f}",
-                f"{point[1]:.4f}" if point else "-",
-                "-"
-                if accuracy is None or error is None
-                else f"{100 * accuracy:.1f} ± {100 * error:.1f}%",
+                show(loss, ".4f"),
+                show(point and point[1], ".4f"),
+                show(accuracy and 100 * accuracy, ".1f", f" ± {error:.1%}"),
             ]
         )
     align = ("left", *("right",) * (len(header) - 1))
     return tabulate(rows, header, "simple", colalign=align, disable_numparse=True)
 
 
+def show(value: float | None, form: str, suffix: str = "") -> str:
+    """Format a result; "-" if there is none, "diverged" if it is not finite."""
+    if value is None:
+        return "-"
+    return format(value, form) + suffix if math.isfinite(value) else "diverged"
+
+
 def main(args: Args) -> None:
     folders = args.runs or sorted(p.parent for p in Path("out").rglob("metrics.jsonl"))
     if not folders:
         raise UserError("no runs in out/: train one with train.py, or specify run folders")
-    runs = [load_run(folder) for folder in folders]
-    try:
+    runs = []
+    for folder in folders:
+        try:
+            runs.append(load_run(folder))
+        except NoRows as error:
+            if len(folders) == 1:
+                raise
+            print(f"note: left out: {error}", file=sys.stderr)
+    if not runs:
+        raise UserError("none of these runs has logged a row yet: wait until one does")
+    if len({run.name for run in runs}) < len(runs):
+        runs = [dataclasses.replace(run, name=str(run.folder)) for run in runs]
+    with file_errors(f"--out={args.out}", "use another folder"):
         args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--out={args.out}: cannot be created ({error.strerror}): use another folder"
-        ) from None
     print(table(runs, args))
     if len({run.schedule.baseline for run in runs}) > 1:
         print(
             "note: these runs have different baselines: paper cost and FLOPs are relative to the "
             "baseline of each run"
         )
+    if len({run.config.corpus for run in runs} - {""}) > 1:
+        print("note: these runs were trained on different data: their losses are not comparable")
     draw_figures(runs, args)
 
 

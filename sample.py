@@ -3,8 +3,15 @@
 python sample.py CHECKPOINT [--prompt "..."] [--max_new_tokens 200] [--num_samples 3]
 """
 
-from dataclasses import dataclass
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
+import stagewise.console  # noqa: F401  (first: Ctrl-C during the other imports)
+
+# isort: split
+
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -12,7 +19,7 @@ import tyro
 
 from model import GPT
 from stagewise.checkpoint import load_checkpoint
-from stagewise.data import get_tokenizer
+from stagewise.data import check_tokenizer, encode, get_tokenizer
 from stagewise.device import autocast, pick_device
 from stagewise.errors import UserError, report_user_errors
 
@@ -44,8 +51,8 @@ class Args:
 
 def main(args: Args) -> None:
     for name in ("num_samples", "max_new_tokens", "top_k"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
+        if not 1 <= getattr(args, name) < 2**31:
+            raise UserError(f"--{name}={getattr(args, name)} must be at least 1 and below 2**31")
     # A smaller temperature could overflow the logits. The comparison is written to reject NaN.
     if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
         raise UserError(f"--temperature={args.temperature} must be 0 or between 0.01 and 100")
@@ -55,7 +62,8 @@ def main(args: Args) -> None:
     checkpoint = load_checkpoint(args.checkpoint)
     model = GPT.from_weights(checkpoint["model_config"], checkpoint["model"], device).eval()
     encoding = get_tokenizer(checkpoint["tokenizer"])
-    prompt = [encoding.eot_token, *encoding.encode_ordinary(args.prompt)]
+    check_tokenizer(encoding, model.config.vocab_size, args.checkpoint)
+    prompt = [encoding.eot_token, *encode(encoding, args.prompt).tolist()]
     idx = torch.tensor([prompt] * args.num_samples, device=device)
     generator = torch.Generator(device).manual_seed(args.seed)
     with autocast(device, args.dtype):

@@ -14,17 +14,25 @@ in three metrics: paper cost, FLOPs and seconds. Seconds are the number of steps
 step time of each phase, so they do not include compilation and evaluation.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
+import stagewise.console  # noqa: F401  (first: Ctrl-C during the other imports)
+
+# isort: split
+
 import dataclasses
+import json
+import math
+import os
 import shutil
 import signal
-import statistics
 import subprocess
-import sys
 import threading
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -35,9 +43,9 @@ from tabulate import tabulate
 import plot
 from cost import NAMES, cumulative_cost, make_schedules
 from plot import PhaseSummary, Run, load_run, read_config
-from stagewise.config import Config, grad_accum_steps, load_config, padded_vocab_size
-from stagewise.data import load_meta
-from stagewise.errors import UserError, report_user_errors
+from stagewise.config import INPUTS, Config, grad_accum_steps, load_config, padded_vocab_size
+from stagewise.data import fingerprint, load_meta
+from stagewise.errors import UserError, file_errors, report_user_errors
 from stagewise.fileio import atomic_write, convert
 from stagewise.monitor import EXIT_STOPPED
 from train import make_model_config
@@ -52,8 +60,10 @@ PAPER_TOKENS = 10_000 * 524_288  # of the paper's baseline
 # baseline's.
 CLOSE = 0.02
 
-# Options that may change when a run is resumed, because the result does not depend on them.
+# Options that may change when a run is resumed, because the result does not depend on them. The
+# corpus in data_dir is compared by its fingerprint.
 CHANGEABLE = {
+    "data_dir", "log_interval",
     "out_dir", "init_from", "dry_run", "device", "timeout", "verify_data", "checkpoint_interval",
     "keep_checkpoints", "max_skipped_steps",
 }  # fmt: skip
@@ -62,8 +72,8 @@ CHANGEABLE = {
 METHOD = CHANGEABLE | {
     "stages", "stage_blocks", "phase_fractions", "freezing", "phase1", "growth", "continual_steps",
     "optimizer_state", "continual_optimizer_state", "rewarmup_steps", "context_ramp",
-    "tokens_per_step_ramp", "skip_policy", "skip_rate", "log_interval", "eval_interval", "command",
-    "date",
+    "tokens_per_step_ramp", "skip_policy", "skip_rate", "eval_interval", "command", "date",
+    "starts",
 }  # fmt: skip
 # Additional keys that may differ between runs with different recipes.
 RECIPE = {
@@ -147,13 +157,10 @@ def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
         UserError: if the file is missing or is not a valid study.
     """
     path = folder / "study.toml"
+    with file_errors(path, "specify a folder with a study.toml, such as those in results/"):
+        text = path.read_bytes()
     try:
-        study = convert(tomllib.loads(path.read_text()), Study)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}): specify a folder with a study.toml, such "
-            "as those in results/"
-        ) from None
+        study = convert(tomllib.loads(text.decode()), Study)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a valid study: {error}") from None
     planned = []
@@ -236,13 +243,18 @@ def check_same(folder: Path, config: Config) -> None:
     if not (folder / "config.json").exists():
         return
     former = read_config(folder)
+    again = f"use the original options, or move {folder} away to train the run again"
     for option in dataclasses.fields(Config):
         before, now = getattr(former, option.name), getattr(config, option.name)
+        if option.name in INPUTS:  # paths in records are absolute, or relative to the repository
+            before, now = ((ROOT / value).resolve() if value else "" for value in (before, now))
         if before != now and option.name not in CHANGEABLE:
             raise UserError(
-                f"{folder}: was trained with {option.name}={before}, not {option.name}={now}: use "
-                f"the original options, or remove {folder} to train the run again"
+                f"{folder}: was trained with {option.name}={before}, not {option.name}={now}: "
+                f"{again}"
             )
+    if former.corpus and former.corpus != fingerprint(load_meta(config.data_dir)):
+        raise UserError(f"{folder}: was trained on other data than {config.data_dir}: {again}")
 
 
 def load_finished(folder: Path) -> Run | None:
@@ -260,6 +272,10 @@ def load_finished(folder: Path) -> Run | None:
 
 def run_study(args: RunArgs) -> None:
     """Train the unfinished runs of a study. Exit with status EXIT_STOPPED if it is stopped."""
+    if args.minutes is not None and not 0 < args.minutes <= 10**6:
+        raise UserError(f"--minutes={args.minutes} must be above 0 and at most 1,000,000")
+    if not 1 <= args.processes <= 1024:
+        raise UserError(f"--processes={args.processes} must be between 1 and 1,024")
     _, runs = load_study(args.folder)
     if unknown := set(args.only) - {name for r in runs for name in (r.label, r.name)}:
         raise UserError(
@@ -281,6 +297,7 @@ def run_study(args: RunArgs) -> None:
     stopped = {EXIT_STOPPED, -signal.SIGTERM, -signal.SIGINT, 130}
     stopped |= {1} if args.processes > 1 else set()
     launch = Launcher(args.minutes)
+    failed: list[str] = []
     for i, run in enumerate(chosen):
         if not load_finished(args.folder / run.name):
             status = EXIT_STOPPED
@@ -295,14 +312,21 @@ def run_study(args: RunArgs) -> None:
                     "with the same command"
                 )
                 sys.exit(EXIT_STOPPED)
-            if status or not load_finished(out / run.name):
-                raise UserError(
-                    f"{run.name}: train.py ended with status {status}: fix the error above, then "
-                    "continue with the same command"
-                )
-            keep(out / run.name, args.folder / run.name)
+            try:
+                if status or not load_finished(out / run.name):
+                    raise UserError(f"train.py ended with status {status}: see its error above")
+                keep(out / run.name, args.folder / run.name)
+            except UserError as error:  # does not affect the other runs
+                print(f"error: {run.name}: {error}", file=sys.stderr)
+                failed.append(run.name)
+                continue
         if args.discard_checkpoints:
             shutil.rmtree(out / run.name / "checkpoints", ignore_errors=True)
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(chosen)} runs failed ({', '.join(failed)}): fix the errors "
+            f"above, then continue with the same command. Run folders: {out}"
+        )
     print(
         f"all {len(chosen)} runs have finished; to write the report: "
         f"python study.py report {args.folder}"
@@ -349,11 +373,14 @@ class Launcher:
 def keep(run_dir: Path, folder: Path) -> None:
     """Copy the files of a finished run that `report` needs.
 
+    Paths inside the repository become relative to it.
+
     Raises:
         UserError: if they cannot be written.
     """
     for name in KEPT:
-        write(folder / name, (run_dir / name).read_text())
+        text = (run_dir / name).read_text("utf-8")
+        write(folder / name, text.replace(json.dumps(f"{ROOT}/")[:-1], '"'))
 
 
 def write(path: Path, text: str) -> None:
@@ -362,14 +389,9 @@ def write(path: Path, text: str) -> None:
     Raises:
         UserError: if the file cannot be written.
     """
-    try:
+    with file_errors(path, "free disk space, or make the folder writable"):
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, text)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}): free disk space, or make the folder "
-            "writable"
-        ) from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -422,8 +444,8 @@ class Result:
         if self.decays or not len(reached):
             return None
         i = reached[0]
-        if i == 0:
-            return float(cost[0])
+        if i == 0 or not math.isfinite(losses[i - 1]):
+            return float(cost[i])
         part = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
         return float(cost[i - 1] + part * (cost[i] - cost[i - 1]))
 
@@ -449,18 +471,11 @@ def in_phase(run: Run, phase: PhaseSummary, column: str) -> np.ndarray:
 def speed(run: Run, phase: PhaseSummary) -> float:
     """Return the median of the tokens per second in a phase.
 
-    The first row is excluded, because it may include compilation.
-
-    Raises:
-        UserError: if the phase has fewer than two rows.
+    The first row is excluded, because it may include compilation. If there are no others, which a
+    smaller log_interval avoids, the result is NaN.
     """
     rows = in_phase(run, phase, "tokens_per_second")[1:]
-    if not len(rows):
-        raise UserError(
-            f"{run.name}: {phase.name} has fewer than two rows in metrics.jsonl: train the run "
-            "again with a smaller log_interval"
-        )
-    return float(np.median(rows))
+    return float(np.median(rows)) if len(rows) else math.nan
 
 
 def seconds_at(run: Run, steps: Any) -> Any:
@@ -511,10 +526,13 @@ def check_comparable(folder: Path, run: Run, other: Run, may_differ: set[str]) -
     """
     for key in (f.name for f in dataclasses.fields(run.config)):
         a, b = getattr(run.config, key), getattr(other.config, key)
+        if key == "corpus" and not (a and b):  # recorded by an earlier version
+            continue
         if a != b and key not in may_differ:
             raise UserError(
                 f"{folder / run.name}: {key} is {a}, but {b} in {other.name}, with which the run "
-                "is compared: remove one of the runs and train it again under the same conditions"
+                "is compared: move one of the runs away and train it again under the same "
+                "conditions"
             )
 
 
@@ -531,14 +549,17 @@ def by_label(results: list[Result]) -> dict[str, list[Result]]:
 
 
 def over_seeds(values: list[float | None], form: str, each: bool = True) -> str:
-    """Format the mean over the seeds and, with `each`, all values. Return "-" if one is None."""
-    numbers = [value for value in values if value is not None]
+    """Format the mean over the seeds and, with `each`, all values.
+
+    Return "-" if one is None or NaN.
+    """
+    numbers = [value for value in values if value is not None and not math.isnan(value)]
     if len(numbers) < len(values):
         return "-"
-    mean = format(statistics.mean(numbers), form)
+    mean = plot.show(sum(numbers) / len(numbers), form)
     if len(numbers) == 1 or not each:
         return mean
-    return f"{mean} ({', '.join(format(number, form) for number in numbers)})"
+    return f"{mean} ({', '.join(plot.show(number, form) for number in numbers)})"
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -576,7 +597,7 @@ def accuracy(results: list[Result]) -> str:
     scores = [r.run.last("hellaswag_acc_norm") for r in results]
     mean = over_seeds([score and 100 * score for score in scores], ".1f", each=False)
     error = results[0].run.last("hellaswag_acc_norm_stderr")
-    return mean if error is None else f"{mean} ± {100 * error:.1f}%"
+    return mean if error is None or error == math.inf else f"{mean} ± {100 * error:.1f}%"
 
 
 def stages_table(results: list[Result]) -> str:
@@ -611,10 +632,10 @@ def phase_table(results: list[Result]) -> str:
             flops = (p.flops / p.tokens) / (totals.flops / totals.tokens)
             row = [label, p.name, f"{len(p.trained_blocks)} of {p.n_blocks}"]
             row += [f"{p.context_length:,}"] * context + [f"{p.tokens_per_step:,}"] * batch
-            row.append(f"{speed(run, p):,.0f}")
+            row.append(over_seeds([speed(run, p)], ",.0f"))
             row.append(f"{100 * np.median(mfu):.1f}%" if len(mfu) else "-")
             row.append(f"{peak[0] / 2**30:.2f} GiB" if len(peak) else "-")
-            row += [f"{time:.3f}", f"{flops:.3f}", f"{time / flops:.2f}"]
+            row += [over_seeds([time], ".3f"), f"{flops:.3f}", over_seeds([time / flops], ".2f")]
             rows.append(row)
     return markdown(header, rows)
 
@@ -715,6 +736,14 @@ def report_study(args: ReportArgs) -> None:
 
 
 def main(args: RunArgs | ReportArgs) -> None:
+    # Paths in a study refer to the repository, whatever the current directory is.
+    if args.folder.exists():
+        args.folder = args.folder.absolute()
+    if isinstance(args, RunArgs) and args.out:
+        args.out = args.out.absolute()
+    os.chdir(ROOT)
+    if args.folder.is_relative_to(ROOT):
+        args.folder = args.folder.relative_to(ROOT)
     if isinstance(args, RunArgs):
         run_study(args)
     else:

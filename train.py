@@ -9,6 +9,14 @@ figures (plot.py). The training loop has no method-specific branches: it follows
 baseline is a schedule with a single phase.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
+import stagewise.console  # noqa: F401  (first: Ctrl-C during the other imports)
+
+# isort: split
+
 import dataclasses
 import datetime
 import functools
@@ -17,10 +25,8 @@ import math
 import os
 import shlex
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,10 +48,26 @@ from stagewise.checkpoint import (
     newest_checkpoint,
     optimizer_state_from,
 )
-from stagewise.config import Config, grad_accum_steps, load_config, padded_vocab_size
-from stagewise.data import Prefetch, Shards, TrainOrder, get_tokenizer, load_meta, verify_shards
+from stagewise.config import (
+    Config,
+    absolute_paths,
+    grad_accum_steps,
+    load_config,
+    padded_vocab_size,
+)
+from stagewise.data import (
+    Prefetch,
+    Shards,
+    TrainOrder,
+    check_tokenizer,
+    fingerprint,
+    get_tokenizer,
+    load_meta,
+    verify_shards,
+)
 from stagewise.device import (
     autocast,
+    check_memory,
     cpu_name,
     device_name,
     peak_flops,
@@ -61,8 +83,8 @@ from stagewise.distributed import (
     init_process_group,
     ranks_from_environment,
 )
-from stagewise.errors import UserError, report_user_errors
-from stagewise.fileio import atomic_write, convert, lock_folder
+from stagewise.errors import UserError, file_errors, report_user_errors
+from stagewise.fileio import FolderLock, atomic_write, convert, decode_json
 from stagewise.metrics import MetricsWriter
 from stagewise.monitor import EXIT_STOPPED, LossMonitor, StopSignals
 from stagewise.seeding import derived_seed
@@ -88,7 +110,6 @@ def main() -> None:
         if ranks.master:
             print_dry_run(out_dir, summary, model_config, config.data_dir, no_corpus)
         return
-    check_out_dir(out_dir, config.init_from)
 
     # --- data
     if config.verify_data and ranks.local_rank == 0:
@@ -108,18 +129,20 @@ def main() -> None:
     task = hellaswag.task_file(config.hellaswag_data, config.data_dir)
     if task == hellaswag.DEFAULT_PATH and ranks.local_rank == 0:
         hellaswag.download()
-    # All ranks synchronize here: the download is complete, and every rank has checked out_dir
-    # (above) before rank 0 writes to it (below).
+    # All ranks synchronize here: the download is complete.
     gloo_group = init_process_group(device, ranks, config.timeout) if ranks.launched else None
     examples = []
     if task:
         encoding = get_tokenizer(meta["tokenizer"])
+        check_tokenizer(encoding, meta["vocab_size"], f"{config.data_dir}/meta.json")
         limit = config.hellaswag_limit
         examples = hellaswag.load_examples(task, encoding, config.block_size, limit)
 
-    # --- model, optimizer state and position: new, or from a checkpoint
+    check_memory(summary["parameters"], device)
     if ranks.master:
-        lock = lock_folder(out_dir)  # noqa: F841  (held until the process ends)
+        lock = lock_out_dir(out_dir, config.init_from)  # held until the process ends
+
+    # --- model, optimizer state and position: new, or from a checkpoint
     newest = [
         newest_checkpoint(out_dir) if ranks.master and config.init_from != "scratch" else None
     ]
@@ -128,7 +151,7 @@ def main() -> None:
     resumed = newest[0] is not None
     if newest[0]:
         checkpoint = load_checkpoint(newest[0], optimizer=True)
-        check_resumable(checkpoint, config, model_config, schedule, len(train_data))
+        check_resumable(checkpoint, config, model_config, schedule, len(train_data), meta)
         model = GPT.from_weights(model_config, checkpoint["model"], device)
         params = dict(model.named_parameters())
         optimizer_state = optimizer_state_from(checkpoint["optimizer"], params)
@@ -144,10 +167,13 @@ def main() -> None:
     # --- outputs
     milestones = {p.stop for p in schedule.phases if p.milestone}
     if ranks.master:
-        write_json(out_dir, "schedule.json", summary)
         train_tokens = len(train_data) * config.block_size
-        run_config = describe_run(config, model_config, task, train_tokens, ranks, device)
-        write_json(out_dir, "config.json", run_config)
+        if step < schedule.n_steps:  # the files of a finished run describe what trained it
+            write_json(out_dir, "schedule.json", summary)
+            run_config = describe_run(config, model_config, task, meta, train_tokens, ranks, device)
+            run_config["starts"] = former_starts(out_dir) if resumed else []
+            run_config["starts"].append(describe_start(step, ranks, device))
+            write_json(out_dir, "config.json", run_config)
         metrics = MetricsWriter(out_dir / "metrics.jsonl", step if resumed else None)
         writer = CheckpointWriter(out_dir, config.keep_checkpoints, milestones)
         print(summary_table(summary))
@@ -160,7 +186,7 @@ def main() -> None:
         )
     if ranks.world_size > 1:
         dist.barrier()  # training starts only after rank 0 has created the output files
-    run = run_state(config, model_config, schedule, len(train_data), meta["tokenizer"])
+    run = run_state(config, model_config, schedule, len(train_data), meta)
     evaluation = functools.partial(
         evaluate, model, val_data, val_windows, examples, precision, config.batch_size, ranks
     )
@@ -222,6 +248,8 @@ def main() -> None:
             if not (logs or evaluates or saves or stopping or step == phase.stop):
                 continue
 
+            if ranks.master:
+                lock.check()
             # Reading the losses synchronizes with the device; train_step does not.
             losses = torch.stack(pending_losses).tolist()
             pending_losses.clear()
@@ -256,6 +284,7 @@ def main() -> None:
     if ranks.master:
         writer.close()
         metrics.close()
+        lock.check()
         if writer.failure:
             raise UserError(
                 f"{writer.failure}: training since the previous checkpoint is lost; fix the cause, "
@@ -267,7 +296,7 @@ def main() -> None:
             # the others, even one that is still writing.
             dist.barrier(gloo_group)
         dist.destroy_process_group()
-    signals.restore()  # only after everything is on disk: a scheduler may signal more than once
+    signals.ignore()
     where = f"step {step:,} of {schedule.n_steps:,}"
     if stopping:
         if ranks.master:
@@ -442,12 +471,12 @@ def evaluate(
             total += model(x, y).double() * len(x)
         if ranks.world_size > 1:
             dist.all_reduce(total)
-        result["val_loss"] = total.item() / len(windows)
+        result["val_loss"] = finite(total.item() / len(windows))
         if examples:
             scores = hellaswag.evaluate(
                 model, examples, rank=ranks.rank, world_size=ranks.world_size
             )
-            result |= {f"hellaswag_{name}": value for name, value in scores.items()}
+            result |= {f"hellaswag_{name}": finite(value) for name, value in scores.items()}
     model.train()
     return result
 
@@ -466,12 +495,10 @@ def log(metrics: MetricsWriter, row: dict, phase: Phase) -> None:
     """Append a row to metrics.jsonl, and print it if it contains an evaluation."""
     metrics.write(row)
     if "val_loss" in row:
-        scores = "".join(
-            f", {k} {row[k]:.4f}" for k in ("hellaswag_acc", "hellaswag_acc_norm") if k in row
-        )
-        tqdm.write(
-            f"step {row['step']:>6}  {phase.name:<16} val loss {row['val_loss']:.4f}{scores}"
-        )
+        names = {"val_loss": "val loss"} | {k: k for k in ("hellaswag_acc", "hellaswag_acc_norm")}
+        values = {name: row[k] for k, name in names.items() if k in row}
+        scores = (f"{k} {'not finite' if x is None else f'{x:.4f}'}" for k, x in values.items())
+        tqdm.write(f"step {row['step']:>6}  {phase.name:<16} {', '.join(scores)}")
 
 
 def loss_columns(
@@ -523,10 +550,12 @@ def diverged(step, loss, grad_norm, config, schedule, data, order) -> UserError:
     """Return the error for too many skipped steps in a row. It names the shards of the last one."""
     start, stop = (schedule.tokens(s) // config.block_size for s in (step - 1, step))
     files = ", ".join(data.files(order.windows(start, stop)))
+    saved = checkpoints(Path(config.out_dir))
     return UserError(
         f"step {step}, which read {files}: loss {loss}, gradient norm {grad_norm}; the last "
-        f"{config.max_skipped_steps} updates were skipped: resume from the last checkpoint with a "
-        "lower learning_rate, or check the data"
+        f"{config.max_skipped_steps} updates were skipped: "
+        f"{f'resume from {saved[-1]}' if saved else 'start again'} with a lower learning_rate, or "
+        "check the data"
     )
 
 
@@ -540,8 +569,15 @@ def make_model_config(config: Config, vocab_size: int) -> GPTConfig:
     return GPTConfig(c.block_size, vocab_size, c.n_layer, c.n_head, c.n_embd, c.dropout, c.bias)
 
 
-def check_out_dir(out_dir: Path, init_from: str) -> None:
-    """Raise UserError if a new run would use an existing run's folder, or none can be resumed."""
+def lock_out_dir(out_dir: Path, init_from: str) -> FolderLock:
+    """Lock the run folder against other runs.
+
+    Raises:
+        UserError: if another run is using it, a new run would use an existing run's folder, or
+            there is no checkpoint to resume from.
+    """
+    if init_from != "resume" or out_dir.exists():
+        lock = FolderLock(out_dir)  # before any advice about the folder
     names = ("metrics.jsonl", FOLDER)
     used = next((out_dir / name for name in names if (out_dir / name).exists()), None)
     if init_from == "scratch" and used:
@@ -554,6 +590,7 @@ def check_out_dir(out_dir: Path, init_from: str) -> None:
             f"{out_dir}: no checkpoint to resume from: use --init_from=auto to start the run, or "
             "another --out_dir"
         )
+    return lock
 
 
 def check_compiler(option: str) -> None:
@@ -611,7 +648,12 @@ def initial_model(
 
 
 def check_resumable(
-    checkpoint: dict, config: Config, model_config: GPTConfig, schedule: Schedule, n_windows: int
+    checkpoint: dict,
+    config: Config,
+    model_config: GPTConfig,
+    schedule: Schedule,
+    n_windows: int,
+    meta: dict,
 ) -> None:
     """Raise UserError unless the requested run can continue from the checkpoint.
 
@@ -625,6 +667,8 @@ def check_resumable(
         "windows of data": checkpoint["n_windows"],
     }
     now = dataclasses.asdict(model_config) | {"seed": config.seed, "windows of data": n_windows}
+    if checkpoint["corpus"]:
+        before["corpus"], now["corpus"] = checkpoint["corpus"][:12], fingerprint(meta)[:12]
     names = [k for k in now if k != "dropout"]
     changed = [f"{k} {before.get(k)} -> {now[k]}" for k in names if before.get(k) != now[k]]
     if changed:
@@ -655,13 +699,14 @@ def _differ(p, q, name):
 
 
 def add_parameter_counts(summary: dict, schedule: Schedule, model_config: GPTConfig) -> None:
-    """Add the number of trainable parameters to every phase of a summary."""
+    """Add the number of trainable parameters to every phase of a summary, and the total number."""
     model = GPT(model_config, n_blocks=0, device="meta")
+    block = GPT(model_config, n_blocks=1, device="meta").num_params() - model.num_params()
     for phase, row in zip(schedule.phases, summary["phases"]):
-        if model.n_blocks != phase.n_blocks:
-            model.grow((growth.FRESH,) * phase.n_blocks, seed=0)
-        model.set_trainable(phase.trained_blocks, phase.train_embeddings, phase.train_head)
-        row["trained_parameters"] = model.num_params(trainable_only=True)
+        model.set_trainable((), phase.train_embeddings, phase.train_head)
+        others = model.num_params(trainable_only=True)
+        row["trained_parameters"] = others + len(phase.trained_blocks) * block
+    summary["parameters"] = model.num_params() + model_config.n_layer * block
 
 
 # --------------------------------------------------------------------------------------------------
@@ -682,49 +727,69 @@ def print_dry_run(
 
 
 def write_json(out_dir: Path, name: str, value: dict) -> None:
-    try:
+    with file_errors(out_dir / name, "make out_dir writable, free disk space, or use another one"):
         out_dir.mkdir(parents=True, exist_ok=True)
-        atomic_write(out_dir / name, json.dumps(value, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"out_dir={out_dir}: cannot be written ({error.strerror}): free disk space, or use "
-            "another --out_dir"
-        ) from None
+        atomic_write(out_dir / name, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def describe_run(
     config: Config,
     model_config: GPTConfig,
     task: Path | None,
+    meta: dict,
     train_tokens: int,
     ranks: Ranks,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Return the contents of config.json: options, derived values, hardware and environment."""
-    return dataclasses.asdict(config) | {
+    """Return the contents of config.json: options, derived values, hardware and environment.
+
+    Paths are absolute, so that the record can be used from any directory.
+    """
+    described = {
         "vocab_size": model_config.vocab_size,
-        "hellaswag_file": str(task) if task else None,
+        "hellaswag_file": os.path.abspath(task) if task else None,
+        "corpus": fingerprint(meta),
         "train_tokens": train_tokens,
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+    options = dataclasses.asdict(config) | absolute_paths(config)
+    start = describe_start(0, ranks, device)
+    return options | described | {key: start[key] for key in start if key != "step"}
+
+
+def describe_start(step: int, ranks: Ranks, device: torch.device) -> dict[str, Any]:
+    """Return an entry of `starts` in config.json: one start of the run, at `step`."""
+    return {
+        "step": step,
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(["train.py", *sys.argv[1:]]),
         "world_size": ranks.world_size,
         "device_name": device_name(device),
         "torch_version": torch.__version__,
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "command": shlex.join(["train.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
     }
 
 
+def former_starts(out_dir: Path) -> list:
+    """Return `starts` in config.json, or an empty list if there are none."""
+    try:
+        starts = decode_json((out_dir / "config.json").read_bytes(), dict).get("starts")
+    except (OSError, ValueError):
+        return []
+    return starts if isinstance(starts, list) else []
+
+
 def run_state(
-    config: Config, model_config: GPTConfig, schedule: Schedule, n_windows: int, tokenizer: str
+    config: Config, model_config: GPTConfig, schedule: Schedule, n_windows: int, meta: dict
 ) -> dict[str, Any]:
     """Return the fields of `checkpoint.State` that are constant during a run."""
     return {
         "model_config": dataclasses.asdict(model_config),
-        "config": dataclasses.asdict(config),
+        "config": dataclasses.asdict(config) | absolute_paths(config),
         "phases": [dataclasses.asdict(p) for p in schedule.phases],
         "n_windows": n_windows,
-        "tokenizer": tokenizer,
+        "tokenizer": meta["tokenizer"],
+        "corpus": fingerprint(meta),
     }
 
 

@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +50,7 @@ class State:
     phases: list[dict[str, Any]]  # every schedule.Phase of the schedule
     n_windows: Count  # number of windows in the training data
     tokenizer: str
+    corpus: str = ""  # data.fingerprint; "" in checkpoints of earlier versions
 
 
 @dataclass
@@ -62,23 +63,45 @@ class _Version:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """Return the checkpoints of a run, oldest first."""
-    found = Path(run_dir, FOLDER).glob("step_*")
+    """Return the checkpoints of a run, oldest first.
+
+    Raises:
+        UserError: if the folder cannot be read, for example for lack of permission.
+    """
+    try:
+        found = list(Path(run_dir, FOLDER).iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise _unreadable(error, Path(run_dir, FOLDER)) from None
     return sorted(p for p in found if re.fullmatch(r"step_\d{8}", p.name))
 
 
+def _unreadable(error, path):
+    return UserError(
+        f"{error.filename or path}: cannot be read ({first_line(error)}): it may be undamaged, so "
+        "no older checkpoint is used; make it readable for this user"
+    )
+
+
 def verify(checkpoint: Path, files=(MODEL, OPTIMIZER, STATE)) -> str | None:
-    """Check files of a checkpoint against its SHA256SUMS; return the error, or None if valid."""
+    """Check files of a checkpoint against its SHA256SUMS; return the error, or None if valid.
+
+    Raises:
+        UserError: if a file exists but cannot be read. It may be undamaged.
+    """
     try:
-        lines = (checkpoint / SUMS).read_text().splitlines()
+        lines = (checkpoint / SUMS).read_text("utf-8").splitlines()
         sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
         for name in files:
             if name not in sums:
                 return f"{SUMS} does not list {name}"
             if sha256(checkpoint / name) != sums[name]:
                 return f"the checksum of {name} is wrong"
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
         return first_line(error)
+    except OSError as error:
+        raise _unreadable(error, checkpoint) from None
     return None
 
 
@@ -88,7 +111,7 @@ def newest_checkpoint(run_dir: Path, files=(MODEL, OPTIMIZER, STATE)) -> Path | 
     Prints a warning on stderr for each corrupted checkpoint that is skipped.
 
     Raises:
-        UserError: if all checkpoints are corrupted.
+        UserError: if all checkpoints are corrupted, or one cannot be read.
     """
     found = checkpoints(run_dir)
     for checkpoint in reversed(found):
@@ -140,7 +163,8 @@ def load_checkpoint(path: Path, optimizer: bool = False) -> dict[str, Any]:
                 f"{path}: checkpoint format {version}, but this version of the code reads format "
                 f"{FORMAT_VERSION}: use the version that wrote it"
             )
-        checkpoint: dict[str, Any] = vars(decode_json(text, State))
+        state = decode_json(text, State)
+        checkpoint: dict[str, Any] = {f.name: getattr(state, f.name) for f in fields(State)}
         checkpoint["model"] = load_file(path / MODEL)
         checkpoint["optimizer"] = load_file(path / OPTIMIZER) if optimizer else None
         for name, same in TIED.items():
@@ -158,8 +182,8 @@ def optimizer_state_from(
     """Return a checkpoint's optimizer state by parameter, on the parameter's device.
 
     Raises:
-        UserError: if names or shapes do not match `params`. AdamW's fused kernel does not check
-            them and would read out of bounds.
+        UserError: if names, shapes or types do not match `params`, or a step count is not valid.
+            AdamW's fused kernel does not check them and would read out of bounds.
     """
     by_name: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
@@ -169,7 +193,9 @@ def optimizer_state_from(
     for name, state in by_name.items():
         shape = params[name].shape if name in params else None
         expected = {"exp_avg": shape, "exp_avg_sq": shape, "step": torch.Size()}
-        if shape is None or {key: tensor.shape for key, tensor in state.items()} != expected:
+        fits = shape is not None and {k: t.shape for k, t in state.items()} == expected
+        fits = fits and all(t.dtype == torch.float32 for t in state.values())
+        if not fits or not 0 <= state["step"].item() < 2**53:
             raise UserError(
                 f"{OPTIMIZER}: {name}: the optimizer state does not match the model: the file is "
                 "corrupted, use an earlier checkpoint"
@@ -254,15 +280,20 @@ class CheckpointWriter:
             bad = next((name for name, t in tensors[MODEL].items() if not t.isfinite().all()), None)
             if bad:
                 raise ValueError(f"{bad} is not finite")
+            self.folder.mkdir(exist_ok=True)  # not its parents: the run's folder must still exist
             for folder in (partial, former):  # left by an interrupted write
+                if folder.is_symlink():
+                    folder.unlink()
                 shutil.rmtree(folder, ignore_errors=True)
-            partial.mkdir(parents=True)
+            partial.mkdir()
+            text = json.dumps({"format_version": FORMAT_VERSION} | state, indent=1, allow_nan=False)
+            (partial / STATE).write_text(text + "\n", "utf-8")
             for name, contents in tensors.items():
                 save_file(contents, partial / name)
-            text = json.dumps({"format_version": FORMAT_VERSION} | state, indent=1) + "\n"
-            (partial / STATE).write_text(text)
+                # safetensors makes its files private, whatever the umask.
+                shutil.copymode(partial / STATE, partial / name)
             sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(partial.iterdir())]
-            (partial / SUMS).write_text("".join(sums))
+            (partial / SUMS).write_text("".join(sums), "utf-8")
             for path in (*partial.iterdir(), partial):
                 fsync(path)
             if final.exists():  # corrupted, or from before the run was resumed at an earlier step
@@ -274,7 +305,11 @@ class CheckpointWriter:
         except (OSError, SafetensorError, ValueError) as error:
             self.failure = f"step {state['step']}: checkpoint not written ({first_line(error)})"
             shutil.rmtree(partial, ignore_errors=True)
-            tqdm.write(f"warning: {self.failure}; earlier checkpoints remain", file=sys.stderr)
+            remaining = "earlier checkpoints remain" if any(self.folder.glob("step_*")) else ""
+            tqdm.write(
+                f"warning: {self.failure}; {remaining or 'there is no earlier one'}",
+                file=sys.stderr,
+            )
 
     def _remove_old(self, final, step):
         others = {p: int(p.name[5:]) for p in checkpoints(self.folder.parent) if p != final}

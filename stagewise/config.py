@@ -4,27 +4,30 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import runpy
 import sys
 import traceback
 import types
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
 from msgspec import Meta
 
+from stagewise.console import ROOT
 from stagewise.errors import UserError
 from stagewise.fileio import convert
 
-CONFIGS_DIR = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS_DIR = ROOT / "configs"
 CONFIGS = {
     p.stem: f"configs/{p.relative_to(CONFIGS_DIR)}" for p in sorted(CONFIGS_DIR.rglob("*.py"))
 }
 
 Positive = Annotated[int, Meta(ge=1, lt=2**62)]
 NotNegative = Annotated[int, Meta(ge=0, lt=2**62)]
+Depth = Annotated[int, Meta(ge=1, le=1024)]
 Size = Annotated[int, Meta(ge=1, le=2**22)]  # larger ones overflow the number of parameters
 Real = Annotated[float, Meta(ge=0, le=1e300)]
 BelowOne = Annotated[float, Meta(ge=0, lt=1)]
@@ -74,7 +77,7 @@ class Config:
     """Number of examples to evaluate, from the start of the file. 0 evaluates all."""
 
     # model
-    n_layer: Size = 12
+    n_layer: Depth = 12
     """Number of blocks of the final model (L in the paper)."""
     n_head: Size = 12
     """Number of attention heads."""
@@ -122,7 +125,7 @@ class Config:
     # optimizer
     tokens_per_step: Positive = 524_288
     """Tokens per optimizer step, over all processes and micro-batches."""
-    batch_size: Positive = 16
+    batch_size: Size = 16
     """Sequences of block_size tokens per micro-batch and process. Limited by memory."""
     learning_rate: Real = 6e-4
     """Peak learning rate."""
@@ -156,9 +159,11 @@ class Config:
     """Random seed for weights, data order, dropout and skipped blocks."""
     deterministic: bool = False
     """Use only deterministic kernels on a GPU. This can reduce speed."""
-    timeout: Positive = 600
+    timeout: Annotated[int, Meta(ge=1, le=10**7)] = 600
     """Seconds that a process waits for the other processes before the run ends."""
 
+
+INPUTS = ("data_dir", "hellaswag_data", "init_weights")  # options that may be paths to read
 
 C = TypeVar("C", bound=Config)
 
@@ -194,7 +199,20 @@ def load_config(argv: list[str], config: C, quiet: bool = False) -> C:
             options.append(arg)
     config = _override(config, options, quiet)
     check(config)
-    return config
+    found: dict[str, Any] = {key: find(getattr(config, key)) for key in INPUTS}
+    return dataclasses.replace(config, **found)
+
+
+def find(path: str) -> str:
+    """Return the path of an input, or of the same input in this repository if only that exists."""
+    elsewhere = path and not os.path.exists(path) and os.path.exists(ROOT / path)
+    return str(ROOT / path) if elsewhere else path
+
+
+def absolute_paths(config: Config) -> dict[str, str]:
+    """Return the options of `config` that are existing paths, as absolute paths."""
+    paths = {key: getattr(config, key) for key in ("out_dir", *INPUTS)}
+    return {key: os.path.abspath(path) for key, path in paths.items() if os.path.exists(path)}
 
 
 def _override(config, options, quiet):
@@ -210,14 +228,15 @@ def _override(config, options, quiet):
         )
 
 
-def _file_options(path: str) -> list[str]:
+def _file_options(arg: str) -> list[str]:
+    path = find(arg)
     if not Path(path).is_file():
         near = difflib.get_close_matches(Path(path).stem, CONFIGS, n=1)
         hint = f"did you mean {CONFIGS[near[0]]}?" if near else "choose from " + ", ".join(CONFIGS)
         raise UserError(f"config file {path}: not found; {hint}")
     try:
         assigned = runpy.run_path(path)
-    except Exception as error:  # the user's file may raise anything
+    except (Exception, SystemExit) as error:  # the user's file may raise anything
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame.lineno for frame in frames if frame.filename == path]
         line = own[-1] if own else getattr(error, "lineno", None)
@@ -242,6 +261,8 @@ def check(c: Config) -> None:
     """
     for field in dataclasses.fields(c):
         value = getattr(c, field.name)
+        if isinstance(value, str) and "\0" in value:
+            raise UserError(f"{field.name}={value!r} must not contain a NUL character")
         try:
             convert(value, field.type)
         except ValueError as error:
@@ -284,7 +305,8 @@ def grad_accum_steps(config: Config, tokens_per_step: int, world_size: int) -> i
         )
     sequences = tokens_per_step // (c.block_size * world_size)
     if sequences % c.batch_size:
-        divisors = [b for b in range(1, sequences + 1) if sequences % b == 0]
+        largest = min(sequences, 2 * c.batch_size)
+        divisors = [b for b in range(1, largest + 1) if sequences % b == 0]
         near = sorted(sorted(divisors, key=lambda b: abs(b - c.batch_size))[:3])
         raise UserError(
             f"batch_size={c.batch_size} does not divide the {sequences} sequences per step of each "

@@ -5,9 +5,12 @@ magic number 20240520, the version 1 and the token count, then uint16 tokens), a
 lists them. fineweb.py writes it.
 """
 
+import hashlib
 import json
 import os
+import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,13 +22,35 @@ import tiktoken
 from msgspec import Meta
 from tqdm import tqdm
 
-from stagewise.errors import UserError, first_line
-from stagewise.fileio import decode_json, sha256
+from stagewise.errors import UserError, file_errors, first_line
+from stagewise.fileio import atomic_file, decode_json, sha256
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
+MAX_VOCAB = 2**16  # tokens are stored as uint16
 # Per shard; enough to detect a different tokenizer. The other tokens are checked when read.
 TOKENS_CHECKED_AT_START = 2**20
+
+
+def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
+    """Return the tokens of a text without special tokens.
+
+    Equal to `encoding.encode_ordinary`, which fails for a long run of white space in front of a
+    word: the stack of its regular expression `\\s+(?!\\S)` overflows. There, the text is split
+    before the run and before its last character. All supported encodings split there as well: no
+    other part of the expression extends into white space, and the last character belongs to what
+    follows. The run is at the end of its part, where `\\s++$` matches without a stack.
+    """
+    cuts = [cut for m in _LONG_SPACE.finditer(text) for cut in (m.start(), m.end() - 1)]
+    parts = [text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)])]
+    encoded = [encoding.encode_to_numpy(part, disallowed_special=()) for part in parts if part]
+    return np.concatenate(encoded) if encoded else np.empty(0, np.uint32)
+
+
+# As Unicode and the regular expressions of tiktoken define white space; Python's \s has more.
+_LONG_SPACE = re.compile(
+    "[\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{1000,}"
+)
 
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
@@ -35,7 +60,8 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     it to avoid the download.
 
     Raises:
-        UserError: if the name is unknown or the vocabulary cannot be downloaded.
+        UserError: if the name is unknown, its tokens do not fit into shards, or the vocabulary
+            cannot be downloaded.
     """
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
@@ -47,14 +73,20 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
             special_tokens={"<|endoftext|>": 256},
         )
     try:
-        return tiktoken.get_encoding(name)
-    except ValueError as error:
+        encoding = tiktoken.get_encoding(name)
+    except (ValueError, UnicodeError) as error:
         raise UserError(f"tokenizer {name!r} is unknown: {first_line(error)}") from None
     except OSError as error:  # the base class of all exceptions of requests
         raise UserError(
             f"tokenizer {name!r} could not be downloaded ({type(error).__name__}): check the "
             "connection, or set TIKTOKEN_CACHE_DIR to a folder that contains its files"
         ) from None
+    if encoding.n_vocab > MAX_VOCAB:
+        raise UserError(
+            f"tokenizer {name!r} has {encoding.n_vocab:,} tokens, but shards store ids below "
+            f"{MAX_VOCAB:,}: use another one, for example gpt2"
+        )
+    return encoding
 
 
 # --------------------------------------------------------------------------------------------------
@@ -62,10 +94,10 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Write `tokens` (uint16) to a .bin shard."""
+    """Write `tokens` (uint16) to a .bin shard, atomically."""
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    with open(path, "wb") as f:
+    with atomic_file(path) as f:
         f.write(header.tobytes())
         f.write(tokens.astype("<u2").tobytes())
 
@@ -76,11 +108,9 @@ def open_shard(path: Path) -> np.ndarray:
     Raises:
         UserError: if the file is not a complete shard.
     """
-    try:
+    with file_errors(path, "a shard that meta.json lists must be readable; copy it again"):
         size = os.path.getsize(path)
         header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if len(header) < HEADER_INTS or header[0] != MAGIC:
         raise UserError(
             f"{path}: not a token shard (a .bin file of llm.c starts with {MAGIC}): write shards "
@@ -107,7 +137,8 @@ class ShardEntry:
 
     file: Annotated[str, Meta(pattern=r"^[^\0]*$")]
     split: Literal["train", "val"]
-    tokens: int
+    tokens: Annotated[int, Meta(ge=0, lt=2**31)]
+    sha256: str | None = None
 
 
 @dataclass
@@ -115,7 +146,7 @@ class CorpusMeta:
     """The required fields of meta.json; others are ignored."""
 
     tokenizer: str
-    vocab_size: int
+    vocab_size: Annotated[int, Meta(ge=1, le=MAX_VOCAB)]
     shards: list[ShardEntry]
 
 
@@ -123,23 +154,50 @@ def load_meta(data_dir: str | Path) -> dict[str, Any]:
     """Return the contents of a corpus's meta.json.
 
     Raises:
-        UserError: if the file is missing, or does not match `CorpusMeta`.
+        UserError: if the file is missing, does not match `CorpusMeta`, or lists a shard twice.
     """
     path = Path(data_dir) / "meta.json"
     try:
         text = path.read_bytes()
-        decode_json(text, CorpusMeta)
-        return json.loads(text)
     except FileNotFoundError:
         raise UserError(
-            f"{path}: not found: data_dir must contain a corpus; write one with fineweb.py --out "
-            f"{data_dir}"
+            f"{path.absolute()}: not found: data_dir must contain a corpus; write one with "
+            f"fineweb.py --out {data_dir}"
         ) from None
     except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({first_line(error)}): make it readable, or use another "
+            "data_dir"
+        ) from None
+    try:
+        files = [shard.file for shard in decode_json(text, CorpusMeta).shards]
+        if twice := [file for file, n in Counter(files).items() if n > 1]:
+            raise ValueError(f"shard {twice[0]!r} is listed more than once")
+        return decode_json(text, dict)
+    except ValueError as error:
         raise UserError(
             f"{path}: not a valid meta.json ({first_line(error)}): write the corpus again with "
             "fineweb.py"
         ) from None
+
+
+def fingerprint(meta: dict) -> str:
+    """Return an identifier of a corpus: a SHA-256 of its tokenizer, its vocabulary and its shards.
+
+    Shards are identified by split, length and the checksum in meta.json, not by their names.
+    """
+    shards = [[s["split"], s["tokens"], s.get("sha256")] for s in meta["shards"]]
+    identity = json.dumps([meta["tokenizer"], meta["vocab_size"], shards])
+    return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def check_tokenizer(encoding: tiktoken.Encoding, vocab_size: int, where: object) -> None:
+    """Raise UserError if a model or a corpus has fewer tokens than its tokenizer."""
+    if encoding.n_vocab > vocab_size:
+        raise UserError(
+            f"{where}: a vocabulary of {vocab_size:,}, but tokenizer {encoding.name} has "
+            f"{encoding.n_vocab:,} tokens: one of them is wrong"
+        )
 
 
 def verify_shards(data_dir: str | Path, meta: dict) -> None:
@@ -152,15 +210,13 @@ def verify_shards(data_dir: str | Path, meta: dict) -> None:
     with tqdm(total=total, unit="B", unit_scale=True, desc="verifying shards") as bar:
         for shard in meta["shards"]:
             path = Path(data_dir) / shard["file"]
-            if "sha256" not in shard:
+            if not shard.get("sha256"):
                 raise UserError(
                     f"{data_dir}/meta.json: no sha256 for {shard['file']}: write the corpus again, "
                     "or omit --verify_data"
                 )
-            try:
+            with file_errors(path, "copy the shard again"):
                 digest = sha256(path)
-            except OSError as error:
-                raise UserError(f"{path}: cannot be read ({error.strerror})") from None
             if digest != shard["sha256"]:
                 raise UserError(
                     f"{path}: the sha256 differs from meta.json: the shard is corrupted, copy or "
@@ -231,8 +287,8 @@ class Shards:
                 tokens = np.fromfile(self.paths[shard], "<u2", self.block_size + 1, offset=offset)
             except OSError as error:
                 raise UserError(
-                    f"{self.paths[shard]}: can no longer be read ({error.strerror}): restore the "
-                    "file, then resume"
+                    f"{self.paths[shard]}: can no longer be read ({first_line(error)}): restore "
+                    "the file, then resume"
                 ) from None
             if len(tokens) != len(row):
                 raise UserError(

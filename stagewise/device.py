@@ -101,6 +101,29 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
 
 
+def check_memory(parameters: int, device: torch.device) -> None:
+    """Check that the training state fits into memory: weights, gradients and AdamW's two moments.
+
+    They need 16 bytes per parameter. Activations, which depend on batch_size, are not included.
+
+    Raises:
+        UserError: if it does not fit.
+    """
+    needed = 16 * parameters
+    if device.type == "cuda":
+        available = torch.cuda.mem_get_info(device)[1]
+    else:
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        with contextlib.suppress(OSError, ValueError):  # no limit: "max"
+            available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    if needed > available:
+        raise UserError(
+            f"a model of {parameters:,} parameters needs {needed / 2**30:,.1f} GiB for weights, "
+            f"gradients and optimizer state, but {device} has {available / 2**30:,.1f} GiB: lower "
+            "n_layer or n_embd"
+        )
+
+
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +27,31 @@ class Ranks:
 
 
 def ranks_from_environment() -> Ranks:
-    """Return the ranks from torchrun's environment variables, or a single process without them."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    if not all(name in os.environ for name in (*names, "MASTER_ADDR")):
+    """Return the ranks from torchrun's environment variables, or a single process without them.
+
+    Raises:
+        UserError: if only some of the variables are set, or one is invalid.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    # Schedulers and containers set some of these for a single process too.
+    if len(given) < len(names) and given.get("WORLD_SIZE", "1") == "1":
         return Ranks()
-    rank, local_rank, world_size = (int(os.environ[name]) for name in names)
+    hint = "start the processes with torchrun, or unset RANK and WORLD_SIZE for a single process"
+    missing = ", ".join(name for name in names if name not in given)
+    if missing:
+        raise UserError(f"{', '.join(given)} set in the environment, but not {missing}: {hint}")
+    numbers = {}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not re.fullmatch("[0-9]{1,6}", given[name]):
+            raise UserError(f"environment variable {name}={given[name]!r} is not a number: {hint}")
+        numbers[name] = int(given[name])
+    rank, local_rank, world_size, port = numbers.values()
+    if not (rank < world_size and local_rank < world_size and 0 < port < 2**16):
+        raise UserError(
+            f"RANK={rank}, LOCAL_RANK={local_rank}, WORLD_SIZE={world_size}, MASTER_PORT={port} in "
+            f"the environment: ranks must be below WORLD_SIZE, and the port below 65,536: {hint}"
+        )
     return Ranks(rank, local_rank, world_size, launched=True)
 
 

@@ -1,15 +1,18 @@
-"""Files: atomic writes, checksums, the lock of a run folder, JSON with a schema."""
+"""File I/O: atomic writes, checksums, run folder locks, and JSON with a schema."""
 
+import contextlib
 import hashlib
 import os
 import re
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import filelock
 import msgspec
 
-from stagewise.errors import UserError
+from stagewise.errors import UserError, file_errors, first_line
 
 T = TypeVar("T")
 
@@ -20,7 +23,7 @@ def sha256(path: Path) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Return when a file, or the entries of a folder, are on the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -28,53 +31,96 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing in a `with` statement; it replaces `path` at the end.
+
+    Readers see either the old or the new file. If writing fails, the old one remains. A symbolic
+    link at `path` is replaced, not followed.
+    """
+    partial = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.partial")
+    try:
+        with open(partial, "xb") as f:  # x: an existing file or link is not written to
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
 def atomic_write(path: Path, text: str) -> None:
-    """Write a small file so that a reader finds either the old text or all of the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    fsync(partial)
-    partial.replace(path)
+    """Write a text file atomically, in UTF-8."""
+    data = text.encode()
+    with atomic_file(path) as f:
+        f.write(data)
 
 
-def lock_folder(folder: Path) -> filelock.FileLock:
-    """Keep other runs out of a folder while the result is held or this process lives.
+class FolderLock:
+    """Locks a folder against other runs until the object is deleted or the process exits.
 
     Raises:
-        UserError: if another run holds the lock, or the folder cannot be written.
+        UserError: if another run holds the lock, or the folder cannot be written to or locked.
     """
-    lock = filelock.FileLock(folder / ".lock", timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except filelock.Timeout:
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._lock = filelock.FileLock(folder / ".lock", timeout=0)
+        with file_errors(folder, "choose another --out_dir, or make it writable"):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire()
+            except filelock.Timeout:
+                raise UserError(
+                    f"{folder}: another run is using it: wait for that run, or use another "
+                    "--out_dir"
+                ) from None
+            except NotImplementedError as error:
+                raise OSError(f"the file system has no locks ({first_line(error)})") from None
+        self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+    def check(self) -> None:
+        """Check that the folder is still in its place.
+
+        Raises:
+            UserError: if it has been renamed or deleted.
+        """
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(self.folder), os.fstat(self._folder)):
+                return
+        now = os.readlink(f"/proc/self/fd/{self._folder}")
+        if now.endswith(" (deleted)"):
+            raise UserError(f"{self.folder}: was deleted while the run was writing to it")
         raise UserError(
-            f"{folder}: another run writes there: wait for it, or name another --out_dir"
-        ) from None
-    except (OSError, NotImplementedError) as error:
-        raise UserError(
-            f"{folder}: cannot be written, or not locked ({getattr(error, 'strerror', error)}): "
-            "name another --out_dir"
-        ) from None
-    return lock
+            f"{self.folder}: was renamed to {now} while the run was writing to it: resume there "
+            f"with --out_dir={now} --init_from=resume"
+        )
+
+    def __del__(self):
+        if hasattr(self, "_folder"):
+            os.close(self._folder)
+        self._lock.release()
 
 
 def decode_json(text: str | bytes, schema: type[T]) -> T:
-    """Parse JSON that must be of the type `schema`, a dataclass for example.
+    """Parse JSON as the type `schema`, for example a dataclass.
 
     Raises:
-        ValueError: if it is not; the message names the field.
+        ValueError: if the text does not match; the message names the field.
     """
     try:
         return msgspec.json.decode(text, type=schema)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise ValueError(_field_first(error)) from None
 
 
 def convert(value: Any, schema: Any) -> Any:
-    """Return parsed JSON or TOML as the type `schema`.
+    """Convert parsed JSON or TOML to the type `schema`.
 
     Raises:
-        ValueError: if it is not of that type; the message names the field.
+        ValueError: if the value does not match; the message names the field.
     """
     try:
         return msgspec.convert(value, schema)
@@ -83,7 +129,7 @@ def convert(value: Any, schema: Any) -> Any:
 
 
 def _field_first(error: Exception) -> str:
-    """msgspec's "Expected `int` - at `$.step`" as "step: expected `int`"."""
+    """Rewrite msgspec's "Expected `int` - at `$.step`" as "step: expected `int`"."""
     match = re.fullmatch(r"(.*) - at `(?:key in )?\$\.?(.*)`", str(error), re.DOTALL)
     if not match:
         return str(error)

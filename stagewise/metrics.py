@@ -5,11 +5,12 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from stagewise.errors import UserError, first_line
-from stagewise.fileio import atomic_write
+from stagewise.errors import UserError, file_errors, first_line
+from stagewise.fileio import atomic_write, decode_json
 
 
 class MetricsWriter:
@@ -17,8 +18,8 @@ class MetricsWriter:
 
     Args:
         step: the step at which the run resumes. Later rows, which the run will write again, and a
-            truncated last row are removed. None starts a new file, and an existing one is renamed
-            to metrics.jsonl.former.
+            truncated last row are removed. Prints a warning if there are no earlier rows. None
+            starts a new file, and an existing one is renamed to metrics.jsonl.former.
 
     Raises:
         UserError: if the file is corrupted or cannot be written.
@@ -30,18 +31,24 @@ class MetricsWriter:
                 path.replace(path.with_name(path.name + ".former"))
             rows = read_metrics(path) if path.exists() else []
             kept = [row for row in rows if step is not None and row["step"] <= step]
+            if step and not kept:
+                print(
+                    f"warning: {path}: has no rows before step {step}, at which the run resumes: "
+                    "restore the file, or figures will begin there",
+                    file=sys.stderr,
+                )
             atomic_write(path, "".join(json.dumps(row) + "\n" for row in kept))
-            self._file = os.open(path, os.O_WRONLY)
+            self._file = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
         except OSError as error:
             raise UserError(
-                f"{path}: cannot be written ({error.strerror}): free some space, or name another "
-                "--out_dir"
+                f"{path}: cannot be written ({first_line(error)}): make it writable, free disk "
+                "space, or use another --out_dir"
             ) from None
         self.path, self._pending = path, b""
         self._size = os.fstat(self._file).st_size  # bytes of completely written rows
 
     def write(self, row: dict) -> None:
-        self._pending += json.dumps(row).encode() + b"\n"
+        self._pending += json.dumps(row, allow_nan=False).encode() + b"\n"
         self._flush()
 
     def _flush(self):
@@ -76,21 +83,22 @@ def read_metrics(path: Path) -> list[dict]:
     """Return the rows of metrics.jsonl, without a truncated last row.
 
     Raises:
-        UserError: if an invalid line is followed by a valid row.
+        UserError: if the file cannot be read, or an invalid line is followed by a valid row.
     """
     rows: list[dict] = []
     corrupted = None
-    lines = path.read_text("utf-8", "replace").split("\n")[:-1]
+    with file_errors(path, "specify a run folder that train.py wrote and that is readable"):
+        lines = path.read_bytes().split(b"\n")[:-1]
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = decode_json(line, dict[str, Any])
             row["step"] + 0
         except (ValueError, KeyError, TypeError):
             corrupted = corrupted or number
             continue
         if corrupted:
             raise UserError(
-                f"{path}, line {corrupted}: not a valid row of metrics: fix or remove the line"
+                f"{path}, line {corrupted}: not a valid row of metrics: restore the file"
             )
         rows.append(row)
     return rows

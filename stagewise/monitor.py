@@ -92,12 +92,16 @@ class StopSignals:
     def __init__(self) -> None:
         self.caught: str | None = None  # name of the first signal
         self._interrupted: float | None = None  # when SIGINT came
-        self._former = {number: signal.signal(number, self._record) for number in self.NUMBERS}
+        for number in self.NUMBERS:
+            signal.signal(number, self._record)
 
-    def restore(self) -> None:
-        """Restore the previous handlers."""
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
+    def ignore(self) -> None:
+        """Ignore these signals from now on. Call it when everything is on disk.
+
+        A scheduler may repeat its signal until the process has ended, which takes a moment.
+        """
+        for number in self.NUMBERS:
+            signal.signal(number, signal.SIG_IGN)
 
     def _record(self, number, frame):
         now = time.monotonic()

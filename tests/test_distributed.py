@@ -10,19 +10,34 @@ from stagewise.distributed import (
     check_replicas,
     ranks_from_environment,
 )
+from stagewise.errors import UserError
 
-PLACES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")
+PLACES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def test_ranks_are_read_from_the_environment_of_torchrun(monkeypatch):
     for name in PLACES:
         monkeypatch.delenv(name, raising=False)
     assert ranks_from_environment() == Ranks(0, 0, 1, launched=False)
-    for name, value in zip(PLACES, ("3", "1", "4", "localhost")):
-        assert not ranks_from_environment().launched
+    monkeypatch.setenv("WORLD_SIZE", "1")  # as some schedulers do
+    assert not ranks_from_environment().launched
+    values = dict(zip(PLACES, ("3", "1", "4", "localhost", "29500")))
+    for name, value in values.items():
         monkeypatch.setenv(name, value)
     ranks = ranks_from_environment()
     assert ranks == Ranks(3, 1, 4, launched=True) and not ranks.master
+    for name in PLACES:
+        if name != "WORLD_SIZE":  # without it, this is a single process
+            monkeypatch.delenv(name)
+            with pytest.raises(UserError, match=f"set in the environment, but not {name}:"):
+                ranks_from_environment()
+            monkeypatch.setenv(name, values[name])
+        for wrong in ("abc", "-1", "", "9999999", "4" if "RANK" in name else "1e3"):
+            if name != "MASTER_ADDR":
+                monkeypatch.setenv(name, wrong)
+                with pytest.raises(UserError, match="in the environment|is not a number"):
+                    ranks_from_environment()
+        monkeypatch.setenv(name, values[name])
 
 
 def test_a_single_process_agrees_with_itself():

@@ -10,11 +10,11 @@ import pytest
 from conftest import ROOT
 
 from stagewise.errors import UserError
-from stagewise.fileio import atomic_write, convert, decode_json, lock_folder
+from stagewise.fileio import FolderLock, atomic_write, convert, decode_json
 
 LOCK = (
     "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; "
-    "from stagewise.fileio import lock_folder; lock = lock_folder(Path(sys.argv[2]))"
+    "from stagewise.fileio import FolderLock; lock = FolderLock(Path(sys.argv[2]))"
 )
 
 
@@ -37,12 +37,12 @@ def test_an_atomic_write_leaves_the_old_file_or_all_of_the_new_one(tmp_path, mon
 
 def test_a_second_run_in_the_same_folder_is_an_error(tmp_path):
     command = [sys.executable, "-c", LOCK, str(ROOT), str(tmp_path)]
-    lock = lock_folder(tmp_path)
+    lock = FolderLock(tmp_path)
     second = subprocess.run(command, capture_output=True, text=True)
     assert "UserError" in second.stderr and "another run is using it" in second.stderr
     with pytest.raises(UserError, match="another run is using it"):
-        lock_folder(tmp_path)
-    lock.release()
+        FolderLock(tmp_path)
+    del lock
     assert subprocess.run(command).returncode == 0
 
 
@@ -53,16 +53,16 @@ def test_the_lock_ends_with_its_process(tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "locked\n"
     with pytest.raises(UserError, match="another run is using it"):
-        lock_folder(tmp_path)
+        FolderLock(tmp_path)
     process.kill()
     process.wait()
-    lock_folder(tmp_path).release()
+    FolderLock(tmp_path)
 
 
 def test_a_folder_that_cannot_be_locked_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written or locked"):
-        lock_folder(tmp_path / "file")
+    with pytest.raises(UserError, match="choose another --out_dir"):
+        FolderLock(tmp_path / "file")
 
 
 @dataclass

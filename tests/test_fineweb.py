@@ -107,11 +107,21 @@ def test_continuation_task_is_empty_if_the_held_out_documents_are_too_short():
     assert fineweb.continuation_task(held_out, "", 10) == []
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".txt"])
+@pytest.mark.parametrize(
+    "suffix", [".jsonl", ".JSONL", ".json", ".jsonl.gz", ".json.zst", ".parquet", ".txt", ".txt.gz"]
+)
 def test_local_files(monkeypatch, tmp_path, suffix):
-    source = write(tmp_path / f"corpus{suffix}")
+    import pyarrow
+
+    kind, compression = suffix.lower().removesuffix(".gz").removesuffix(".zst"), Path(suffix).suffix
+    kind = ".jsonl" if kind == ".json" else kind
+    source = write(tmp_path / f"plain{kind}").rename(tmp_path / f"corpus{suffix}")
+    if compression in (".gz", ".zst"):
+        text, codec = source.read_bytes(), {".gz": "gzip", ".zst": "zstd"}[compression]
+        with pyarrow.CompressedOutputStream(str(source), codec) as f:
+            f.write(text)
     out = run(monkeypatch, tmp_path, source)
-    assert read_corpus(out).tolist() == stream(TEXTS[:1] if suffix == ".txt" else TEXTS)
+    assert read_corpus(out).tolist() == stream(TEXTS[:1] if kind == ".txt" else TEXTS)
     assert {p.name for p in out.iterdir()} == {
         "corpus_train_000001.bin",
         "corpus_val_000000.bin",
@@ -133,6 +143,85 @@ def test_folder_is_read_in_the_order_of_file_names(monkeypatch, tmp_path):
     assert read_corpus(out, first_shard_was_cut=True).tolist() == stream(TEXTS)
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_file_names_are_no_patterns(monkeypatch, tmp_path, suffix):
+    write(tmp_path / f"a1{suffix}", ["a text of another file, long enough for a corpus"])
+    out = run(monkeypatch, tmp_path, write(tmp_path / f"a[12]{suffix}"))
+    assert read_corpus(out).tolist() == stream(TEXTS)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_content_that_changed_within_the_same_time_stamp_is_read_again(
+    monkeypatch, tmp_path, suffix
+):
+    first = ["one text that is long enough", "for a corpus"]
+    source = write(tmp_path / f"corpus{suffix}", first)
+    stamp = source.stat().st_mtime_ns
+    assert read_corpus(run(monkeypatch, tmp_path, source)).tolist() == stream(first)
+    second = ["two text that is long enough", "for a corpus"]
+    write(source, second)
+    os.utime(source, ns=(stamp, stamp))
+    (tmp_path / "out").rename(tmp_path / "first")
+    assert read_corpus(run(monkeypatch, tmp_path, source)).tolist() == stream(second)
+
+
+def write_with_bad_documents(path):
+    """Documents 1 and 70 are null and not UTF-8."""
+    texts: list = [f"document {i} is a short text" for i in range(100)]
+    if path.suffix == ".jsonl":
+        lines = [json.dumps({"text": text}).encode() for text in texts]
+        lines[1], lines[70] = b'{"text": null}', b'{"text": "\xff"}'
+        path.write_bytes(b"\n".join(lines))
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet
+
+        texts[1], texts[70] = None, b"\xff"
+        column = pa.array([t.encode() if isinstance(t, str) else t for t in texts], pa.binary())
+        pa.parquet.write_table(pa.table({"text": column.view(pa.string())}), path)
+    return [text for i, text in enumerate(texts) if i not in (1, 70)]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_bad_documents_stop_the_run_or_are_skipped(monkeypatch, tmp_path, suffix, capsys):
+    source = tmp_path / f"bad{suffix}"
+    good = write_with_bad_documents(source)
+    with pytest.raises(UserError, match=r"document 1 is not valid text .*--on_error=skip"):
+        run(monkeypatch, tmp_path, source)
+    assert not list(tmp_path.glob("out*"))
+    out = run(monkeypatch, tmp_path, source, on_error="skip")
+    assert read_corpus(out).tolist() == stream(good)
+    meta = load_meta(out)
+    assert (meta["documents"], meta["skipped_documents"]) == (98, 2)
+    assert "98 documents, 2 skipped" in capsys.readouterr().out
+
+
+def test_finished_shards_are_kept_after_a_bad_document(monkeypatch, tmp_path, capsys):
+    source = tmp_path / "bad.jsonl"
+    good = write_with_bad_documents(source)
+    lines = source.read_bytes().split(b"\n")
+    lines[1] = lines[0]
+    source.write_bytes(b"\n".join(lines))
+    good.insert(1, good[0])
+    with pytest.raises(UserError, match="document 70 is not valid text"):
+        run(monkeypatch, tmp_path, source, shard_tokens=500)
+    partial = tmp_path / "out.partial"
+    before = inodes(partial)
+    assert "finished shards are kept" in capsys.readouterr().err and len(before) == 3
+    with pytest.raises(UserError, match="3 shards of an interrupted run with another source"):
+        run(monkeypatch, tmp_path, source, shard_tokens=400)
+    assert inodes(partial) == before
+    out = run(monkeypatch, tmp_path, source, shard_tokens=500, on_error="skip")
+    assert "continuing after 3 shards" in capsys.readouterr().err
+    assert read_corpus(out, first_shard_was_cut=True).tolist() == stream(good)
+    assert set(before.values()) & set(inodes(out).values())
+    assert not partial.exists()
+    again = tmp_path / "again"
+    again.mkdir()
+    at_once = run(monkeypatch, again, source, shard_tokens=500, on_error="skip")
+    assert load_meta(at_once) == load_meta(out)
+
+
 def test_many_documents_keep_their_order(monkeypatch, tmp_path):
     texts = [f"document {i} " * (i % 7 + 1) for i in range(40 * fineweb.DOCUMENTS_AT_A_TIME - 1)]
     out = run(monkeypatch, tmp_path, write(tmp_path / "x.jsonl", texts))
@@ -142,20 +231,24 @@ def test_many_documents_keep_their_order(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.jsonl", '{"text": "fine"}\n{"text": \n', "cannot be read as json"),
         (
             "a.jsonl",
-            '{"body": "no text"}\n',
-            r"needs a `text` column of strings; found \['body'\]",
+            '{"text": "fine"}\n{"text": \n',
+            "document 1 is not valid text .a.jsonl, at byte 17: Input data was truncated",
         ),
-        ("a.jsonl", '{"text": 3}\n', "needs a `text` column of strings"),
-        ("a.jsonl", '{"text": ["a"]}\n', "needs a `text` column of strings"),
-        ("a.jsonl", '{"text": "a"}\n{"text": null}\n', "document 1: `text` is null"),
+        ("a.jsonl", '{"body": "no text"}\n', "missing required field `text`"),
+        ("a.jsonl", '{"text": 3}\n', "text: expected `str`, got `int`"),
+        ("a.jsonl", '{"text": ["a"]}\n', "text: expected `str`, got `array`"),
+        ("a.jsonl", '{"text": "a"}\n{"text": null}\n', "document 1 .* expected `str`, got `null`"),
         ("a.jsonl", '{"text": "too short"}\n', "only 10 tokens"),
-        ("a.jsonl", "", "a.jsonl"),
-        ("a.jsonl", b'{"text": "\xff"}\n', "documents 0 to 0 is not UTF-8"),
+        ("a.jsonl", "", "only 0 tokens"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "document 0 .*codec can't decode"),
+        ("a.jsonl", '{"text": ' + "[" * 100_000, "document 0 is not valid text"),
+        ("a.json", '[{"text": "a"}]', "a.json: a JSON array, not JSON Lines"),
+        ("a.jsonl.gz", "not gzip", "a.jsonl.gz: "),
+        ("a.txt", b"\xff", "document 0 is not valid text .a.txt: 'utf-8'"),
         ("a.parquet", "not parquet", "cannot be read as parquet"),
-        ("a.csv", "text\nx", "found .csv files: use files of one format out of"),
+        ("a.csv", "text\nx", r"found 1 \*.csv files: use files of one format"),
     ],
 )
 def test_bad_source(monkeypatch, tmp_path, name, content, message):
@@ -171,7 +264,7 @@ def test_bad_source(monkeypatch, tmp_path, name, content, message):
         (dict(source="/nowhere"), "--source=/nowhere: no such file or folder"),
         (dict(shard_tokens=2**31), "the maximum in a shard's header"),
         (dict(shard_tokens=1), "must be between 2 and"),
-        (dict(processes=0), "--processes=0 must be at least 1"),
+        (dict(processes=0), "--processes=0 must be between 1 and"),
         (dict(tokenizer="o200k"), "tokenizer 'o200k' is unknown"),
         (dict(out=Path("/proc/x")), "--out=/proc/x: cannot be written"),
         (dict(out=Path("/dev/null/x")), "--out=/dev/null/x: cannot be written"),
@@ -184,11 +277,13 @@ def test_bad_options(monkeypatch, tmp_path, options, message):
 
 @pytest.mark.slow
 def test_killed_worker_is_an_error():
-    def read(start, stop):
-        os.kill(os.getpid(), signal.SIGKILL)
+    class Documents(fineweb.Texts):
+        def read(self, start, stop):
+            os.kill(os.getpid(), signal.SIGKILL)
 
+    documents = Documents(["text"] * 1000)
     with pytest.raises(UserError, match="was killed, .* use fewer --processes"):
-        list(fineweb.tokenize_documents(read, 1000, get_tokenizer("bytes"), 2))
+        list(fineweb.tokenize_documents(documents, 0, get_tokenizer("bytes"), 2, "stop"))
 
 
 def test_command_line(tmp_path):
@@ -228,10 +323,12 @@ def test_command_line(tmp_path):
 )
 @pytest.mark.parametrize("n_parts", [1, 7])
 def test_validation_gets_one_shard_but_at_most_a_tenth(tmp_path, n, sizes, n_parts):
-    with fineweb.ShardWriter(tmp_path, "x", shard_tokens=100) as writer:
+    progress = fineweb.Progress("x", [])
+    with fineweb.ShardWriter(tmp_path, "x", 100, progress) as writer:
         for part in np.array_split(np.arange(n, dtype=np.uint16), n_parts):
-            writer.add(part)
+            writer.add(1, 0, part)
         writer.finish()
+    (tmp_path / fineweb.PROGRESS).unlink(missing_ok=True)
     assert [s["tokens"] for s in writer.shards] == sizes
     assert writer.shards[0]["tokens"] == min(100, n // 10)
     assert [s["split"] for s in writer.shards] == ["val"] + ["train"] * (len(sizes) - 1)
@@ -283,7 +380,7 @@ def start_paused(out):
 
 
 def inodes(folder):
-    return {p.name: p.stat().st_ino for p in folder.iterdir()}
+    return {p.name: p.stat().st_ino for p in folder.glob("*.bin")}
 
 
 def test_two_processes_with_the_same_out(monkeypatch, tmp_path):
@@ -307,22 +404,19 @@ def test_two_processes_with_the_same_out(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_interrupted_run_starts_again(monkeypatch, tmp_path, capsys, number):
+def test_an_interrupted_run_continues(monkeypatch, tmp_path, capsys, number):
     process = start_paused(tmp_path / "out")
     process.send_signal(number)
     _, stderr = process.communicate(timeout=20)  # waits for the worker processes too
     left = (tmp_path / "out.partial").exists()
-    assert left == (number != signal.SIGINT) and not (tmp_path / "out").exists()
-    assert ("out was not written: start again" in stderr) == (number == signal.SIGINT)
-    out = run(monkeypatch, tmp_path, write(tmp_path / "corpus.txt"))
-    assert read_corpus(out).tolist() == stream(TEXTS[:1])
-    assert {p.name for p in out.iterdir()} == {
-        "corpus_train_000001.bin",
-        "corpus_val_000000.bin",
-        "meta.json",
-    }
+    assert left and not (tmp_path / "out").exists()
+    assert ("finished shards are kept" in stderr) == (number == signal.SIGINT)
+    out = run(monkeypatch, tmp_path, "stdlib", shard_tokens=100_000)
     assert not (tmp_path / "out.partial").exists()
-    assert ("removing files left by an interrupted run" in capsys.readouterr().err) == left
+    assert "continuing after" in capsys.readouterr().err
+    documents = fineweb.stdlib_documents()
+    tokens = read_corpus(out, first_shard_was_cut=load_meta(out)["shards"][0]["tokens"] < 100_000)
+    assert tokens.tolist() == stream(text for _, text in documents)
 
 
 def test_existing_out_is_not_touched(monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ import http.server
 import io
 import json
 import math
+import os
 import socket
 import struct
 import threading
@@ -188,9 +189,9 @@ def test_line_that_is_not_utf8(tmp_path):
 
 
 def test_missing_binary_and_empty_files(tmp_path):
-    with pytest.raises(UserError, match="x: cannot be read .No such file"):
+    with pytest.raises(UserError, match="x: No such file"):
         load_examples(tmp_path / "x", BYTES, 64)
-    with pytest.raises(UserError, match="cannot be read .Is a directory"):
+    with pytest.raises(UserError, match="Is a directory"):
         load_examples(tmp_path, BYTES, 64)
     for content, message in ((b"\xff\xfe\x00", "x, line 1: "), (b"\n", "has no examples")):
         (tmp_path / "x").write_bytes(content)
@@ -277,10 +278,16 @@ def test_download_appears_only_with_the_right_checksum(tmp_path, serve):
     assert hellaswag.download(tmp_path / "x.jsonl").read_bytes() == CONTENT  # without the server
 
 
-def test_existing_file_is_used(tmp_path, monkeypatch):
+def test_an_existing_file_is_used_if_it_is_the_official_one(tmp_path, monkeypatch):
     monkeypatch.setattr(hellaswag, "URL", "http://127.0.0.1:9/x")
-    (tmp_path / "x.jsonl").write_text("mine")
-    assert hellaswag.download(tmp_path / "x.jsonl").read_text() == "mine"
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(CONTENT)
+    monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(CONTENT).hexdigest())
+    assert hellaswag.download(path) == path
+    path.write_text("mine")
+    with pytest.raises(UserError, match="x.jsonl: is not the official validation set .* move it"):
+        hellaswag.download(path)
+    assert path.read_text() == "mine"
 
 
 def test_download_continues_where_the_connection_broke(tmp_path, serve, capsys):
@@ -351,17 +358,17 @@ def test_download_gives_up(tmp_path, serve):
 
 def test_download_to_a_folder_that_cannot_be_written(serve):
     serve(lambda handler, start: send(handler, start))
-    with pytest.raises(UserError, match="/proc/x.jsonl: cannot be written"):
+    with pytest.raises(UserError, match="/proc/x.jsonl: No such file"):
         hellaswag.download(hellaswag.Path("/proc/x.jsonl"))
 
 
 def test_full_disk(tmp_path, serve, monkeypatch):
-    def fsync(path):
+    def fsync(descriptor):
         raise OSError(28, "No space left on device")
 
     serve(lambda handler, start: send(handler, start))
-    monkeypatch.setattr(hellaswag, "fsync", fsync)
-    with pytest.raises(UserError, match="x.jsonl: cannot be written .No space left"):
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(UserError, match="x.jsonl: No space left"):
         hellaswag.download(tmp_path / "x.jsonl")
     assert not list(tmp_path.iterdir())
 

@@ -183,9 +183,10 @@ def test_zscores_are_in_the_metrics(run_train):
 
 @pytest.fixture
 def signals():
-    signals = StopSignals()
-    yield signals
-    signals.restore()
+    former = {number: signal.getsignal(number) for number in StopSignals.NUMBERS}
+    yield StopSignals()
+    for number, handler in former.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", StopSignals.NUMBERS)
@@ -195,12 +196,11 @@ def test_a_signal_is_recorded(signals, number):
     assert signals.caught == number.name
 
 
-def test_the_former_handlers_are_restored():
-    former = [signal.getsignal(number) for number in StopSignals.NUMBERS]
-    signals = StopSignals()
-    assert [signal.getsignal(number) for number in StopSignals.NUMBERS] != former
-    signals.restore()
-    assert [signal.getsignal(number) for number in StopSignals.NUMBERS] == former
+@pytest.mark.parametrize("number", StopSignals.NUMBERS)
+def test_signals_are_ignored_once_everything_is_on_disk(signals, number):
+    signals.ignore()
+    os.kill(os.getpid(), number)
+    assert signals.caught is None
 
 
 def test_two_interrupts_at_once_count_as_one(signals):

@@ -576,7 +576,7 @@ def test_continual_steps_until_compute_matched(monkeypatch, capsys, tmp_path, go
         (dict(batch_size=3), "batch_size=3 .* use batch_size=1, 2, 4"),
         (dict(n_head=3), "n_embd=32 .* n_head=3"),
         (dict(data_dir="/nowhere"), "/nowhere/meta.json: not found: .* fineweb.py"),
-        (dict(hellaswag_data="/nowhere.jsonl"), "/nowhere.jsonl: cannot be read"),
+        (dict(hellaswag_data="/nowhere.jsonl"), "/nowhere.jsonl: No such file"),
         (dict(block_size=2_000_000, tokens_per_step=2_000_000, batch_size=1), "lower block_size"),
         (dict(n_embd=2**70), "n_embd=1180591620717411303424 must be int <= 4194304"),
         (dict(init_from="resume"), "no checkpoint to resume from"),
