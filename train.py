@@ -20,7 +20,6 @@ import stagewise.console  # noqa: F401  (first: Ctrl-C during the other imports)
 import dataclasses
 import datetime
 import functools
-import json
 import math
 import os
 import shlex
@@ -84,7 +83,7 @@ from stagewise.distributed import (
     ranks_from_environment,
 )
 from stagewise.errors import UserError, file_errors, report_user_errors
-from stagewise.fileio import FolderLock, atomic_write, convert, decode_json
+from stagewise.fileio import FolderLock, atomic_write, convert, decode_json, encode_json
 from stagewise.metrics import MetricsWriter
 from stagewise.monitor import EXIT_STOPPED, LossMonitor, StopSignals
 from stagewise.seeding import derived_seed
@@ -729,7 +728,7 @@ def print_dry_run(
 def write_json(out_dir: Path, name: str, value: dict) -> None:
     with file_errors(out_dir / name, "make out_dir writable, free disk space, or use another one"):
         out_dir.mkdir(parents=True, exist_ok=True)
-        atomic_write(out_dir / name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+        atomic_write(out_dir / name, encode_json(value, indent=2) + "\n")
 
 
 def describe_run(

@@ -8,7 +8,6 @@
 Checkpoints are loaded as plain dictionaries and tensors, from which the caller builds a model.
 """
 
-import json
 import re
 import shutil
 import sys
@@ -24,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from stagewise.errors import UserError, first_line
-from stagewise.fileio import decode_json, fsync, sha256
+from stagewise.fileio import decode_json, encode_json, fsync, sha256
 from stagewise.hf import SIZES, load_pretrained
 
 FORMAT_VERSION = 1
@@ -286,7 +285,7 @@ class CheckpointWriter:
                     folder.unlink()
                 shutil.rmtree(folder, ignore_errors=True)
             partial.mkdir()
-            text = json.dumps({"format_version": FORMAT_VERSION} | state, indent=1, allow_nan=False)
+            text = encode_json({"format_version": FORMAT_VERSION} | state, indent=1)
             (partial / STATE).write_text(text + "\n", "utf-8")
             for name, contents in tensors.items():
                 save_file(contents, partial / name)

@@ -41,7 +41,8 @@ def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
     other part of the expression extends into white space, and the last character belongs to what
     follows. The run is at the end of its part, where `\\s++$` matches without a stack.
     """
-    cuts = [cut for m in _LONG_SPACE.finditer(text) for cut in (m.start(), m.end() - 1)]
+    runs = [m.span() for m in _LONG_SPACE.finditer(text) if m.end() < len(text)]
+    cuts = [cut for start, stop in runs for cut in (start, stop - 1)]
     parts = [text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)])]
     encoded = [encoding.encode_to_numpy(part, disallowed_special=()) for part in parts if part]
     return np.concatenate(encoded) if encoded else np.empty(0, np.uint32)

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -102,6 +103,19 @@ class FolderLock:
         if hasattr(self, "_folder"):
             os.close(self._folder)
         self._lock.release()
+
+
+def encode_json(value: Any, indent: int | None = None) -> str:
+    """Return `value` as JSON.
+
+    In a string with bytes that are not UTF-8, such as a path, they become U+FFFD; where Python took
+    UTF-8 for another encoding, because of the locale, the text is restored.
+
+    Raises:
+        ValueError: if a number is not finite.
+    """
+    text = json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False)
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def decode_json(text: str | bytes, schema: type[T]) -> T:

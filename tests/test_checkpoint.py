@@ -1,6 +1,8 @@
 """Checkpoints: atomic, verified, the one before used if one is corrupted, and never code."""
 
+import errno
 import json
+import os
 import pickle
 import resource
 import shutil
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -393,3 +396,87 @@ def test_a_write_that_was_killed_leaves_no_checkpoint(tmp_path, trained):
     assert not checkpoints(tmp_path)
     write(tmp_path, trained, 10)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000010"]
+
+
+# --- permissions and links
+
+
+def test_files_have_the_permissions_of_the_umask(tmp_path, trained):
+    former = os.umask(0o027)
+    try:
+        write(tmp_path, trained, 1)
+    finally:
+        os.umask(former)
+    (folder,) = checkpoints(tmp_path)
+    assert {p.stat().st_mode & 0o777 for p in folder.iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("failing", ["model.safetensors", "SHA256SUMS", "checkpoints"])
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_corrupted_one(
+    tmp_path, trained, monkeypatch, failing
+):
+    """As when a colleague resumes a run: no older checkpoint is used, and no new run started."""
+    write(tmp_path, trained, 3, 8)
+
+    def denied(name):
+        original = getattr(Path, name)
+
+        def method(self, *args, **kwargs):
+            if self.name == failing and "step_00000003" not in str(self):
+                raise PermissionError(errno.EACCES, "Permission denied", str(self))
+            return original(self, *args, **kwargs)
+
+        return method
+
+    def digest(path):
+        path.read_bytes()
+        return sha256(path)
+
+    monkeypatch.setattr(checkpoint, "sha256", digest)
+    for name in ("read_bytes", "read_text", "iterdir"):
+        monkeypatch.setattr(Path, name, denied(name))
+    with pytest.raises(UserError, match=f"{failing}: cannot be read .Permission denied.*readable"):
+        newest_checkpoint(tmp_path)
+
+
+def test_links_in_place_of_partial_folders_are_not_followed(tmp_path, trained):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "thesis.txt").write_text("precious")
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for name in (".partial", ".former"):
+        (run / "checkpoints" / name).symlink_to(outside)
+    write(run, trained, 1)
+    write(run, trained, 1)
+    assert names(run) == ["step_00000001"]
+    assert [p.name for p in outside.iterdir()] == ["thesis.txt"]
+
+
+def test_optimizer_state_of_another_type_is_an_error(tmp_path, trained):
+    write(tmp_path, trained, 1)
+    model = trained[0]
+    state = load_checkpoint(tmp_path, optimizer=True)["optimizer"]
+    for key, value in (
+        ("exp_avg", state["transformer.wpe.weight/exp_avg"].double()),
+        ("step", torch.tensor(-1.0)),
+        ("step", torch.tensor(float("nan"))),
+        ("step", torch.tensor(1)),
+    ):
+        changed = state | {f"transformer.wpe.weight/{key}": value}
+        with pytest.raises(UserError, match="transformer.wpe.weight: the optimizer state does not"):
+            optimizer_state_from(changed, dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize("step", [-1, True, 10**30, 1.5, "1"])
+def test_a_step_that_is_no_count_is_an_error(tmp_path, trained, step):
+    write(tmp_path, trained, 1)
+    (folder,) = checkpoints(tmp_path)
+    text = (folder / "state.json").read_text().replace('"step": 1,', f'"step": {json.dumps(step)},')
+    (folder / "state.json").write_text(text)
+    sums = (folder / "SHA256SUMS").read_text().splitlines()
+    sums = [s for s in sums if "state.json" not in s]
+    sums.append(f"{sha256(folder / 'state.json')}  state.json")
+    (folder / "SHA256SUMS").write_text("\n".join(sums))
+    with pytest.raises(UserError, match="is not a valid checkpoint .step: "):
+        load_checkpoint(folder)

@@ -1,5 +1,7 @@
 """Shards, tokenizers, and the order in which windows are read."""
 
+import itertools
+import json
 import shutil
 
 import numpy as np
@@ -15,6 +17,9 @@ from stagewise.data import (
     Prefetch,
     Shards,
     TrainOrder,
+    check_tokenizer,
+    encode,
+    fingerprint,
     get_tokenizer,
     load_meta,
     open_shard,
@@ -199,12 +204,87 @@ def test_gpt2_bpe(monkeypatch):
     assert encoding.encode_ordinary("Hello world") == [15496, 995]
 
 
+def white_space_texts():
+    """Texts with long runs of white space of all kinds, at all places."""
+    kinds = [" ", "\n", "\t", "\r\n", " \n", "\u00a0", "\u3000 ", "\x1c", " \x1f"]
+    ends = ["a", "1", "é", "=", "'s", "", "\x1c"]
+    for kind, before, after in itertools.product(kinds, ["", "word", "3", "?"], ends):
+        for length in (999, 1000, 1001, 2500):
+            run = kind * (length // len(kind))
+            yield before + run + after
+    yield ("x" + " " * 1500) * 3 + "\n" * 1200 + " y" + "\t" * 1000 + " " * 1000
+
+
+def test_bytes_with_long_runs_of_white_space():
+    encoding = get_tokenizer("bytes")
+    for text in white_space_texts():
+        assert encode(encoding, text).tolist() == list(text.encode())
+
+
+@pytest.mark.skipif(
+    not (SHARED_DATA / "tiktoken_cache").exists(),
+    reason="needs GPT-2's vocabulary in shared/data/tiktoken_cache",
+)
+def test_long_runs_of_white_space_have_the_same_tokens(monkeypatch):
+    """Equal to tiktoken as long as it does not fail; longer runs are tokenized too."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED_DATA / "tiktoken_cache"))
+    encoding = get_tokenizer("gpt2")
+    for text in white_space_texts():
+        assert encode(encoding, text).tolist() == encoding.encode_ordinary(text)
+    for kind in (" ", "\n"):
+        tokens = encode(encoding, "a" + kind * 2_000_000 + "b").tolist()
+        assert encoding.decode(tokens) == "a" + kind * 2_000_000 + "b"
+        assert tokens[-1] == encoding.encode_ordinary(kind + "b")[-1]
+
+
 def test_an_unknown_tokenizer_is_an_error():
     with pytest.raises(UserError, match="tokenizer 'gpt5' is unknown"):
         get_tokenizer("gpt5")
 
 
 # --- bad input
+
+
+def write_meta(folder, **changes):
+    shards = [{"file": "a.bin", "split": "train", "tokens": 3, "sha256": "1"}]
+    meta = {"tokenizer": "bytes", "vocab_size": 257, "shards": shards} | changes
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        (dict(vocab_size=-1), "vocab_size: expected `int` >= 1"),
+        (dict(vocab_size=10**12), "vocab_size: expected `int` <= 65536"),
+        (dict(shards=2 * [dict(file="a", split="train", tokens=1)]), "'a' is listed more than"),
+        (dict(shards=[dict(file="a", split="train", tokens=-1)]), "tokens: expected `int` >= 0"),
+    ],
+)
+def test_a_corpus_that_is_not_valid_is_an_error(tmp_path, changes, named):
+    write_meta(tmp_path, **changes)
+    with pytest.raises(UserError, match=f"meta.json: not a valid meta.json .*{named}"):
+        load_meta(tmp_path)
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_an_error():
+    with pytest.raises(UserError, match="x: a vocabulary of 256, but tokenizer bytes has 257"):
+        check_tokenizer(get_tokenizer("bytes"), 256, "x")
+
+
+def test_a_corpus_is_identified_by_its_content(tmp_path):
+    write_meta(tmp_path)
+    first = fingerprint(load_meta(tmp_path))
+    write_meta(tmp_path, source="elsewhere")
+    assert fingerprint(load_meta(tmp_path)) == first
+    shard = {"file": "a.bin", "split": "train", "tokens": 3, "sha256": "1"}
+    for changes in (
+        dict(tokenizer="gpt2"),
+        dict(vocab_size=258),
+        dict(shards=[shard | {"sha256": "2"}]),
+        dict(shards=[shard | {"split": "val"}]),
+    ):
+        write_meta(tmp_path, **changes)
+        assert fingerprint(load_meta(tmp_path)) != first
 
 
 def header(magic=20240520, version=1, count=50, tokens=50):

@@ -108,3 +108,36 @@ def test_converted_values_have_the_same_errors():
     assert convert({"name": "x", "inner": [{"count": 3}]}, Outer) == Outer("x", [Inner(3)])
     with pytest.raises(ValueError, match=r"inner\[0\].count: expected `int`, got `float`"):
         convert({"name": "x", "inner": [{"count": 0.5}]}, Outer)
+
+
+# --- links, and folders that move
+
+
+def test_links_planted_in_a_folder_are_not_followed(tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("precious")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("config.json", ".lock"):
+        (folder / name).symlink_to(outside)
+    atomic_write(folder / "config.json", "new")
+    assert (folder / "config.json").read_text() == "new"
+    with pytest.raises(UserError, match="run: "):
+        FolderLock(folder)
+    assert outside.read_text() == "precious"
+    assert {p.name for p in folder.iterdir()} == {"config.json", ".lock"}
+
+
+def test_a_folder_that_moved_or_disappeared_is_an_error(tmp_path):
+    lock = FolderLock(tmp_path / "run")
+    lock.check()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"run: was renamed to .*moved .*--out_dir=.*moved"):
+        lock.check()
+    FolderLock(tmp_path / "run")  # another run in its place
+    with pytest.raises(UserError, match="was renamed"):
+        lock.check()
+    (tmp_path / "moved" / ".lock").unlink()
+    (tmp_path / "moved").rmdir()
+    with pytest.raises(UserError, match="run: was deleted while the run was writing to it"):
+        lock.check()

@@ -459,3 +459,21 @@ def test_out_that_appears_meanwhile_is_not_overwritten(tmp_path):
         (out / "file").write_text("old")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert (out / "file").read_text() == "old"
+
+
+def test_a_validation_set_too_short_for_a_task_has_none(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(fineweb, "stdlib_documents", lambda: [("a.py", "x = 1\n" * 100)])
+    out = run(monkeypatch, tmp_path, "stdlib")
+    assert {p.name for p in out.glob("*.jsonl")} == set()
+    assert "too short for a HellaSwag-style task" in capsys.readouterr().err
+
+
+def test_a_source_folder_without_known_files_names_what_it_has(monkeypatch, tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    write(folder / "a.jsonl")
+    write(folder / "b.txt")
+    for name in ("README.md", ".gitattributes", "c.bin"):
+        (folder / name).write_text("x")
+    with pytest.raises(UserError, match=r"found 1 \*\.bin, 1 jsonl, 1 txt files"):
+        run(monkeypatch, tmp_path, folder)

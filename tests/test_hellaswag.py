@@ -408,3 +408,19 @@ def test_errors_are_one_line(tmp_path):
     result = script("hellaswag.py", tmp_path, check=False)
     assert result.returncode == 1 and "has no checkpoint" in result.stderr
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_a_diverged_model_has_no_scores(model):
+    """NaN is the smallest value for argmin: every score would depend on chance alone."""
+    examples = [Example([5, 6], [[1, 2], [3], [4, 4]], 0), Example([5], [[1], [3]], 1)]
+    assert not math.isnan(evaluate(model, examples)["acc"])
+    with torch.no_grad():
+        model.lm_head.weight[1] = math.nan
+    scores = evaluate(model, examples)
+    assert scores.pop("n") == 2 and all(map(math.isnan, scores.values()))
+
+
+def test_thousands_of_endings_are_an_error(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps(GOOD | {"endings": ["a"] * 10_000}))
+    with pytest.raises(UserError, match="x.jsonl, line 1: endings: expected `array` of length <="):
+        load_examples(tmp_path / "x.jsonl", get_tokenizer("bytes"), 64)

@@ -268,3 +268,56 @@ def test_all_runs_below_out_by_default(runs, tmp_path, monkeypatch, capsys):
     plot.main(plot.Args())
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:4]]
     assert names == ["baseline", "s4"] and len(list((tmp_path / "plots").iterdir())) == 4
+
+
+# --- odd runs
+
+
+def write_rows(run, rows):
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_diverged_run_is_reported_as_diverged(runs, tmp_path, capsys):
+    rows = metrics(runs[1])
+    last = {"loss": None, "val_loss": None, "hellaswag_acc_norm": None}
+    write_rows(runs[1], [*rows[:-1], rows[-1] | last])
+    plot.main(plot.Args(runs=tuple(runs), out=tmp_path / "plots"))
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("s4")]
+    assert re.split(r"  +", line)[6:] == ["diverged", "diverged", "diverged"]
+    assert "s4 (diverged)" in (tmp_path / "plots" / "figure1_loss.svg").read_text()
+
+
+def test_names_and_titles_are_drawn_as_they_are(runs, tmp_path):
+    odd = runs[1].rename(tmp_path / "$x_{ and $")
+    plot.main(plot.Args(runs=(odd,), out=tmp_path / "plots", title="$\\alpha_{ 50 $ \udcff"))
+    assert "$x_{ and $" in (tmp_path / "plots" / "figure1_loss.svg").read_text()
+
+
+def test_a_run_without_rows_does_not_stop_the_others(runs, tmp_path, capsys):
+    write_rows(runs[0], [])
+    plot.main(plot.Args(runs=tuple(runs), out=tmp_path / "plots"))
+    printed = capsys.readouterr()
+    assert "note: left out: " in printed.err and "baseline/metrics.jsonl: is empty" in printed.err
+    assert (tmp_path / "plots" / "figure1_loss.png").exists() and "s4" in printed.out
+    with pytest.raises(UserError, match="metrics.jsonl: is empty"):
+        plot.main(plot.Args(runs=(runs[0],), out=tmp_path / "plots"))
+
+
+@pytest.mark.parametrize("value", ["1e999", "NaN", "Infinity", '"x"', "[]", "[" * 100_000])
+def test_a_value_that_is_no_number_is_named_with_its_line(runs, value):
+    rows = metrics(runs[1])
+    lines = [json.dumps(row) for row in rows]
+    lines[2] = json.dumps(rows[2] | {"seconds": "VALUE"}).replace('"VALUE"', value)
+    (runs[1] / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match="metrics.jsonl, line 3: "):
+        plot.load_run(runs[1])
+
+
+def test_runs_with_equal_names_and_other_data_are_told_apart(runs, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    same = runs[0].rename(tmp_path / "other" / "s4")
+    edit(same / "config.json", corpus="of other data")
+    plot.main(plot.Args(runs=(same, runs[1]), out=tmp_path / "plots"))
+    printed = capsys.readouterr().out
+    assert f"{same} " in printed and f"{runs[1]} " in printed
+    assert "trained on different data" in printed

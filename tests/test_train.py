@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from conftest import (
     ROOT,
     TINY,
+    TINY_RUN,
     arguments,
     metrics,
     needs_compiler,
@@ -27,13 +29,17 @@ import growth
 import stagewise.loss
 import train
 from cost import COST_METRICS, cumulative_cost
+from hellaswag import Example
 from model import GPT, GPTConfig
 from schedule import learning_rate, make_schedule
 from stagewise.checkpoint import load_checkpoint
 from stagewise.config import Config
 from stagewise.data import Shards, TrainOrder, load_meta
 from stagewise.device import autocast
+from stagewise.distributed import Ranks
 from stagewise.errors import UserError
+from stagewise.fileio import sha256
+from stagewise.metrics import MetricsWriter
 
 S4 = dict(stages=4, steps=16, continual_steps=4)
 EVERY_STEP = dict(checkpoint_interval=1, keep_checkpoints=100)
@@ -633,3 +639,126 @@ def test_a_user_error_is_one_line_without_a_traceback(tmp_path):
     assert result.returncode == 1 and result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: /nowhere/meta.json: not found")
+
+
+# --------------------------------------------------------------------------------------------------
+# the run folder while and after training
+
+
+@pytest.mark.parametrize("how", ["deleted", "renamed"])
+def test_a_run_whose_folder_is_lost_ends_with_an_error(run_train, tmp_path, monkeypatch, how):
+    steps = iter(range(100))
+
+    def train_step(*args):
+        if next(steps) == 4:
+            out = tmp_path / "run"
+            if how == "renamed":
+                out.rename(tmp_path / "moved")
+            while out.exists():  # a checkpoint may be written at the same time
+                shutil.rmtree(out, ignore_errors=True)
+        return original(*args)
+
+    original = train.train_step
+    monkeypatch.setattr(train, "train_step", train_step)
+    with pytest.raises(UserError, match=f"run: was {how}"):
+        run_train("run", checkpoint_interval=2)
+    assert not (tmp_path / "run").exists()
+    if how == "renamed":
+        monkeypatch.setattr(train, "train_step", original)
+        run_train("moved", init_from="resume")
+        rows = metrics(run_train("whole"))
+        assert without_clock(metrics(tmp_path / "moved")) == without_clock(rows)
+
+
+def test_config_json_records_what_trained_and_every_start(run_train):
+    out = run_train("run", steps=8)
+    first = (out / "config.json").read_bytes()
+    run_train("run", steps=8, init_from="auto", learning_rate=1.0)  # nothing is left to train
+    assert (out / "config.json").read_bytes() == first
+    run_train("run", steps=8, continual_steps=4, init_from="resume", learning_rate=0.5)
+    config = json.loads((out / "config.json").read_text())
+    assert config["learning_rate"] == 0.5
+    assert [start["step"] for start in config["starts"]] == [0, 8]
+    assert "--learning_rate=0.001" in config["starts"][0]["command"]
+    assert config["command"] == config["starts"][1]["command"]
+    for name in ("out_dir", "data_dir", "hellaswag_file"):
+        assert os.path.isabs(config[name])
+
+
+def other_corpus(corpus, folder):
+    """A corpus of the same size, with one token changed."""
+    shutil.copytree(corpus, folder)
+    meta = json.loads((folder / "meta.json").read_text())
+    path = folder / meta["shards"][1]["file"]
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    meta["shards"][1]["sha256"] = sha256(path)
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def test_a_run_does_not_resume_with_another_corpus_of_the_same_size(run_train, corpus, tmp_path):
+    run_train("run", steps=8)
+    shutil.copytree(corpus, tmp_path / "copy")
+    run_train("run", steps=8, continual_steps=2, init_from="resume", data_dir=tmp_path / "copy")
+    other = other_corpus(corpus, tmp_path / "other")
+    with pytest.raises(UserError, match="run: cannot resume with corpus [0-9a-f]{12} -> "):
+        run_train("run", steps=8, continual_steps=4, init_from="resume", data_dir=other)
+
+
+def test_resuming_without_the_metrics_so_far_is_reported(run_train, capsys):
+    out = run_train("run", steps=8)
+    (out / "metrics.jsonl").unlink()
+    run_train("run", steps=8, continual_steps=2, init_from="resume")
+    assert "metrics.jsonl: has no rows before step 8" in capsys.readouterr().err
+    assert [row["step"] for row in metrics(out)] == [9, 10]
+
+
+def test_a_model_that_does_not_fit_into_memory_is_an_error(run_train, tmp_path):
+    with pytest.raises(UserError, match=r"parameters needs [\d,.]+ GiB .* but cpu has [\d,.]+ GiB"):
+        run_train("run", n_embd=2_000_000, n_head=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_that_is_not_finite_is_null(corpus, tmp_path, capsys):
+    data = Shards(corpus, "val", 64, load_meta(corpus))
+    model = GPT(GPTConfig(**TINY))
+    model.transformer.h[1].mlp.c_fc.weight.data[3, 4] = float("nan")
+    examples = [Example([5, 6], [[1, 2], [3]], 0)]
+    precision = autocast(torch.device("cpu"), "float32")
+    row = train.evaluate(model, data, np.arange(4), examples, precision, 2, Ranks())
+    assert row.pop("hellaswag_n") == 1 and set(row.values()) == {None} and len(row) == 5
+    writer = MetricsWriter(tmp_path / "metrics.jsonl", None)
+    phase = make_schedule(4, 1, tokens_per_step=64, context_length=64).phases[0]
+    train.log(writer, {"step": 0} | row, phase)
+    assert "val loss not finite, hellaswag_acc not finite" in capsys.readouterr().out
+    assert metrics(tmp_path) == [{"step": 0} | row]
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (dict(n_layer=200_000), "n_layer=200000 must be"),
+        (dict(tokens_per_step=2**40, batch_size=3, block_size=1024), "use batch_size=1, 2, 4"),
+        (dict(timeout=10**12), "timeout=1000000000000 must be"),
+        (dict(data_dir="a\0b"), "data_dir='a.x00b' must not contain a NUL character"),
+    ],
+)
+def test_extreme_options_are_errors_at_once(run_train, options, named):
+    began = time.monotonic()
+    with pytest.raises(UserError, match=named):
+        run_train("run", **options)
+    assert time.monotonic() - began < 10
+
+
+def test_parameters_are_counted_without_building_the_model(run_train):
+    out = run_train("run", stages=2, dry_run=True)
+    summary = json.loads((out / "schedule.json").read_text())
+    c = Config(**TINY_RUN)
+    model = GPT(train.make_model_config(c, 320), n_blocks=0)
+    for phase in summary["phases"]:
+        model.grow((growth.FRESH,) * phase["n_blocks"], seed=1)
+        model.set_trainable(phase["trained_blocks"], phase["train_embeddings"], phase["train_head"])
+        assert phase["trained_parameters"] == model.num_params(trainable_only=True)
+    assert summary["parameters"] == model.num_params()
