@@ -231,7 +231,8 @@ def source_files(source: str) -> tuple[str, list[Path]]:
         UserError: if there are no files, files of several formats, or files of unknown formats.
     """
     path = Path(source)
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    with file_errors(f"--source={source}", "use a readable file or folder"):
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     # Hidden files, such as .gitattributes, and READMEs are not part of a dataset.
     ignored = ("readme", "license")
     files = [p for p in files if not p.name.startswith(".") and p.stem.lower() not in ignored]
@@ -366,7 +367,12 @@ def _exit_with_parent():
     os._exit(1)
 
 
-def _read(documents, start, stop, on_error):
+def read_documents(documents: Documents, start: int, stop: int, on_error: str) -> list[str]:
+    """Return documents, without the invalid ones if on_error is "skip".
+
+    Raises:
+        UserError: if on_error is "stop" and a document is invalid.
+    """
     with contextlib.suppress(ValueError):
         return documents.read(start, stop)
     texts = []
@@ -385,7 +391,7 @@ def _read(documents, start, stop, on_error):
 def _tokenize(start, stop):
     documents, encoding, on_error = _shared
     try:
-        texts = _read(documents, start, stop, on_error)
+        texts = read_documents(documents, start, stop, on_error)
     except OSError as error:
         raise UserError(
             f"{error.filename or 'the source'}: can no longer be read ({first_line(error)}): "

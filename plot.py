@@ -393,7 +393,9 @@ def figure_loss(runs: list[Run], args: Args):
     """
     fig, ax = draw(runs, "val_loss", args, "loss (nats per token)", train_column="loss")
     curves = [run.curve("val_loss", "steps") for run in runs]
-    late = np.concatenate([y[(x >= x[-1] / 10) & np.isfinite(y)] for x, y in curves if len(x)])
+    late = np.concatenate(
+        [np.empty(0)] + [y[(x >= x[-1] / 10) & np.isfinite(y)] for x, y in curves if len(x)]
+    )
     if len(late) > 1:
         margin = 0.08 * (late.max() - late.min())
         ax.set_ylim(late.min() - margin, late.max() + margin)

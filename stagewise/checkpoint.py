@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from stagewise.errors import UserError, first_line
+from stagewise.errors import UserError, file_errors, first_line
 from stagewise.fileio import decode_json, encode_json, fsync, sha256
 from stagewise.hf import SIZES, load_pretrained
 
@@ -141,7 +141,11 @@ def load_checkpoint(path: Path, optimizer: bool = False) -> dict[str, Any]:
     Raises:
         UserError: if there is no checkpoint, or it is corrupted or of another format version.
     """
-    path = Path(path)
+    with file_errors(path, "name a run folder, or a checkpoint"):
+        return _load_checkpoint(Path(path), optimizer)
+
+
+def _load_checkpoint(path, optimizer):
     if str(path) in SIZES and not path.exists():
         return load_pretrained(str(path))
     files = (MODEL, STATE, OPTIMIZER) if optimizer else (MODEL, STATE)

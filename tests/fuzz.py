@@ -9,6 +9,7 @@ written elsewhere. It is printed with the seed that reproduces it.
 
 import contextlib
 import dataclasses
+import gzip
 import io
 import json
 import os
@@ -33,8 +34,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import plot
 import train
 from cost import COST_METRICS, cumulative_cost, make_schedules
+from fineweb import load_files, read_documents, source_files
 from growth import OPERATORS
 from hellaswag import ending_losses, load_examples
 from model import GPT
@@ -48,12 +51,22 @@ from stagewise.checkpoint import (
     optimizer_state_from,
 )
 from stagewise.config import CONFIGS, Config, check, load_config, padded_vocab_size
-from stagewise.data import Shards, TrainOrder, get_tokenizer, load_meta, verify_shards, write_shard
+from stagewise.data import (
+    Shards,
+    TrainOrder,
+    encode,
+    get_tokenizer,
+    load_meta,
+    verify_shards,
+    write_shard,
+)
 from stagewise.device import autocast
+from stagewise.distributed import ranks_from_environment
 from stagewise.errors import UserError
 from stagewise.fileio import sha256
 from stagewise.metrics import MetricsWriter, read_metrics
 from stagewise.monitor import LossMonitor
+from study import load_study
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 20  # an input that takes longer hangs
@@ -277,9 +290,9 @@ def methods(work: Path, rng: random.Random) -> None:
         context_ramp="",
         tokens_per_step_ramp="",
     )
-    if rng.random() < 0.05:
+    if rng.random() < 0.01:
         options["growth"] = "stacks"
-    if rng.random() < 0.05:
+    if rng.random() < 0.01:
         options["skip_rate"] = rng.choice((1.0, -0.1, float("nan")))
     if rng.random() < 0.2:
         blocks = sorted(rng.sample(range(options["n_layer"]), rng.randrange(3)))
@@ -350,7 +363,9 @@ def checkpoint_files(work: Path, rng: random.Random) -> None:
     newest = newest_checkpoint(work / "run")
     which = newest if newest and rng.random() < 0.5 else folder
     checkpoint = load_checkpoint(which, optimizer=True)
-    train.check_resumable(checkpoint, config, MODEL_CONFIG, schedule, N_WINDOWS)
+    train.check_resumable(
+        checkpoint, config, MODEL_CONFIG, schedule, N_WINDOWS, load_meta(work / "corpus")
+    )
     model = GPT.from_weights(MODEL_CONFIG, checkpoint["model"])
     state = optimizer_state_from(checkpoint["optimizer"], dict(model.named_parameters()))
     LossMonitor(checkpoint["loss_history"], quiet=True).update(1, 1.0, 1.0)
@@ -401,6 +416,119 @@ def run_folders(work: Path, rng: random.Random) -> None:
     MetricsWriter(work / "run" / "metrics.jsonl", 2).close()
 
 
+ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def environment(work: Path, rng: random.Random) -> None:
+    """Variables that torchrun and schedulers set, in odd states."""
+    values = ["0", "1", "2", "-1", "abc", "", "9" * 30, "1e3", "localhost", "29500", " 1", "٣"]
+    chosen = {name: rng.choice(values) for name in ENVIRONMENT if rng.random() < 0.7}
+    with patched(os.environ, chosen):
+        ranks = ranks_from_environment()
+    assert 0 <= ranks.rank < ranks.world_size and 0 <= ranks.local_rank < ranks.world_size
+    assert ranks.launched or chosen.get("WORLD_SIZE", "1") == "1", "trains alone"
+
+
+@contextlib.contextmanager
+def patched(mapping, values: dict[str, str]):
+    former = dict(mapping)
+    try:
+        mapping.update(values)
+        yield
+    finally:
+        mapping.clear()
+        mapping.update(former)
+
+
+def paths(work: Path, rng: random.Random) -> None:
+    """Odd names and kinds of files for every option that is a path."""
+    odd = ["", ".", "/dev/null", "/dev/full", "/proc/self/mem", "/proc/x", "é" * 200]
+    odd += ["x" * 300, "/".join(["d" * 200] * 30), "\udcff", "a\nb", "a[12]", "$x", "~", "*", "\0"]
+    name = rng.choice(odd)
+    if not name.startswith("/"):
+        name = str(work / name)
+    linked, folder = work / "linked", work / "folder"
+    linked.symlink_to(work / "nowhere")
+    folder.mkdir()
+    name = rng.choice([name, name, name, str(linked), str(folder), str(work / "corpus/meta.json")])
+    kind = rng.randrange(7)
+    if kind == 0:
+        load_meta(name)
+    elif kind == 1:
+        load_examples(name, BYTES, 64)
+    elif kind == 2:
+        load_checkpoint(Path(name))
+    elif kind == 3:
+        load_run(Path(name))
+    elif kind == 4:
+        load_study(Path(name))
+    elif kind == 5:
+        source_files(name)
+    else:
+        config = Config(**OPTIONS, out_dir=str(work / "dry"), data_dir=name, hellaswag_data=name)
+        check(config)
+
+
+def sources(work: Path, rng: random.Random) -> None:
+    """Sources of fineweb.py with bad documents, in every format."""
+    documents: list = ["a text", "", "ü" * 20, " " * 3000 + "x", "\n" * 1500, "<|endoftext|>"]
+    rows = [{"text": d, "id": i} for i, d in enumerate(documents * rng.choice((1, 20)))]
+    suffix = rng.choice((".jsonl", ".jsonl", ".JSON", ".txt", ".parquet", ".jsonl.gz", ".csv"))
+    path = work / f"source{suffix}"
+    if suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet
+
+        pa.parquet.write_table(pa.Table.from_pylist(rows), path)
+        text = path.read_bytes()
+    else:
+        lines = [json.dumps(mutate_json(row, rng) if rng.random() < 0.02 else row) for row in rows]
+        text = "\n".join(lines).encode()
+    if rng.random() < 0.6:
+        text = mutate_bytes(text, rng)
+    path.write_bytes(gzip.compress(text) if suffix.endswith(".gz") else text)
+    if suffix.endswith(".gz") and rng.random() < 0.3:
+        path.write_bytes(mutate_bytes(path.read_bytes(), rng))
+    kind, files = source_files(str(path))
+    read = load_files(kind, files, work / ".source")
+    on_error = rng.choice(("stop", "skip"))
+    texts = [
+        t
+        for i in range(0, len(read), 64)
+        for t in read_documents(read, i, min(i + 64, len(read)), on_error)
+    ]
+    assert all(encode(BYTES, t).tolist() == list(t.encode()) for t in texts)
+
+
+def studies(work: Path, rng: random.Random) -> None:
+    path = rng.choice(sorted((ROOT / "results").glob("*/study.toml")))
+    (work / "study.toml").write_bytes(mutate_bytes(path.read_bytes(), rng))
+    _, runs = load_study(work)
+    assert runs and all(run.options for run in runs)
+
+
+def figures(work: Path, rng: random.Random) -> None:
+    """Rows with null, missing and extreme values; the figures and the table are drawn."""
+    path = work / "run" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        for key in list(row):
+            if rng.random() < 0.01 and key not in ("step", "tokens", "paper_cost", "flops"):
+                row[key] = rng.choice((None, 0, -1, 1e300, 1e-300, "x"))
+            if rng.random() < 0.01:
+                del row[key]
+    kept = [row for row in rows if rng.random() < 0.9]
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    title = rng.choice(WORDS)
+    args = plot.Args(runs=(work / "run",), out=work / "plots", title=title, x=rng.choice(AXES))
+    run = load_run(work / "run")
+    assert "nan" not in plot.table([run], args)
+    if rng.random() < 0.1:  # slow
+        plot.main(args)
+
+
+AXES: tuple = ("steps", "tokens", "paper_cost", "flops", "hours")
+
 TARGETS = {
     target.__name__: target
     for target in (
@@ -413,6 +541,11 @@ TARGETS = {
         checkpoint_files,
         init_weights,
         run_folders,
+        environment,
+        paths,
+        sources,
+        studies,
+        figures,
     )
 }
 
