@@ -114,6 +114,7 @@ def test_config_files_are_checked_like_options_and_named(capsys, tmp_path, line,
         ("steps = 3\nsteps = (", "line 2: SyntaxError"),
         ("steps = 3\n\nsteps = x\n", "line 3: NameError"),
         ("import json\njson.loads('{')\n", "line 2: JSONDecodeError"),
+        ("import sys\nsys.exit(0)\n", "line 2: SystemExit"),
     ],
 )
 def test_config_files_that_cannot_be_run_are_named_with_the_line(tmp_path, content, named):
