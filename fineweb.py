@@ -36,17 +36,26 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import filelock
 import numpy as np
 import tiktoken
 import tyro
+from msgspec import Meta
 from tqdm import tqdm
 
-from stagewise.data import encode, get_tokenizer, open_shard, write_shard
+from stagewise.data import ShardEntry, encode, get_tokenizer, open_shard, write_shard
 from stagewise.errors import UserError, file_errors, first_line, report_user_errors
-from stagewise.fileio import atomic_write, decode_json, fsync, sha256
+from stagewise.fileio import (
+    atomic_write,
+    convert,
+    decode_json,
+    fsync,
+    open_file,
+    read_bytes,
+    sha256,
+)
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
 DOCUMENTS_AT_A_TIME = 64
@@ -114,7 +123,7 @@ class JsonLines:
         self.paths = paths
         self.offsets = [array("q") for _ in paths]  # of the lines in each file
         for path, offsets in zip(paths, self.offsets):
-            with open(path, "rb") as f:
+            with open_file(path) as f:
                 position = 0
                 for line in f:
                     if not line.isspace():
@@ -138,6 +147,8 @@ class JsonLines:
             with open(self.paths[number], "rb") as f:
                 f.seek(offset)
                 line = f.readline()
+            if offset == 0:
+                line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
             try:
                 texts.append(decode_json(line, _Line).text)
             except ValueError as error:
@@ -167,7 +178,7 @@ class TextFiles:
         texts = []
         for path in self.paths[start:stop]:
             try:
-                texts.append(path.read_bytes().decode())
+                texts.append(read_bytes(path).decode())
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path.name}: {first_line(error)}") from None
         return texts
@@ -232,7 +243,7 @@ def source_files(source: str) -> tuple[str, list[Path]]:
     """
     path = Path(source)
     with file_errors(f"--source={source}", "use a readable file or folder"):
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        files = sorted(_files_below(path)) if path.is_dir() else [path]
     # Hidden files, such as .gitattributes, and READMEs are not part of a dataset.
     ignored = ("readme", "license")
     files = [p for p in files if not p.name.startswith(".") and p.stem.lower() not in ignored]
@@ -252,6 +263,14 @@ def source_files(source: str) -> tuple[str, list[Path]]:
     return found.popitem()
 
 
+def _files_below(folder):
+    def stop(error):
+        raise error
+
+    for parent, _, names in os.walk(folder, onerror=stop):
+        yield from (path for name in names if (path := Path(parent, name)).is_file())
+
+
 def load_files(kind: str, files: list[Path], folder: Path) -> Documents:
     """Return the documents of local files.
 
@@ -266,17 +285,17 @@ def load_files(kind: str, files: list[Path], folder: Path) -> Documents:
     folder.mkdir()
     expanded = []
     for i, path in enumerate(files):
-        with file_errors(path, "make it readable, or move it out of the source"):
+        with file_errors(path, "fix or replace the file, or move it out of the source"):
             if path.suffix.lower() in (".gz", ".zst"):
                 import pyarrow  # a dependency of datasets
 
                 expanded.append(folder / f"{i:08d}_{path.stem[:200]}")
                 codec = {".gz": "gzip", ".zst": "zstd"}[path.suffix.lower()]
-                with open(path, "rb") as f, open(expanded[-1], "wb") as out:
+                with open_file(path) as f, open(expanded[-1], "wb") as out:
                     shutil.copyfileobj(pyarrow.CompressedInputStream(f, codec), out, 2**20)
             else:
                 expanded.append(path)
-                with open(path, "rb") as f:
+                with open_file(path) as f:
                     if kind == "jsonl" and f.read(1024).lstrip()[:1] == b"[":
                         raise ValueError("a JSON array, not JSON Lines (one object per line)")
     if kind == "jsonl":
@@ -295,13 +314,14 @@ def load_files(kind: str, files: list[Path], folder: Path) -> Documents:
     except Exception as error:  # the readers raise many kinds of errors for corrupted files
         raise UserError(
             f"{files[0].parent}: cannot be read as parquet "
-            f"({first_line(error.__cause__ or error)}): fix the corrupted file, or move it out of "
+            f"({first_line(error.__cause__ or error)}): fix or replace the file, or move it out of "
             "the source"
         ) from None
     text = loaded.features.get("text")
     if getattr(text, "dtype", None) not in ("string", "large_string"):
         raise UserError(
-            f"{files[0]}: needs a `text` column of strings; found {loaded.column_names}"
+            f"{files[0]}: needs a `text` column of strings; found "
+            + ", ".join(f"{key}: {getattr(v, 'dtype', v)}" for key, v in loaded.features.items())
         )
     return Rows(loaded.select_columns("text"))
 
@@ -410,16 +430,23 @@ def _tokenize(start, stop):
 # writing
 
 
+Count = Annotated[int, Meta(ge=0, lt=2**53)]
+
+
+class CannotContinue(UserError):
+    """OUT.partial belongs to another command, or its files were changed."""
+
+
 @dataclass
 class Progress:
     """How far a corpus has been written. Saved in OUT.partial after every shard."""
 
     identity: str  # of the source and the options that determine the tokens
     shards: list[dict[str, Any]]  # as in meta.json
-    document: int = 0  # the first document whose tokens are not all in these shards
-    offset: int = 0  # number of tokens of the documents from there on that are in these shards
-    tokens: int = 0  # in all shards
-    skipped: int = 0  # documents before `document` that were skipped
+    document: Count = 0  # the first document whose tokens are not all in these shards
+    offset: Count = 0  # number of tokens of the documents from there on that are in these shards
+    tokens: Count = 0  # in all shards
+    skipped: Count = 0  # documents before `document` that were skipped
 
 
 class ShardWriter:
@@ -513,22 +540,34 @@ def load_progress(partial: Path, identity: str) -> Progress:
     Raises:
         UserError: if the shards come from another source or other options, or are incomplete.
     """
-    use_another = "repeat the original command, or choose another --out"
     if not (partial / PROGRESS).exists():
         for path in _contents(partial):
             path.unlink()
         return Progress(identity, [])
-    with file_errors(partial / PROGRESS, use_another):
-        progress = decode_json((partial / PROGRESS).read_bytes(), Progress)
-    if progress.identity != identity:
-        raise UserError(
-            f"{partial}: has {len(progress.shards)} shards of an interrupted run with another "
-            f"source, another version of it, or other options: {use_another}"
-        )
-    for shard in progress.shards:
-        if len(open_shard(partial / shard["file"])) != shard["tokens"]:
-            raise UserError(f"{partial}/{shard['file']}: was changed: choose another --out")
-    print(f"{partial}: continuing after {len(progress.shards)} shards", file=sys.stderr)
+    try:
+        progress = decode_json(read_bytes(partial / PROGRESS), Progress)
+        entries = [convert(shard, ShardEntry) for shard in progress.shards]
+        if progress.tokens != sum(entry.tokens for entry in entries) or not entries:
+            raise ValueError("its numbers of tokens contradict each other")
+        if progress.identity != identity:
+            raise CannotContinue(
+                f"{partial}: has {len(entries)} shards of an interrupted run with another source, "
+                "another version of it, or other options: repeat the original command, or choose "
+                "another --out"
+            )
+        for entry in entries:
+            if sha256(partial / entry.file) != entry.sha256:
+                raise ValueError(f"{entry.file} has changed")
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise CannotContinue(
+            f"{partial}/{PROGRESS}: the interrupted run cannot be continued "
+            f"({first_line(error)}): choose another --out"
+        ) from None
+    for path in partial.glob(".*.partial"):  # left by a killed process
+        path.unlink()
+    print(f"{partial}: continuing after {len(entries)} shards", file=sys.stderr)
     return progress
 
 
@@ -573,7 +612,8 @@ def atomic_folder(out: Path) -> Iterator[Path]:
                 partial.rmdir()
         if isinstance(error, OSError):
             raise _cannot_be_written(out, error) from None
-        if not isinstance(error, UserError) or "kept" in kept:
+        stopped = not isinstance(error, UserError) or "kept" in kept
+        if stopped and not isinstance(error, CannotContinue):
             print(f"\n{kept}", file=sys.stderr)
         raise
     finally:
@@ -672,6 +712,8 @@ def main(args: Args) -> None:
     stdlib, hub = args.source == "stdlib", args.source == FINEWEB
     name = "fineweb_edu" if hub else Path(args.source).name.split(".")[0] or "corpus"
     out = args.out or Path("data") / name
+    if not out.name or out.name == "..":
+        raise UserError(f"--out={out}: name a new folder")
     if not 2 <= args.shard_tokens < 2**31:
         raise UserError(
             f"--shard_tokens={args.shard_tokens} must be between 2 and 2**31 - 1, the maximum in a "

@@ -39,7 +39,7 @@ from stagewise.checkpoint import load_checkpoint
 from stagewise.data import check_tokenizer, encode, get_tokenizer
 from stagewise.device import autocast, pick_device
 from stagewise.errors import UserError, file_errors, first_line, report_user_errors
-from stagewise.fileio import atomic_file, decode_json, sha256
+from stagewise.fileio import atomic_file, decode_json, read_bytes, sha256
 from stagewise.loss import token_losses
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -172,7 +172,7 @@ def load_examples(
     """
     examples: list[Example] = []
     with file_errors(path, "specify a readable file in HellaSwag's format"):
-        lines = Path(path).read_bytes().split(b"\n")
+        lines = read_bytes(Path(path)).split(b"\n")
     for number, text in enumerate(lines, start=1):
         if limit and len(examples) == limit:
             break

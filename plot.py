@@ -31,7 +31,7 @@ from cost import COST_METRICS, NAMES, Metric
 from schedule import Phase
 from stagewise.config import Config, Positive
 from stagewise.errors import UserError, file_errors, report_user_errors
-from stagewise.fileio import atomic_file, convert, decode_json
+from stagewise.fileio import atomic_file, convert, decode_json, read_bytes
 from stagewise.metrics import read_metrics
 
 matplotlib.use("Agg")
@@ -136,6 +136,10 @@ class ScheduleSummary:
     baseline: BaselineSummary
 
 
+Count = Annotated[int, Meta(ge=0)]
+Real = Annotated[float, Meta(ge=-1e30, le=1e30)]
+
+
 @dataclass(frozen=True)
 class Row:
     """The columns of metrics.jsonl that are used here.
@@ -144,20 +148,20 @@ class Row:
     a value that was not measured at this step.
     """
 
-    step: int
-    tokens: int
-    paper_cost: int
-    flops: int
-    seconds: float
-    loss: float | None | UnsetType = UNSET
-    tokens_per_second: float | UnsetType = UNSET
-    mfu: float | None | UnsetType = UNSET
-    peak_memory: float | None | UnsetType = UNSET
-    val_loss: float | None | UnsetType = UNSET
-    hellaswag_acc: float | None | UnsetType = UNSET
-    hellaswag_acc_stderr: float | None | UnsetType = UNSET
-    hellaswag_acc_norm: float | None | UnsetType = UNSET
-    hellaswag_acc_norm_stderr: float | None | UnsetType = UNSET
+    step: Count
+    tokens: Count
+    paper_cost: Count
+    flops: Count
+    seconds: Real
+    loss: Real | None | UnsetType = UNSET
+    tokens_per_second: Annotated[float, Meta(gt=0, le=1e30)] | UnsetType = UNSET
+    mfu: Real | None | UnsetType = UNSET
+    peak_memory: Real | None | UnsetType = UNSET
+    val_loss: Real | None | UnsetType = UNSET
+    hellaswag_acc: Real | None | UnsetType = UNSET
+    hellaswag_acc_stderr: Real | None | UnsetType = UNSET
+    hellaswag_acc_norm: Real | None | UnsetType = UNSET
+    hellaswag_acc_norm_stderr: Real | None | UnsetType = UNSET
 
 
 @dataclass
@@ -248,18 +252,16 @@ def load_run(folder: Path) -> Run:
     """
     config, schedule = read_config(folder), _read(folder / "schedule.json", ScheduleSummary)
     path = folder / "metrics.jsonl"
-    rows = []
+    rows, names = [], [field.name for field in dataclasses.fields(Row)]
     for number, parsed in enumerate(read_metrics(path), start=1):
         try:
-            rows.append(convert(parsed, Row))
-        except ValueError as error:
+            row = convert(parsed, Row)
+            rows.append([_number(name, getattr(row, name)) for name in names])
+        except (ValueError, OverflowError) as error:
             raise _corrupted(f"{path}, line {number}", error) from None
     if not rows:
         raise NoRows(f"{path}: is empty: wait until the run logs a row, or train it again")
-    columns = {
-        field.name: np.array([_number(field.name, getattr(row, field.name)) for row in rows])
-        for field in dataclasses.fields(Row)
-    }
+    columns = dict(zip(names, np.array(rows).T))
     cost: dict[str, np.ndarray] = {
         m: columns[m] / getattr(schedule.baseline, m) for m in COST_METRICS
     }
@@ -287,7 +289,7 @@ def read_config(folder: Path) -> RunConfig:
 
 def _read(path: Path, schema: type[T]) -> T:
     with file_errors(path, "specify a run folder that train.py wrote and that is readable"):
-        text = path.read_bytes()
+        text = read_bytes(path)
     try:
         return decode_json(text, schema)
     except ValueError as error:
@@ -382,7 +384,8 @@ def _label(run, column):
 
 
 def _plain(text):
-    """Return text that Matplotlib draws as it is: no formulas, no unpaired surrogates."""
+    """Return text that Matplotlib draws as it is: no formulas, no characters invalid in XML."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
     return text.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
@@ -396,7 +399,7 @@ def figure_loss(runs: list[Run], args: Args):
     late = np.concatenate(
         [np.empty(0)] + [y[(x >= x[-1] / 10) & np.isfinite(y)] for x, y in curves if len(x)]
     )
-    if len(late) > 1:
+    if len(late) > 1 and late.min() < late.max():
         margin = 0.08 * (late.max() - late.min())
         ax.set_ylim(late.min() - margin, late.max() + margin)
     return fig

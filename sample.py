@@ -50,9 +50,15 @@ class Args:
 
 
 def main(args: Args) -> None:
-    for name in ("num_samples", "max_new_tokens", "top_k"):
-        if not 1 <= getattr(args, name) < 2**31:
-            raise UserError(f"--{name}={getattr(args, name)} must be at least 1 and below 2**31")
+    largest = {"num_samples": 10_000, "max_new_tokens": 1_000_000, "top_k": 2**31}
+    for name, limit in largest.items():
+        if not 1 <= getattr(args, name) <= limit:
+            raise UserError(f"--{name}={getattr(args, name)} must be between 1 and {limit:,}")
+    if (
+        not args.prompt.isprintable()
+        and args.prompt != args.prompt.encode("utf-8", "ignore").decode()
+    ):
+        raise UserError("--prompt: is not UTF-8 text: check the locale, for example LC_ALL=C.UTF-8")
     # A smaller temperature could overflow the logits. The comparison is written to reject NaN.
     if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
         raise UserError(f"--temperature={args.temperature} must be 0 or between 0.01 and 100")
@@ -61,6 +67,8 @@ def main(args: Args) -> None:
     device = pick_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint)
     model = GPT.from_weights(checkpoint["model_config"], checkpoint["model"], device).eval()
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"{args.checkpoint}: its weights are not finite: use another checkpoint")
     encoding = get_tokenizer(checkpoint["tokenizer"])
     check_tokenizer(encoding, model.config.vocab_size, args.checkpoint)
     prompt = [encoding.eot_token, *encode(encoding, args.prompt).tolist()]

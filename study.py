@@ -46,7 +46,7 @@ from plot import PhaseSummary, Run, load_run, read_config
 from stagewise.config import INPUTS, Config, grad_accum_steps, load_config, padded_vocab_size
 from stagewise.data import fingerprint, load_meta
 from stagewise.errors import UserError, file_errors, report_user_errors
-from stagewise.fileio import atomic_write, convert
+from stagewise.fileio import atomic_write, convert, read_bytes
 from stagewise.monitor import EXIT_STOPPED
 from train import make_model_config
 
@@ -119,7 +119,7 @@ class RunEntry(Struct, forbid_unknown_fields=True):
     """A table [runs.LABEL] in study.toml."""
 
     options: tuple[str, ...] = ()  # for train.py, applied after the options of all runs
-    seeds: Annotated[tuple[int, ...], Meta(min_length=1)] = (1,)
+    seeds: Annotated[tuple[Annotated[int, Meta(ge=0, lt=2**32)], ...], Meta(min_length=1)] = (1,)
     against: str = "baseline"  # label of the run to compare with
 
 
@@ -158,7 +158,7 @@ def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
     """
     path = folder / "study.toml"
     with file_errors(path, "specify a folder with a study.toml, such as those in results/"):
-        text = path.read_bytes()
+        text = read_bytes(path)
     try:
         study = convert(tomllib.loads(text.decode()), Study)
     except (ValueError, RecursionError) as error:
@@ -175,7 +175,12 @@ def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
                 f"{where}: against = {entry.against!r} is not a run: use one of "
                 f"{', '.join(study.runs)}"
             )
+        if len(set(entry.seeds)) < len(entry.seeds):
+            raise UserError(f"{where}: seeds: a seed is listed more than once")
         options = (*study.options, *entry.options)
+        for option in options:
+            if option.removeprefix("--").split("=")[0] in (*OWN_OPTIONS, "help", "-h"):
+                raise UserError(f"{where}: options: the study sets {option} itself")
         planned.append(
             [PlannedRun(label, s, (*options, f"--seed={s}"), entry.against) for s in entry.seeds]
         )

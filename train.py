@@ -96,7 +96,7 @@ def main() -> None:
     ranks = ranks_from_environment()
     config = load_config(sys.argv[1:], Config(), quiet=ranks.local_rank != 0)
     out_dir = Path(config.out_dir)
-    no_corpus = config.dry_run and not Path(config.data_dir, "meta.json").exists()
+    no_corpus = config.dry_run and not os.path.exists(Path(config.data_dir, "meta.json"))
     meta = None if no_corpus else load_meta(config.data_dir)
     model_config = make_model_config(config, padded_vocab_size(meta))
     schedule, baseline = make_schedules(config, model_config)
@@ -674,6 +674,10 @@ def check_resumable(
         raise UserError(
             f"{out_dir}: cannot resume with {', '.join(changed)}: use the original values, or "
             "another out_dir"
+        )
+    if step and not checkpoint["optimizer"]:
+        raise UserError(
+            f"{out_dir}: the newest checkpoint has no optimizer state: use an earlier one"
         )
     try:
         former = begun(convert(checkpoint["phases"], list[Phase]), step)

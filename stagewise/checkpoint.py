@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from stagewise.errors import UserError, file_errors, first_line
-from stagewise.fileio import decode_json, encode_json, fsync, sha256
+from stagewise.fileio import decode_json, encode_json, fsync, read_bytes, sha256
 from stagewise.hf import SIZES, load_pretrained
 
 FORMAT_VERSION = 1
@@ -90,7 +90,7 @@ def verify(checkpoint: Path, files=(MODEL, OPTIMIZER, STATE)) -> str | None:
         UserError: if a file exists but cannot be read. It may be undamaged.
     """
     try:
-        lines = (checkpoint / SUMS).read_text("utf-8").splitlines()
+        lines = read_bytes(checkpoint / SUMS).decode().splitlines()
         sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
         for name in files:
             if name not in sums:
@@ -159,7 +159,7 @@ def _load_checkpoint(path, optimizer):
     elif wrong := verify(path, files):
         raise UserError(f"{path} is corrupted ({wrong}): use another checkpoint")
     try:
-        text = (path / STATE).read_bytes()
+        text = read_bytes(path / STATE)
         version = decode_json(text, _Version).format_version
         if version != FORMAT_VERSION:
             raise UserError(
@@ -170,6 +170,9 @@ def _load_checkpoint(path, optimizer):
         checkpoint: dict[str, Any] = {f.name: getattr(state, f.name) for f in fields(State)}
         checkpoint["model"] = load_file(path / MODEL)
         checkpoint["optimizer"] = load_file(path / OPTIMIZER) if optimizer else None
+        for name, w in checkpoint["model"].items():
+            if w.dtype != torch.float32:
+                raise ValueError(f"{name} has type {w.dtype}, expected {torch.float32}")
         for name, same in TIED.items():
             checkpoint["model"][name] = checkpoint["model"][same]
     except UserError:

@@ -23,7 +23,7 @@ from msgspec import Meta
 from tqdm import tqdm
 
 from stagewise.errors import UserError, file_errors, first_line
-from stagewise.fileio import atomic_file, decode_json, sha256
+from stagewise.fileio import atomic_file, decode_json, open_file, read_bytes, sha256
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
@@ -109,9 +109,10 @@ def open_shard(path: Path) -> np.ndarray:
     Raises:
         UserError: if the file is not a complete shard.
     """
-    with file_errors(path, "a shard that meta.json lists must be readable; copy it again"):
-        size = os.path.getsize(path)
-        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    advice = "a shard that meta.json lists must be readable; copy it again"
+    with file_errors(path, advice), open_file(path) as f:
+        size = os.fstat(f.fileno()).st_size
+        header = np.fromfile(f, dtype="<i4", count=HEADER_INTS)
     if len(header) < HEADER_INTS or header[0] != MAGIC:
         raise UserError(
             f"{path}: not a token shard (a .bin file of llm.c starts with {MAGIC}): write shards "
@@ -125,7 +126,8 @@ def open_shard(path: Path) -> np.ndarray:
     if size != HEADER_BYTES + 2 * count:
         raise UserError(
             f"{path}: the header gives {count:,} tokens, but the file has "
-            f"{(size - HEADER_BYTES) // 2:,}: it is truncated or corrupted, copy or write it again"
+            f"{(size - HEADER_BYTES) / 2:,.15g}: it is truncated or corrupted, copy or write it "
+            "again"
         )
     if not count:
         return np.zeros(0, "<u2")
@@ -159,7 +161,7 @@ def load_meta(data_dir: str | Path) -> dict[str, Any]:
     """
     path = Path(data_dir) / "meta.json"
     try:
-        text = path.read_bytes()
+        text = read_bytes(path)
     except FileNotFoundError:
         raise UserError(
             f"{path.absolute()}: not found: data_dir must contain a corpus; write one with "

@@ -1,12 +1,15 @@
 """File I/O: atomic writes, checksums, run folder locks, and JSON with a schema."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -18,8 +21,21 @@ from stagewise.errors import UserError, file_errors, first_line
 T = TypeVar("T")
 
 
+def open_file(path: Path) -> BufferedReader:
+    """Open a file for reading. Pipes and devices, which may never end, raise OSError."""
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # folders raise a better error below
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return open(path, "rb")
+
+
+def read_bytes(path: Path) -> bytes:
+    with open_file(path) as f:
+        return f.read()
+
+
 def sha256(path: Path) -> str:
-    with open(path, "rb") as f:
+    with open_file(path) as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from stagewise.errors import UserError, file_errors, first_line
-from stagewise.fileio import atomic_write, decode_json
+from stagewise.fileio import atomic_write, decode_json, read_bytes
 
 
 class MetricsWriter:
@@ -55,6 +55,7 @@ class MetricsWriter:
         if not self._pending:
             return
         try:
+            self._reopen_if_lost()
             written = os.pwrite(self._file, self._pending, self._size)
             if written < len(self._pending):
                 raise OSError("the disk is full")
@@ -67,6 +68,24 @@ class MetricsWriter:
         else:
             self._size += written
             self._pending = b""
+
+    def _reopen_if_lost(self):
+        """Continue in a new file if the file was deleted, and at its end if it was truncated."""
+        state = os.fstat(self._file)
+        if state.st_nlink == 0:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            new = os.open(self.path, flags, 0o666)
+            os.close(self._file)
+            self._file, self._size = new, 0
+        elif state.st_size < self._size:
+            self._size = state.st_size
+        else:
+            return
+        tqdm.write(
+            f"warning: {self.path}: rows were deleted by another process; the next rows are "
+            "written, the deleted ones are lost",
+            file=sys.stderr,
+        )
 
     def sync(self) -> None:
         """Flush all rows to disk, so that no checkpoint is ahead of its metrics."""
@@ -88,7 +107,7 @@ def read_metrics(path: Path) -> list[dict]:
     rows: list[dict] = []
     corrupted = None
     with file_errors(path, "specify a run folder that train.py wrote and that is readable"):
-        lines = path.read_bytes().split(b"\n")[:-1]
+        lines = read_bytes(path).split(b"\n")[:-1]
     for number, line in enumerate(lines, start=1):
         try:
             row = decode_json(line, dict[str, Any])

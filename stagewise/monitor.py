@@ -6,8 +6,10 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import Annotated
 
 import numpy as np
+from msgspec import Meta
 from tqdm import tqdm
 
 from stagewise.errors import UserError
@@ -19,6 +21,9 @@ WINDOW = 128  # number of previous losses for the z-score, as in llm.c
 SPIKE = 6.0  # standard deviations
 
 
+Loss = Annotated[float, Meta(ge=-4e38, le=4e38)]  # float32
+
+
 @dataclass
 class LossHistory:
     """State of a `LossMonitor`, saved in checkpoints so that a resumed run continues the counts."""
@@ -26,7 +31,7 @@ class LossHistory:
     skipped_steps: int = 0  # updates skipped because the loss or gradient was not finite
     skipped_in_a_row: int = 0
     spikes: int = 0
-    losses: list[float] = field(default_factory=list)  # the last WINDOW finite ones
+    losses: list[Loss] = field(default_factory=list)  # the last WINDOW finite ones
 
 
 class LossMonitor:

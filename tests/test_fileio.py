@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT
 
 from stagewise.errors import UserError
-from stagewise.fileio import FolderLock, atomic_write, convert, decode_json
+from stagewise.fileio import FolderLock, atomic_write, convert, decode_json, read_bytes, sha256
 
 LOCK = (
     "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; "
@@ -141,3 +142,14 @@ def test_a_folder_that_moved_or_disappeared_is_an_error(tmp_path):
     (tmp_path / "moved").rmdir()
     with pytest.raises(UserError, match="run: was deleted while the run was writing to it"):
         lock.check()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_files_that_never_end_are_not_read(tmp_path, kind):
+    path = Path("/dev/zero")
+    if kind == "pipe":
+        path = tmp_path / "pipe"
+        os.mkfifo(path)
+    for read in (read_bytes, sha256):
+        with pytest.raises(OSError, match="Not a regular file"):
+            read(path)

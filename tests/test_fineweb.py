@@ -477,3 +477,48 @@ def test_a_source_folder_without_known_files_names_what_it_has(monkeypatch, tmp_
         (folder / name).write_text("x")
     with pytest.raises(UserError, match=r"found 1 \*\.bin, 1 jsonl, 1 txt files"):
         run(monkeypatch, tmp_path, folder)
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(monkeypatch, tmp_path):
+    """Its files must not be missing without a message."""
+    source = tmp_path / "source"
+    (source / "denied").mkdir(parents=True)
+    write(source / "a.jsonl")
+    original = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("denied"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match="source=.*source: Permission denied"):
+        run(monkeypatch, tmp_path, source)
+
+
+@pytest.mark.parametrize("how", ["shard", "progress", "position"])
+def test_an_interrupted_corpus_that_was_changed_is_not_continued(monkeypatch, tmp_path, how):
+    source = tmp_path / "bad.jsonl"
+    write_with_bad_documents(source)
+    with pytest.raises(UserError, match="document 1 "):
+        run(monkeypatch, tmp_path, source)
+    source.write_text(source.read_text("latin-1").replace("null", '"a text"'), "latin-1")
+    with pytest.raises(UserError, match="document 70 "):
+        run(monkeypatch, tmp_path, source, shard_tokens=500)
+    partial = tmp_path / "out.partial"
+    progress = json.loads((partial / fineweb.PROGRESS).read_text())
+    if how == "shard":
+        path = partial / progress["shards"][0]["file"]
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    elif how == "progress":
+        (partial / fineweb.PROGRESS).write_text("{")
+    else:
+        (partial / fineweb.PROGRESS).write_text(json.dumps(progress | {"document": -5}))
+    with pytest.raises(UserError, match="progress.json: the interrupted run cannot be continued"):
+        run(monkeypatch, tmp_path, source, shard_tokens=500, on_error="skip")
+
+
+@pytest.mark.parametrize("out", ["", ".", "/", ".."])
+def test_an_out_without_a_name_is_an_error(out):
+    with pytest.raises(UserError, match="name a new folder"):
+        fineweb.main(fineweb.Args("stdlib", Path(out)))

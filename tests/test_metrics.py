@@ -96,3 +96,17 @@ def test_a_line_that_is_not_a_row_is_named(tmp_path, line):
 def test_a_file_that_cannot_be_written_is_an_error(tmp_path):
     with pytest.raises(UserError, match="metrics.jsonl: cannot be written"):
         MetricsWriter(tmp_path / "no folder" / "metrics.jsonl", None)
+
+
+@pytest.mark.parametrize("how", ["deleted", "truncated"])
+def test_rows_after_a_lost_file_are_written(tmp_path, capsys, how):
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path, None)
+    for row in rows(0, 1):
+        writer.write(row)
+    path.unlink() if how == "deleted" else path.write_text("")
+    for row in rows(2, 3):
+        writer.write(row)
+    writer.close()
+    assert read_metrics(path) == rows(2, 3)
+    assert capsys.readouterr().err.count("rows were deleted by another process") == 1

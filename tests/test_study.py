@@ -588,3 +588,19 @@ def test_a_report_that_cannot_be_written_is_an_error(copy):
     (copy / "README.md").mkdir()
     with pytest.raises(UserError, match="README.md: Is a directory"):
         study.main(study.ReportArgs(copy))
+
+
+@pytest.mark.parametrize(
+    "line, named",
+    [
+        ("seeds = [1, 1]", "runs.s4: seeds: a seed is listed more than once"),
+        ("seeds = [-1]", "runs.s4: .*expected `int` >= 0"),
+        ('options = ["--seed=3"]', "runs.s4: options: the study sets --seed=3 itself"),
+        ('options = ["--help"]', "runs.s4: options: the study sets --help itself"),
+    ],
+)
+def test_studies_that_would_count_a_run_twice_or_not_train_it_are_errors(tmp_path, line, named):
+    text = 'title = "x"\n[runs.baseline]\n[runs.s4]\n'
+    (tmp_path / "study.toml").write_text(text + line + "\n")
+    with pytest.raises(UserError, match=named):
+        study.load_study(tmp_path)
