@@ -1,7 +1,6 @@
 """Standard streams that fail, Ctrl-C at any time, odd environments: none of them ends a run."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -98,8 +97,8 @@ def test_an_interrupt_at_any_moment_of_the_start_has_no_traceback(tmp_path, name
         process.send_signal(signal.SIGINT)
         text = process.communicate(timeout=60)[0]
         assert process.returncode in (0, 1, 130, -signal.SIGINT)
-        # Python itself needs a moment before it executes the first line of the script.
-        assert delay == 0.1 or not re.search("Traceback|KeyboardInterrupt", text), text
+        # An interrupt while Python itself starts, before the first line of the script, is not ours.
+        assert f'File "{ROOT / name}"' not in text, text
 
 
 @pytest.mark.slow
