@@ -54,11 +54,8 @@ def main(args: Args) -> None:
     for name, limit in largest.items():
         if not 1 <= getattr(args, name) <= limit:
             raise UserError(f"--{name}={getattr(args, name)} must be between 1 and {limit:,}")
-    if (
-        not args.prompt.isprintable()
-        and args.prompt != args.prompt.encode("utf-8", "ignore").decode()
-    ):
-        raise UserError("--prompt: is not UTF-8 text: check the locale, for example LC_ALL=C.UTF-8")
+    if args.prompt != args.prompt.encode("utf-8", "ignore").decode():
+        raise UserError("--prompt: is not UTF-8 text: set the locale, for example LC_ALL=C.UTF-8")
     # A smaller temperature could overflow the logits. The comparison is written to reject NaN.
     if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
         raise UserError(f"--temperature={args.temperature} must be 0 or between 0.01 and 100")
