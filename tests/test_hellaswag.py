@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED_DATA, TINY, script
+from conftest import ROOT, SHARED_DATA, TINY, script
 from huggingface_hub import file_download
 from torch.nn import functional as F
 
@@ -424,3 +424,9 @@ def test_thousands_of_endings_are_an_error(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps(GOOD | {"endings": ["a"] * 10_000}))
     with pytest.raises(UserError, match="x.jsonl, line 1: endings: expected `array` of length <="):
         load_examples(tmp_path / "x.jsonl", get_tokenizer("bytes"), 64)
+
+
+def test_a_run_is_scored_on_its_own_file_from_any_directory(run_train, corpus, tmp_path):
+    out = run_train("run", steps=1, data_dir=os.path.relpath(corpus))
+    result = script(ROOT / "hellaswag.py", out, "--limit=3", "--device=cpu", cwd=tmp_path)
+    assert f"3 examples of {corpus}/hellaswag.jsonl" in result.stdout
