@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from model import GPT, GPTConfig
-from stagewise import checkpoint
+from stagewise import checkpoint, fileio
 from stagewise.checkpoint import (
     CheckpointWriter,
     checkpoints,
@@ -418,23 +418,16 @@ def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_corrupted_one(
     """As when a colleague resumes a run: no older checkpoint is used, and no new run started."""
     write(tmp_path, trained, 3, 8)
 
-    def denied(name):
-        original = getattr(Path, name)
+    def denied(original):
+        def read(path):
+            if path.name == failing and "step_00000003" not in str(path):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return original(path)
 
-        def method(self, *args, **kwargs):
-            if self.name == failing and "step_00000003" not in str(self):
-                raise PermissionError(errno.EACCES, "Permission denied", str(self))
-            return original(self, *args, **kwargs)
+        return read
 
-        return method
-
-    def digest(path):
-        path.read_bytes()
-        return sha256(path)
-
-    monkeypatch.setattr(checkpoint, "sha256", digest)
-    for name in ("read_bytes", "read_text", "iterdir"):
-        monkeypatch.setattr(Path, name, denied(name))
+    monkeypatch.setattr(fileio, "open_file", denied(fileio.open_file))
+    monkeypatch.setattr(Path, "iterdir", denied(Path.iterdir))
     with pytest.raises(UserError, match=f"{failing}: cannot be read .Permission denied.*readable"):
         newest_checkpoint(tmp_path)
 
