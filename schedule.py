@@ -11,6 +11,7 @@ combined. To add a policy for skipping blocks, write a function at the end of th
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -404,10 +405,14 @@ def _cut(phases, step):
         if not p.start < step < p.stop:
             result.append(p)
             continue
-        name, _, part = p.name.partition(", part ")
         after = dict(start=step, growth=None, optimizer_state="carry", rewarmup_steps=0)
         result.append(replace(p, stop=step, milestone=False))
-        result.append(replace(p, name=f"{name}, part {int(part or 1) + 1}", **after))
+        result.append(replace(p, **after))
+    parts: Counter = Counter()
+    for i, p in enumerate(result):
+        name = p.name.partition(", part ")[0]
+        parts[name] += 1
+        result[i] = replace(p, name=name if parts[name] == 1 else f"{name}, part {parts[name]}")
     return result
 
 

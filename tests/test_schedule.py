@@ -384,3 +384,11 @@ def test_every_later_phase_warms_up_again_but_a_split_does_not():
     cut = with_ramp(schedule, "context_length", "0:512 12.5%:256 30%:512")
     cut = schedules.Schedule(schedules._cut(schedules._cut(cut.phases, 15), 21))
     assert rates(cut) == r
+
+
+def test_parts_of_a_phase_have_different_names_with_two_ramps():
+    schedule = make_schedule(4, 100, stages=2, context_length=32, tokens_per_step=64)
+    for ramp in ("0:16 10%:32", "0:8 5%:16 15%:32"):
+        schedule = with_ramp(schedule, "context_length", ramp)
+    names = [p.name for p in schedule.phases]
+    assert len(set(names)) == len(names) and "stage 1 phase 1, part 4" in names
