@@ -371,7 +371,7 @@ def main(args: Args) -> None:
     if path == DEFAULT_PATH:
         download()
     examples = load_examples(path, encoding, model.config.block_size, args.limit)
-    with autocast(device, args.dtype):
+    with autocast(device, args.dtype, model.config.n_embd):
         scores = evaluate(model, examples, progress=True)
     if math.isnan(scores["acc"]):
         raise UserError(f"{args.checkpoint}: the losses are not finite: the model has diverged")

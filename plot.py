@@ -103,6 +103,7 @@ class RunConfig(Config):
     command: str
     date: str
     corpus: str = ""  # data.fingerprint
+    matmul_dtype: str = ""  # device.matmul_dtype
     starts: tuple[dict[str, Any], ...] = ()  # every start of the run: step, command, ...
 
 

@@ -71,7 +71,7 @@ def main(args: Args) -> None:
     prompt = [encoding.eot_token, *encode(encoding, args.prompt).tolist()]
     idx = torch.tensor([prompt] * args.num_samples, device=device)
     generator = torch.Generator(device).manual_seed(args.seed)
-    with autocast(device, args.dtype):
+    with autocast(device, args.dtype, model.config.n_embd):
         out = model.generate(
             idx,
             args.max_new_tokens,

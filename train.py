@@ -24,13 +24,15 @@ import math
 import os
 import shlex
 import shutil
+import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from tabulate import tabulate
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
@@ -69,6 +71,7 @@ from stagewise.device import (
     check_memory,
     cpu_name,
     device_name,
+    matmul_dtype,
     peak_flops,
     peak_memory,
     pick_device,
@@ -88,6 +91,9 @@ from stagewise.metrics import MetricsWriter
 from stagewise.monitor import EXIT_STOPPED, LossMonitor, StopSignals
 from stagewise.seeding import derived_seed
 
+# `calibrate` measures at least this many steps of each phase, and at least this long.
+MIN_CALIBRATION_STEPS, CALIBRATION_SECONDS = 3, 2.0
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, are evenly spread
 BAR = "{desc:<16} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
@@ -96,7 +102,8 @@ def main() -> None:
     ranks = ranks_from_environment()
     config = load_config(sys.argv[1:], Config(), quiet=ranks.local_rank != 0)
     out_dir = Path(config.out_dir)
-    no_corpus = config.dry_run and not os.path.exists(Path(config.data_dir, "meta.json"))
+    needs_corpus = config.calibrate or not config.dry_run
+    no_corpus = not needs_corpus and not os.path.exists(Path(config.data_dir, "meta.json"))
     meta = None if no_corpus else load_meta(config.data_dir)
     model_config = make_model_config(config, padded_vocab_size(meta))
     schedule, baseline = make_schedules(config, model_config)
@@ -105,9 +112,9 @@ def main() -> None:
     summary = summarize(schedule, baseline, model_config)
     summary["is_baseline"] &= not config.init_weights
     add_parameter_counts(summary, schedule, model_config)
-    if config.dry_run or meta is None:
-        if ranks.master:
-            print_dry_run(out_dir, summary, model_config, config.data_dir, no_corpus)
+    if config.dry_run and ranks.master:
+        print_dry_run(out_dir, summary, model_config, config.data_dir, no_corpus)
+    if meta is None or (config.dry_run and not config.calibrate):
         return
 
     # --- data
@@ -122,7 +129,7 @@ def main() -> None:
     device = pick_device(config.device, ranks.local_rank, ranks.world_size)
     if config.deterministic:
         use_deterministic_kernels()
-    precision = autocast(device, config.dtype)
+    precision = autocast(device, config.dtype, config.n_embd)
     if config.compile != "none" and device.type == "cpu":
         check_compiler(config.compile)
     task = hellaswag.task_file(config.hellaswag_data, config.data_dir)
@@ -138,6 +145,24 @@ def main() -> None:
         examples = hellaswag.load_examples(task, encoding, config.block_size, limit)
 
     check_memory(summary["parameters"], device)
+    if config.calibrate:
+        new_batches = functools.partial(
+            train_batches, train_data, order, step=0, config=config, ranks=ranks, device=device
+        )
+        evaluation_seconds = functools.partial(
+            measure_evaluation, data=val_data, windows=val_windows, examples=examples,
+            precision=precision, batch_size=config.batch_size, ranks=ranks,
+        )  # fmt: skip
+        forecast = calibrate(
+            schedule, model_config, config, ranks, device, precision,
+            new_batches, evaluation_seconds,
+        )  # fmt: skip
+        if ranks.master:
+            print(forecast_table(forecast))
+            write_json(out_dir, "forecast.json", {"phases": forecast})
+        if ranks.launched:
+            dist.destroy_process_group()
+        return
     if ranks.master:
         lock = lock_out_dir(out_dir, config.init_from)  # held until the process ends
 
@@ -559,6 +584,167 @@ def diverged(step, loss, grad_norm, config, schedule, data, order) -> UserError:
 
 
 # --------------------------------------------------------------------------------------------------
+# forecast
+
+
+def calibrate(
+    schedule: Schedule,
+    model_config: GPTConfig,
+    config: Config,
+    ranks: Ranks,
+    device: torch.device,
+    precision: torch.autocast,
+    new_batches: Callable[[Schedule], Iterator],
+    evaluation_seconds: Callable[[GPT], float],
+) -> list[dict[str, Any]]:
+    """Measure a few steps of every phase, and return a row with the expected times of each phase.
+
+    The phases are entered as in a run, and phases with the same work are measured once. The times
+    do not include the start of the process and checkpoints.
+
+    Args:
+        new_batches: returns the micro-batches of a schedule.
+        evaluation_seconds: returns how long an evaluation of the model takes.
+    """
+    model = GPT(model_config, schedule.phases[0].n_blocks, config.seed, device)
+    if config.compile != "none":
+        model.compile_regions(whole=config.compile == "model")
+    rows = []
+    measured: dict[Phase, dict[str, float]] = {}
+    optimizer_state: dict = {}
+    for phase in tqdm(schedule.phases, desc="calibration", disable=not ranks.master, leave=False):
+        optimizer = enter_phase(model, optimizer_state, phase, config)
+        optimizer_state = optimizer.state
+        # Only the fields that affect the speed. A policy for skipping blocks depends on the step.
+        unused: dict[str, Any] = dict(name="", stage=0, kind="all_blocks", growth=None)
+        unused |= dict(optimizer_state="carry", rewarmup_steps=0, milestone=False)
+        work = phase if phase.skip else dataclasses.replace(phase, start=0, stop=1, **unused)
+        new = work not in measured
+        if new:
+            wrapped = wrap(model, phase, device) if ranks.world_size > 1 else model
+            endless = Schedule((dataclasses.replace(phase, start=0, stop=2**40),))
+            batches = Prefetch(new_batches(endless))
+            reset_peak_memory(device)
+            measured[work] = measure_steps(
+                wrapped, optimizer, batches, phase, schedule, config, ranks, precision
+            )
+            measured[work]["peak_memory"] = peak_memory(device)
+            measured[work]["evaluation"] = evaluation_seconds(model)
+            del wrapped
+        m, every = measured[work], config.eval_interval
+        evaluations = phase.stop // every - phase.start // every + (phase.start == 0)
+        evaluations += phase.stop == schedule.n_steps and phase.stop % every > 0
+        rows.append(
+            {
+                "phase": phase.name,
+                "steps": phase.n_steps,
+                "step_seconds": m["step"],
+                "tokens_per_second": phase.tokens_per_step / m["step"],
+                "peak_memory": m["peak_memory"],
+                "training_seconds": phase.n_steps * m["step"],
+                "compile_seconds": m["compile"] if new else 0.0,
+                "evaluation_seconds": evaluations * m["evaluation"],
+            }
+        )
+    return rows
+
+
+def measure_steps(
+    model,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator,
+    phase: Phase,
+    schedule: Schedule,
+    config: Config,
+    ranks: Ranks,
+    precision: torch.autocast,
+) -> dict[str, float]:
+    """Return the seconds of a step of a phase, and those of the first step beyond that.
+
+    The measured steps are spread over the phase. If steps have more than 2 micro-batches, steps
+    with 1 and 2 are measured and extrapolated.
+    """
+
+    def seconds(position: float, n: int) -> float:
+        """Perform a step with n micro-batches, at a position in [0, 1) of the phase."""
+        scales = schedule.at(phase.start + int(position * phase.n_steps)).residual_scales
+        start = time.perf_counter()
+        losses = train_step(model, optimizer, batches, n, precision, config.grad_clip, scales)
+        losses.tolist()  # synchronizes with the device
+        elapsed = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+        if ranks.world_size > 1:  # all ranks must perform the same number of steps
+            elapsed = elapsed.to(losses.device)
+            dist.all_reduce(elapsed, dist.ReduceOp.MAX)
+        return elapsed.item()
+
+    def median_seconds(n: int) -> float:
+        times = [seconds(0, n)]
+        while len(times) < MIN_CALIBRATION_STEPS or sum(times) < CALIBRATION_SECONDS:
+            times.append(seconds(len(times) * GOLDEN_RATIO % 1, n))
+        return statistics.median(times) if phase.skip is None else statistics.fmean(times)
+
+    n = grad_accum_steps(config, phase.tokens_per_step, ranks.world_size)
+    first, step = seconds(0, min(n, 2)), median_seconds(min(n, 2))
+    compile_seconds = max(0.0, first - step)
+    if n > 2:
+        step += (n - 2) * (step - median_seconds(1))
+    return {"step": step, "compile": compile_seconds}
+
+
+def measure_evaluation(
+    model: GPT,
+    data: Shards,
+    windows: np.ndarray,
+    examples: list[hellaswag.Example],
+    precision: torch.autocast,
+    batch_size: int,
+    ranks: Ranks,
+) -> float:
+    """Return the seconds of `evaluate` with these arguments, extrapolated from part of the data."""
+    few = windows[: 4 * batch_size * ranks.world_size]
+    some = examples[:: max(1, len(examples) // (64 * ranks.world_size))]
+
+    def seconds(examples):
+        start = time.perf_counter()
+        evaluate(model, data, few, examples, precision, batch_size, ranks)
+        return time.perf_counter() - start
+
+    seconds(some[:1])  # not measured: allocates memory
+    loss = min(seconds([]) for _ in range(2))
+    total = loss * len(windows) / len(few)
+    if examples:
+        total += max(0.0, seconds(some) - loss) * len(examples) / len(some)
+    return total
+
+
+def forecast_table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows of `calibrate` as a table."""
+    columns = ["training_seconds", "compile_seconds", "evaluation_seconds"]
+    total = {c: sum(row[c] for row in rows) for c in columns}
+    table = []
+    for row in rows:
+        line = [row["phase"], f"{row['steps']:,}", f"{row['step_seconds']:.3g}"]
+        line += [f"{row['tokens_per_second']:,.0f}", f"{row['peak_memory'] / 2**30:.2f}"]
+        table.append(line + [duration(row[c]) for c in columns])
+    table.append(["total", "", "", "", "", *(duration(total[c]) for c in columns)])
+    header = ["phase", "steps", "s/step", "tokens/s", "GiB", "training", "compile", "evaluation"]
+    align = ("left", *("right",) * (len(header) - 1))
+    return "\n".join(
+        [
+            tabulate(table, header, "simple", colalign=align, disable_numparse=True),
+            f"Forecast: {duration(sum(total.values()))} in all, peak memory "
+            f"{max(row['peak_memory'] for row in rows) / 2**30:.2f} GiB per process, measured on "
+            "a few steps of each phase. Not included: the start of the process, and checkpoints.",
+        ]
+    )
+
+
+def duration(seconds: float) -> str:
+    """Format a duration as h:mm:ss."""
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+# --------------------------------------------------------------------------------------------------
 # setup
 
 
@@ -755,6 +941,7 @@ def describe_run(
         "train_tokens": train_tokens,
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
+        "matmul_dtype": matmul_dtype(device, config.dtype, config.n_embd),
     }
     options = dataclasses.asdict(config) | absolute_paths(config)
     start = describe_start(0, ranks, device)

@@ -53,14 +53,15 @@ def main(args: Args) -> None:
     if min(args.sequences, args.block_size, args.rounds) < 1:
         raise UserError("--sequences, --block_size and --rounds must be at least 1")
     config = Config(block_size=args.block_size)
+    meta: dict = {"tokenizer": "gpt2", "vocab_size": 50257, "shards": []}
     model_config = train.make_model_config(config, 50304)
     schedule, _ = make_schedules(config, model_config)
     model = GPT(model_config, device=device)
     optimizer = train.enter_phase(model, {}, schedule.phases[0], config)
     tokens = torch.randint(50257, (args.sequences, args.block_size))
     batches = itertools.repeat((tokens, tokens))
-    precision = autocast(device, "auto")
-    state = train.run_state(config, model_config, schedule, n_windows=1, tokenizer="gpt2")
+    precision = autocast(device, "auto", config.n_embd)
+    state = train.run_state(config, model_config, schedule, n_windows=1, meta=meta)
     state |= {"seconds": 0.0, "loss_history": {}, "n_blocks": model.n_blocks}
 
     def timed(action):

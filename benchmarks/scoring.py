@@ -184,7 +184,7 @@ def main(args: Args) -> None:
     def score(part):
         return ending_losses(model, part, batch_tokens=args.batch_tokens)
 
-    with autocast(device, "auto"):
+    with autocast(device, "auto", model.config.n_embd):
         for i in chosen[:4]:  # warm up
             score_one_by_one([examples[i]]), score([examples[i]])
         for part in tqdm(parts, desc="rounds"):

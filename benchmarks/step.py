@@ -237,7 +237,7 @@ class Benchmark:
 
     @property
     def precision(self) -> torch.autocast:
-        return autocast(self.device, self.config.dtype)
+        return autocast(self.device, self.config.dtype, self.config.n_embd)
 
     def batches(self, phase: Phase) -> Prefetch:
         """Return an endless stream of the micro-batches of a phase, as `train` reads them."""

@@ -55,6 +55,8 @@ class Config:
     """Initial weights: a run, a checkpoint, or gpt2. The growth operator adds missing blocks."""
     dry_run: bool = False
     """Print the schedule and its cost, and exit. Needs no data and no GPU."""
+    calibrate: bool = False
+    """With dry_run: measure a few steps of every phase, and forecast the time and memory needed."""
     log_interval: Positive = 10
     """Steps between rows of metrics.jsonl. Logging synchronizes the CPU with the GPU."""
     eval_interval: Positive = 250
@@ -152,7 +154,7 @@ class Config:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N. Under torchrun, every process uses the GPU of its local rank."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Matrix-product precision. "auto": bfloat16 on GPUs with compute capability >= 8.0."""
+    """Matrix-product precision. "auto": bfloat16 on hardware on which it is faster."""
     compile: Literal["blocks", "model", "none"] = "blocks"
     """torch.compile each block ("blocks"), or the model, again in every phase ("model")."""
     seed: Annotated[int, Meta(ge=0, lt=2**32)] = 1337
@@ -163,6 +165,7 @@ class Config:
     """Seconds that a process waits for the other processes before the run ends."""
 
 
+FLAGS = ("--dry_run", "--dry-run", "--calibrate")  # options that need no value
 INPUTS = ("data_dir", "hellaswag_data", "init_weights")  # options that may be paths to read
 
 C = TypeVar("C", bound=Config)
@@ -193,8 +196,8 @@ def load_config(argv: list[str], config: C, quiet: bool = False) -> C:
                 raise
         elif arg in CONFIGS and not argv[max(0, i - 1)].startswith("--"):
             raise UserError(f"{arg}: did you mean {CONFIGS[arg]}?")
-        elif arg in ("--dry_run", "--dry-run") and argv[i + 1 : i + 2] not in (["True"], ["False"]):
-            options.append("--dry_run=True")
+        elif arg in FLAGS and argv[i + 1 : i + 2] not in (["True"], ["False"]):
+            options.append(f"{arg}=True")
         else:
             options.append(arg)
     config = _override(config, options, quiet)
@@ -278,6 +281,8 @@ def check(c: Config) -> None:
             f"compile=model cannot be used with skip_policy={c.skip_policy}, because it would "
             "compile the model again for every set of skipped blocks: use --compile=blocks"
         )
+    if c.calibrate and not c.dry_run:
+        raise UserError("calibrate must be used with dry_run: add --dry_run, or remove it")
     if c.n_embd % c.n_head:
         raise UserError(f"n_embd={c.n_embd} must be a multiple of n_head={c.n_head}")
 

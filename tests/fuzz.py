@@ -71,7 +71,7 @@ from study import load_study
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 20  # an input that takes longer hangs
 BYTES = get_tokenizer("bytes")
-PRECISION = autocast(torch.device("cpu"), "float32")
+PRECISION = autocast(torch.device("cpu"), "float32", 1)
 
 # The good run: it grows, skips blocks, and changes context and batch, so that its schedule and its
 # checkpoints have everything in them.

@@ -45,10 +45,27 @@ def test_missing_and_unsupported_devices_are_errors():
 )
 def test_autocast_uses_the_dtype_of_the_option(dtype, expected):
     x = torch.ones(2, 2)
-    with device.autocast(device.pick_device("cpu"), dtype):
+    with device.autocast(device.pick_device("cpu"), dtype, 64):
         assert (x @ x).dtype == expected
 
 
 def test_peak_memory_of_a_cpu_is_that_of_the_process():
     x = torch.ones(2**24)
     assert x.nbytes < device.peak_memory(torch.device("cpu")) < 2**40
+
+
+@pytest.mark.parametrize(
+    "features, n_embd, expected",
+    [
+        ("flags\t\t: fpu avx512_bf16 amx_bf16 amx_tile", 256, "bfloat16"),
+        ("flags\t\t: fpu avx512_bf16 amx_bf16 amx_tile", 255, "float32"),
+        ("Features\t: fp asimd i8mm bf16", 768, "bfloat16"),
+        ("flags\t\t: fpu avx2 avx512_bf16", 768, "float32"),
+        ("", 768, "float32"),
+    ],
+)
+def test_auto_is_bfloat16_for_wide_models_on_cpus_with_matrix_units(
+    features, n_embd, expected, monkeypatch
+):
+    monkeypatch.setattr(device, "_cpuinfo", lambda: f"processor\t: 0\n{features}\n")
+    assert device.matmul_dtype(torch.device("cpu"), "auto", n_embd) == expected

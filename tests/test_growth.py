@@ -195,7 +195,7 @@ def step(model, optimizer, n=1):
     tokens = torch.randint(320, (n, 2, 33), generator=torch.Generator().manual_seed(7))
     batches = iter([(t[:, :-1], t[:, 1:]) for t in tokens])
     for _ in range(n):
-        train.train_step(model, optimizer, batches, 1, autocast(CPU, "float32"))
+        train.train_step(model, optimizer, batches, 1, autocast(CPU, "float32", 1))
 
 
 def grow(model, optimizer, n_blocks, name, state):

@@ -39,7 +39,7 @@ def test_a_step_that_is_not_finite_changes_nothing(where):
 
     def step(model, optimizer, tokens):
         batches = iter([(tokens[:, :-1], tokens[:, 1:])])
-        return train.train_step(model, optimizer, batches, 1, autocast(CPU, "float32"), 1.0)
+        return train.train_step(model, optimizer, batches, 1, autocast(CPU, "float32", 1), 1.0)
 
     runs = []
     for with_bad in (False, True):

@@ -1,0 +1,65 @@
+"""How good is the forecast of `train.py --dry_run --calibrate`?
+
+    python benchmarks/forecast.py [configs/A.py configs/B.py ...] [--key=value ...]
+
+Makes the forecast, then the run, both with train.py and the given options, and compares the seconds
+of every phase. The wall time of the run is measured from its first row of metrics.jsonl, because a
+forecast does not include the start of the process.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common import ROOT, machine, write_report
+from stagewise.errors import UserError, report_user_errors
+
+REPORT = Path("out/bench/forecast.json")
+
+
+def train(*options: str) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), *options]
+    if subprocess.run(command).returncode:
+        raise UserError(f"{' '.join(command)} failed: see its error above")
+
+
+def read_rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def main(options: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        train(*options, f"--out_dir={folder}", "--dry_run", "--calibrate")
+        forecast = json.loads((folder / "forecast.json").read_text())["phases"]
+        train(*options, f"--out_dir={folder}")
+        ended = time.time()
+        rows = read_rows(folder)
+        started = (folder / "config.json").stat().st_mtime
+    seconds = {row["step"]: row["seconds"] for row in rows}
+    report, step = [], 0
+    for phase in forecast:
+        start, step = step, step + phase["steps"]
+        measured = seconds[step] - seconds.get(start, 0)
+        expected = phase["training_seconds"] + phase["compile_seconds"]
+        report.append({"phase": phase["phase"], "forecast": expected, "run": measured})
+    columns = ("training_seconds", "compile_seconds", "evaluation_seconds")
+    total = sum(phase[column] for phase in forecast for column in columns)
+    report.append({"phase": "all, with evaluations", "forecast": total, "run": ended - started})
+    for row in report:
+        row["ratio"] = row["forecast"] / row["run"]
+    print(tabulate(report, "keys", "simple", floatfmt=".3f"))
+    write_report(REPORT, {"machine": machine(torch.device("cpu")), "rows": report})
+
+
+if __name__ == "__main__":
+    with report_user_errors():
+        main(sys.argv[1:])
