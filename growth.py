@@ -9,7 +9,7 @@ with ``--growth=NAME``. See the worked example in CONTRIBUTING.md.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stagewise.errors import UserError, did_you_mean
 
@@ -80,43 +80,91 @@ def stack(old: int, new: int) -> SourceMap:
 
 
 @operator
+def interleave(old: int, new: int) -> SourceMap:
+    """Add evenly spaced copies, each directly above its source: 0 0 1 1 2 2 for 3 to 6 blocks."""
+    sources = [i * old // new for i in range(new)]
+    first = [i == 0 or sources[i - 1] != j for i, j in enumerate(sources)]
+    return tuple(keep(j) if f else copy(j) for j, f in zip(sources, first))
+
+
+@operator
 def zero_output(old: int, new: int) -> SourceMap:
     """Add evenly spaced copies that start as the identity, so the model's function is preserved.
 
     Each copy is placed above its source. Both of its residual projections are zero (LLaMA Pro, Wu
     et al. 2024, arXiv:2401.02415).
     """
-    sources = [i * old // new for i in range(new)]
-    first = [i == 0 or sources[i - 1] != j for i, j in enumerate(sources)]
-    return tuple(keep(j) if f else copy(j, zero_output=True) for j, f in zip(sources, first))
+    return tuple(s if s.keep else replace(s, zero_output=True) for s in interleave(old, new))
+
+
+@operator
+def copy_middle(old: int, new: int) -> SourceMap:
+    """Add a copy of the middle blocks directly above them (MIDAS, Saunshi et al. 2024)."""
+    group = min(old, new - old)
+    stop = old // 2 + (group + 1) // 2
+    added = tuple(copy(stop - group + i % group) for i in range(new - old))
+    return (*map(keep, range(stop)), *added, *map(keep, range(stop, old)))
+
+
+@operator
+def solar(old: int, new: int) -> SourceMap:
+    """Stack two overlapping parts: the first m and the last m blocks, for 2 m new ones.
+
+    This is the depth up-scaling of SOLAR (Kim et al. 2024, arXiv:2312.15166), which has old = 32
+    and m = 24. Blocks that would appear in both parts are copied into the upper one.
+    """
+    m = new // 2
+    if old < new - m:
+        raise ArithmeticError("the parts are longer than the model")
+    upper = range(old - (new - m), old)
+    return (*map(keep, range(m)), *(copy(i) if i < m else keep(i) for i in upper))
+
+
+@operator
+def interpolate(old: int, new: int) -> SourceMap:
+    """Spread the blocks evenly, and interpolate linearly between neighbors for those in between."""
+    sources = []
+    for i in range(new):
+        below, rest = divmod(i * (old - 1), new - 1)
+        w = rest / (new - 1)
+        mixed = Source(mix=((below, 1 - w), (below + 1, w)))
+        sources.append(mixed if rest else keep(below) if old > 1 or i == 0 else copy(0))
+    return tuple(sources)
 
 
 def source_map(name: str, old: int, new: int) -> SourceMap:
     """Return the source map of the operator `name` for growth from `old` to `new` blocks.
 
     Raises:
-        UserError: if the operator does not exist, or copies blocks although there are none.
-        ValueError: if the operator returns an invalid source map.
+        UserError: if the operator does not exist, cannot grow the model, or returns an invalid map.
     """
     if name not in OPERATORS:
         raise UserError(f"growth={name!r} is unknown{did_you_mean(name, OPERATORS)}")
     if old == new:
         return tuple(map(keep, range(old)))
+    where = f"growth={name} from {old} to {new} blocks"
     try:
         sources = OPERATORS[name](old, new)
-    except ArithmeticError:
-        sources = ()
-    used = {i for s in sources for i, _ in s.mix}
-    if old == 0 and (used or not sources):
+    except ArithmeticError as error:
+        if old:
+            raise UserError(f"{where}: not defined for these numbers of blocks: {error}") from None
+        sources = (keep(0),)
+    if old == 0 and any(s.mix for s in sources):
         raise UserError(
-            f"growth={name} copies existing blocks, but the model has none: use growth=random"
+            f"growth={name} copies existing blocks, but the model has none: use --growth=random"
         )
-    kept = [s for s in sources if s.keep]
-    valid = len(sources) == new and used <= set(range(old)) and len(set(kept)) == len(kept)
-    if not valid or any(len(s.mix) != 1 or s != keep(s.mix[0][0]) for s in kept):
-        raise ValueError(
-            f"growth operator {name} returned an invalid map from {old} to {new} blocks: {sources}"
-        )
+    if len(sources) != new:
+        raise UserError(f"{where}: the operator returned {len(sources)} sources")
+    kept = set()
+    for i, source in enumerate(sources):
+        if not all(0 <= j < old for j, _ in source.mix):
+            raise UserError(f"{where}: source {i} of the operator uses a block that does not exist")
+        one = len(source.mix) == 1 and source == keep(source.mix[0][0])
+        if source.keep and (not one or source in kept):
+            raise UserError(f"{where}: source {i} of the operator must keep one block, only once")
+        kept |= {source} if source.keep else set()
+    if unused := set(range(old)) - {j for source in sources for j, _ in source.mix}:
+        raise UserError(f"{where}: the operator does not use old blocks {sorted(unused)}")
     return sources
 
 

@@ -372,6 +372,18 @@ class GPT(nn.Module):
                 if all(state for state, _ in states):
                     optimizer_state[p] = _mix_state(states)
 
+    @torch.no_grad()
+    def shrink_and_perturb(self, shrink: float, perturb: float, seed: int) -> None:
+        """Replace every parameter by ``shrink * parameter + perturb * initial parameter``.
+
+        The initial parameters are those of a new model with another seed, which is derived from
+        `seed` and the number of blocks (Ash & Adams 2020, arXiv:1910.08475).
+        """
+        new_seed = derived_seed("perturb", seed, self.n_blocks)
+        initial = GPT(self.config, self.n_blocks, new_seed)
+        for p, other in zip(self.parameters(), initial.parameters(), strict=True):
+            p.mul_(shrink).add_(other.to(p), alpha=perturb)
+
     # --- freezing
 
     def freeze(
@@ -422,13 +434,26 @@ class GPT(nn.Module):
         """Return the current number of parameters, counting the tied weights once."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
 
-    def param_groups(self, weight_decay: float) -> list[dict]:
-        """Return parameter groups for AdamW. Only tensors with 2 or more dimensions are decayed."""
-        params = list(self.parameters())
-        return [
-            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-        ]
+    def param_groups(self, weight_decay: float, per_block: bool = False) -> list[dict]:
+        """Return parameter groups for AdamW. Only tensors with 2 or more dimensions are decayed.
+
+        Args:
+            per_block: give each block groups of its own, so that learning rates may differ. Their
+                key "block" is its position, or None for the parameters outside of the blocks.
+        """
+        parts: list[tuple[int | None, list]] = [(None, list(self.parameters()))]
+        if per_block:
+            blocks = list(self.transformer.h)
+            inside = {p for block in blocks for p in block.parameters()}
+            parts = [(None, [p for p in self.parameters() if p not in inside])]
+            parts += [(i, list(block.parameters())) for i, block in enumerate(blocks)]
+        groups = []
+        for block, params in parts:
+            for decayed in (True, False):
+                chosen = [p for p in params if (p.dim() >= 2) == decayed]
+                decay = weight_decay if decayed else 0.0
+                groups.append({"params": chosen, "weight_decay": decay, "block": block})
+        return groups
 
     # --- sampling
 

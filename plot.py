@@ -107,7 +107,7 @@ class RunConfig(Config):
     starts: tuple[dict[str, Any], ...] = ()  # every start of the run: step, command, ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PhaseSummary(Phase):
     """A phase in schedule.json, with its total cost in every metric."""
 
@@ -285,7 +285,14 @@ def read_config(folder: Path) -> RunConfig:
     Raises:
         UserError: if it is missing or corrupted.
     """
-    return _read(folder / "config.json", RunConfig)
+    path = folder / "config.json"
+    raw = _read(path, dict)
+    if isinstance(raw.get("freezing"), bool):  # until version 0.2
+        raw["freezing"] = "all_but_new" if raw["freezing"] else "none"
+    try:
+        return convert(raw, RunConfig)
+    except ValueError as error:
+        raise _corrupted(path, error) from None
 
 
 def _read(path: Path, schema: type[T]) -> T:

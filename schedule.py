@@ -4,41 +4,26 @@ A schedule is a sequence of phases, computed before training starts. A phase spe
 that can change during training. The training loop, the cost accounting (cost.py), the data order,
 checkpoints and figures all read the same phases. The baseline is a schedule with one phase.
 
-`make_schedule` builds the phases of arXiv:2411.18700 and those of growth without freezing.
-`with_ramp` and `with_skip_policy` transform a schedule into another one, so methods can be
-combined. To add a policy for skipping blocks, write a function at the end of this file.
+`make_schedule` builds the phases of arXiv:2411.18700 and those of growth without freezing. The
+functions `with_...` transform a schedule into another one, so methods can be combined. What changes
+within a phase, from step to step, is in policies.py.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
 import growth
+from policies import SKIP_POLICIES, FreezeOut, SkipPolicy
 from stagewise.errors import UserError, did_you_mean
-from stagewise.seeding import derived_uniform
 
 Kind = Literal["new_blocks", "all_blocks", "continual"]
-StateRule = Literal["carry", "copy", "reset"]
-
-
-@dataclass(frozen=True)
-class SkipPolicy:
-    """Selects the blocks to skip in each step, as a pure function of the seed and the step."""
-
-    name: str  # one of SKIP_POLICIES
-    rate: float
-    n_steps: int  # T; the policy changes over the first T steps and then stays as in the last one
-    seed: int
-
-    def residual_scales(self, n_blocks: int, step: int) -> tuple[float, ...]:
-        """Return the scale of every block's residual branches. A block with scale 0 is skipped."""
-        uniform = derived_uniform(n_blocks, "skip", self.seed, step)
-        progress = min(1, step / max(1, self.n_steps - 1))
-        return SKIP_POLICIES[self.name](uniform, progress, self.rate)
+StateRule = Literal["carry", "copy", "zero", "reset"]
+Freezing = Literal["all_but_new", "preceding", "none"]
 
 
 @dataclass(frozen=True)
@@ -61,12 +46,21 @@ class Phase:
     tokens_per_step: int  # over all processes and micro-batches
     growth: str | None  # operator that creates the blocks added on entry; None if none are added
     # Optimizer state on entry. "carry": existing parameters keep their state, new ones start
-    # without state. "copy": new parameters get the state of the blocks they are copied from.
-    # "reset": all parameters start without state.
+    # without state, also without step count. "copy": new parameters get the state of the blocks
+    # they are copied from. "zero": new parameters get moments of zero, with the step count of the
+    # others. "reset": all parameters start without state.
     optimizer_state: StateRule
     rewarmup_steps: int  # steps of linear learning-rate warm-up on entry
     skip: SkipPolicy | None  # None: all blocks run in every step
     milestone: bool  # the checkpoint at the end of the phase is never removed
+    new_blocks: tuple[int, ...] = ()  # positions of the blocks added on entry
+    rewarmup: Literal["all", "new_blocks"] = "all"  # what `rewarmup_steps` applies to
+    restart_lr: bool = False  # the learning-rate schedule starts again, with its warm-up
+    fade_in_steps: int = 0  # steps over which the residual branches of new blocks rise from 0 to 1
+    # Before blocks are added on entry, every weight becomes shrink * weight + perturb * initial.
+    shrink: float = 1.0
+    perturb: float = 0.0
+    freezeout: FreezeOut | None = None  # learning rates of the blocks; None: all the same
 
     @property
     def n_steps(self) -> int:
@@ -79,6 +73,11 @@ class Step:
 
     phase: Phase
     residual_scales: tuple[float, ...] | None  # one per block; None: all blocks run unscaled
+    rate_scales: tuple[float, ...] | None = None  # on each block's learning rate; None: all 1
+
+    def rate_scale(self, block: int | None) -> float:
+        """Return the factor on the learning rate of a block, or of the other parameters (None)."""
+        return 1.0 if block is None or self.rate_scales is None else self.rate_scales[block]
 
     @property
     def running_blocks(self) -> tuple[int, ...]:
@@ -109,9 +108,15 @@ class Schedule:
     def at(self, step: int) -> Step:
         """Return what runs and trains in step `step` (from 0)."""
         phase = self.phase_at(step)
-        if phase.skip is None:
-            return Step(phase, None)
-        return Step(phase, phase.skip.residual_scales(phase.n_blocks, step))
+        residual = phase.skip.residual_scales(phase.n_blocks, step) if phase.skip else None
+        rates = phase.freezeout.rate_scales(phase.n_blocks, step) if phase.freezeout else None
+        grown = next((p for p in reversed(self.phases) if p.start <= step and p.new_blocks), None)
+        if grown and grown.start:
+            since = step - grown.start
+            residual = _rise(residual, grown, since, grown.fade_in_steps)
+            if grown.rewarmup == "new_blocks":
+                rates = _rise(rates, grown, since, grown.rewarmup_steps)
+        return Step(phase, residual, rates)
 
     def tokens(self, step: int) -> int:
         """Return the number of tokens read in the first `step` steps."""
@@ -128,9 +133,19 @@ class Schedule:
             and p.train_embeddings
             and p.train_head
             and p.skip is None
+            and p.freezeout is None
             and all(getattr(p, name) == getattr(first, name) for name in same)
             for p in self.phases
         )
+
+
+def _rise(scales, grown, step, n_steps):
+    """Return `scales`, with those of the blocks added by phase `grown` raised over `n_steps`."""
+    if step >= n_steps:
+        return scales
+    factor = (step + 1) / (n_steps + 1)
+    scales = scales or (1.0,) * grown.n_blocks
+    return tuple(s * factor if i in grown.new_blocks else s for i, s in enumerate(scales))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -156,9 +171,10 @@ def make_schedule(
     stages: int = 1,
     continual_steps: int = 0,
     *,
-    stage_blocks: Sequence[int] | None = None,
+    stage_blocks: Sequence[int | str] | None = None,
     phase_fractions: Sequence[float] | None = None,
-    freezing: bool = True,
+    stage_alpha: float = 0.0,
+    freezing: Freezing = "all_but_new",
     phase1: str = "paper",
     growth_operator: str = "random",
     optimizer_state: StateRule = "carry",
@@ -176,11 +192,15 @@ def make_schedule(
         steps: number of steps of all stages together.
         stages: number of stages S. 1 is the baseline, one phase that trains everything.
         continual_steps: number of steps after the stages that train all blocks.
-        stage_blocks: number of blocks at the end of each stage, for example (2, 4, 12). Replaces
-            `blocks_per_stage` and determines S.
+        stage_blocks: number of blocks at the end of each stage, for example (2, 4, 12) or, as a
+            percentage of n_layer rounded down, ("25%", "100%"). Replaces `blocks_per_stage` and
+            determines S.
         phase_fractions: relative lengths of the phases. With freezing: 2 numbers (phases 1 and 2 of
             every stage) or 2S numbers. Without: S numbers. Default: equal lengths.
-        freezing: if False, there is no phase 1, and every stage trains all its blocks.
+        stage_alpha: the length of stage s is proportional to s**stage_alpha (PROP-alpha of MIDAS,
+            Saunshi et al. 2024, arXiv:2409.19044).
+        freezing: which blocks phase 1 freezes: all but the new ones, or those below the lowest new
+            one. With "none", there is no phase 1, and every stage trains all its blocks.
         phase1: what phase 1 trains besides the new blocks and the final norm. "paper": nothing
             else. "released_code": the embeddings and the head.
         growth_operator: name of the operator in growth.py that creates new blocks.
@@ -191,22 +211,29 @@ def make_schedule(
     Raises:
         UserError: if the arguments do not describe a valid schedule.
     """
-    blocks = list(stage_blocks) if stage_blocks else blocks_per_stage(n_layer, stages)
+    blocks = [_block_count(b, n_layer) for b in stage_blocks or blocks_per_stage(n_layer, stages)]
     S = len(blocks)
     if stages not in (1, S):
         raise UserError(
             f"stage_blocks={tuple(blocks)} gives {S} stages, but stages={stages}: set only one"
         )
-    if blocks[0] < 0 or blocks[-1] != n_layer or any(a >= b for a, b in zip(blocks, blocks[1:])):
+    if blocks[0] < 0 or blocks[-1] != n_layer or blocks != sorted(blocks):
         raise UserError(
-            f"stage_blocks={tuple(blocks)} must rise strictly from 0 or more to n_layer={n_layer}"
+            f"stage_blocks={tuple(blocks)} must rise from 0 or more to n_layer={n_layer}"
+        )
+    grows = [a < b for a, b in zip(blocks, blocks[1:])]
+    if freezing != "none" and not all(grows):
+        raise UserError(
+            f"stage_blocks={tuple(blocks)}: phase 1 of a stage that adds no blocks would train "
+            "nothing: use --freezing=none"
         )
     if steps < 1 or continual_steps < 0:
         raise UserError(
             f"steps={steps} must be at least 1, continual_steps={continual_steps} at least 0"
         )
-    kinds: list[Kind] = ["new_blocks", "all_blocks"] if freezing and S > 1 else ["all_blocks"]
-    boundaries = _boundaries(steps, S, len(kinds), phase_fractions)
+    two_phases = freezing != "none" and S > 1
+    kinds: list[Kind] = ["new_blocks", "all_blocks"] if two_phases else ["all_blocks"]
+    boundaries = _boundaries(steps, S, len(kinds), phase_fractions, stage_alpha)
 
     phases: list[Phase] = []
     for i, (start, stop) in enumerate(zip(boundaries, boundaries[1:])):
@@ -214,10 +241,13 @@ def make_schedule(
             continue
         stage, kind = 1 + i // len(kinds), kinds[i % len(kinds)]
         n_blocks = blocks[stage - 1]
-        trains = tuple(range(n_blocks))
-        if kind == "new_blocks" and phases:  # phases[-1] belongs to the stage before
+        trains, new = tuple(range(n_blocks)), tuple[int, ...]()
+        if phases and n_blocks > phases[-1].n_blocks:
+            # Report an operator that cannot grow the model before training starts.
             sources = growth.source_map(growth_operator, phases[-1].n_blocks, n_blocks)
-            trains = growth.new_blocks(sources)
+            new = growth.new_blocks(sources)
+        if kind == "new_blocks" and phases:  # phases[-1] belongs to the stage before
+            trains = new if freezing == "all_but_new" else tuple(range(min(new), n_blocks))
         fixed = kind == "new_blocks" and bool(phases) and phase1 == "paper"
         phases.append(
             Phase(
@@ -237,6 +267,7 @@ def make_schedule(
                 rewarmup_steps=rewarmup_steps if phases else 0,
                 skip=None,
                 milestone=False,
+                new_blocks=new,
             )
         )
     for i, p in enumerate(phases):  # at the end of each stage, even if it has no phase 2
@@ -247,9 +278,7 @@ def make_schedule(
             f"steps={steps} leaves no step for the last of {S} stages: use more steps or fewer "
             "stages"
         )
-    # Report an operator that does not exist or cannot grow the model before training starts.
-    for old, new in zip([phases[0], *phases], phases):
-        growth.source_map(growth_operator, old.n_blocks, new.n_blocks)
+    growth.source_map(growth_operator, n_layer, n_layer)  # does it exist?
     if continual_steps:
         end = replace(
             phases[-1],
@@ -261,12 +290,21 @@ def make_schedule(
             train_embeddings=True,
             train_head=True,
             growth=None,
+            new_blocks=(),
             optimizer_state=continual_optimizer_state,
             rewarmup_steps=rewarmup_steps,
             milestone=True,
         )
         phases.append(end)
     return Schedule(tuple(phases))
+
+
+def _block_count(count, n_layer):
+    """Return a number of blocks given as a number or as a percentage of n_layer."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", str(count))
+    if not match or (not match[2] and "." in match[1]):
+        raise UserError(f"stage_blocks: {count!r} must be a number of blocks, or for example 25%")
+    return math.floor(Fraction(match[1]) * n_layer / 100) if match[2] else int(match[1])
 
 
 def _phase_name(stages, stage, kind, per_stage):
@@ -277,11 +315,13 @@ def _phase_name(stages, stage, kind, per_stage):
     return f"stage {stage} phase {1 if kind == 'new_blocks' else 2}"
 
 
-def _boundaries(steps, stages, per_stage, fractions):
+def _boundaries(steps, stages, per_stage, fractions, alpha):
     """Return the steps at which the phases begin and end, from 0 to `steps`."""
     n = stages * per_stage
     if fractions is None:
-        fractions = [1.0] * n
+        fractions = [(1 + i // per_stage) ** alpha for i in range(n)]
+    elif alpha:
+        raise UserError("phase_fractions and stage_alpha both set the lengths: set only one")
     elif len(fractions) == per_stage == 2:
         fractions = list(fractions) * stages
     if (
@@ -317,6 +357,7 @@ def schedule_from_config(config, continual_steps: int) -> Schedule:
         continual_steps,
         stage_blocks=config.stage_blocks,
         phase_fractions=config.phase_fractions,
+        stage_alpha=config.stage_alpha,
         freezing=config.freezing,
         phase1=config.phase1,
         growth_operator=config.growth,
@@ -327,6 +368,18 @@ def schedule_from_config(config, continual_steps: int) -> Schedule:
         tokens_per_step=config.tokens_per_step,
     )
     block_size = config.block_size
+    at_growth: dict[str, Any] = dict(
+        rewarmup=config.rewarmup,
+        restart_lr=config.restart_lr,
+        fade_in_steps=config.fade_in_steps,
+        shrink=config.shrink,
+        perturb=config.perturb,
+    )
+    schedule = Schedule(
+        tuple(replace(p, **at_growth) if p.new_blocks else p for p in schedule.phases)
+    )
+    if config.freezeout:
+        schedule = with_freezeout(schedule, config.freezeout)
     schedule = with_ramp(schedule, "tokens_per_step", config.tokens_per_step_ramp)
     schedule = with_ramp(schedule, "context_length", config.context_ramp)
     for phase in schedule.phases:
@@ -405,7 +458,9 @@ def _cut(phases, step):
         if not p.start < step < p.stop:
             result.append(p)
             continue
-        after = dict(start=step, growth=None, optimizer_state="carry", rewarmup_steps=0)
+        after: dict[str, Any] = dict(start=step, growth=None, optimizer_state="carry")
+        after |= dict(rewarmup_steps=0, new_blocks=(), restart_lr=False, fade_in_steps=0)
+        after |= dict(shrink=1.0, perturb=0.0)
         result.append(replace(p, stop=step, milestone=False))
         result.append(replace(p, **after))
     parts: Counter = Counter()
@@ -416,8 +471,13 @@ def _cut(phases, step):
     return result
 
 
-def with_skip_policy(schedule: Schedule, name: str, rate: float, seed: int) -> Schedule:
+def with_skip_policy(
+    schedule: Schedule, name: str, rate: float | Sequence[float], seed: int
+) -> Schedule:
     """Return `schedule` with blocks skipped by the policy `name`.
+
+    Args:
+        rate: parameter of the policy in [0, 1), for all stages or for each of them.
 
     Raises:
         UserError: if the policy does not exist, or `rate` is not in [0, 1).
@@ -426,16 +486,46 @@ def with_skip_policy(schedule: Schedule, name: str, rate: float, seed: int) -> S
         raise UserError(
             f"skip_policy={name!r} is unknown{did_you_mean(name, ['none', *SKIP_POLICIES])}"
         )
-    if not 0 <= rate < 1:
+    stages = schedule.phases[-1].stage
+    rates = [rate] * stages if isinstance(rate, (int, float)) else list(rate)
+    if len(rates) != stages:
+        raise UserError(f"skip_rate={tuple(rates)} must be one number, or one per stage ({stages})")
+    if not all(0 <= r < 1 for r in rates):
         raise UserError(f"skip_rate={rate} must be at least 0 and less than 1")
-    skip = SkipPolicy(name, rate, schedule.stage_steps, seed)
-    return Schedule(tuple(replace(p, skip=skip) for p in schedule.phases))
+    policies = [SkipPolicy(name, r, schedule.stage_steps, seed) for r in rates]
+    return Schedule(tuple(replace(p, skip=policies[p.stage - 1]) for p in schedule.phases))
+
+
+def with_freezeout(schedule: Schedule, t_0: float) -> Schedule:
+    """Return `schedule` with blocks annealed and frozen from bottom to top (`FreezeOut`).
+
+    The input embeddings are frozen together with the first block.
+
+    Raises:
+        UserError: if the schedule is not a single phase before continual training.
+    """
+    first = schedule.phases[0]
+    if first.stop != schedule.stage_steps or not 0 < t_0 <= 1:
+        raise UserError(
+            f"freezeout={t_0} must be above 0 and at most 1, and needs stages=1: it freezes a "
+            "model that does not grow"
+        )
+    freezeout = FreezeOut(t_0, first.n_steps)
+    phases = [replace(first, freezeout=freezeout), *schedule.phases[1:]]
+    ends = [math.ceil(freezeout.end(i, first.n_blocks)) for i in range(first.n_blocks)]
+    for i, end in enumerate(ends):
+        phases = _cut(phases, end)
+        kept: dict[str, Any] = dict(
+            trained_blocks=tuple(range(i + 1, first.n_blocks)), train_embeddings=False
+        )
+        phases = [replace(p, **kept) if p.freezeout and p.start >= end else p for p in phases]
+    return Schedule(tuple(phases))
 
 
 def begun(phases: Sequence[Phase], step: int) -> list[Phase]:
     """Return the phases up to `step`, for checking that one schedule can continue another."""
     # Clear the fields that do not affect training, and how the model of step 0 was created.
-    ignored: dict[str, Any] = dict(name="", stage=0, milestone=False)
+    ignored: dict[str, Any] = dict(name="", stage=0, milestone=False, new_blocks=())
     return [
         replace(p, stop=min(p.stop, step), growth=p.growth if p.start else None, **ignored)
         for p in phases
@@ -453,25 +543,29 @@ def learning_rate(step: int, schedule: Schedule, config) -> float:
     "constant" is used in the paper's released code, and "cosine" in nanoGPT. "wsd" (warm-up,
     stable, decay) decays linearly over the last `decay_fraction` of all steps (Hu et al. 2024,
     arXiv:2404.06395). All of them warm up linearly over `warmup_steps`, and again over the
-    `rewarmup_steps` of a phase.
+    `rewarmup_steps` of a phase. A phase with `restart_lr` starts the schedule again; it then ends
+    at the next such phase, or at the end of training.
 
     Args:
         config: an object with learning_rate (the peak), min_lr, lr_schedule, warmup_steps and
             decay_fraction.
     """
-    peak, floor, end = config.learning_rate, config.min_lr, schedule.n_steps
+    starts = [0, *(p.start for p in schedule.phases if p.restart_lr), schedule.n_steps]
+    start = max(s for s in starts[:-1] if s <= step)
+    end = min(s for s in starts if s > start) - start  # the number of steps of this cycle
+    peak, floor, position = config.learning_rate, config.min_lr, step - start
     warmup = config.warmup_steps
     if config.lr_schedule == "cosine":
-        progress = max(0, step - warmup) / max(1, end - warmup)
+        progress = max(0, position - warmup) / max(1, end - warmup)
         rate = floor + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - floor)
     elif config.lr_schedule == "wsd":
         decay = max(1, config.decay_fraction * end)
-        rate = floor + min(1, (end - step) / decay) * (peak - floor)
+        rate = floor + min(1, (end - position) / decay) * (peak - floor)
     else:
         rate = peak
-    ramp = (step + 1) / (warmup + 1)
+    ramp = (position + 1) / (warmup + 1)
     for p in schedule.phases:
-        if p.start <= step and p.rewarmup_steps:
+        if p.start <= step and p.rewarmup_steps and p.rewarmup == "all":
             ramp = min(ramp, (step - p.start + 1) / (p.rewarmup_steps + 1))
     return rate * min(1, ramp)
 
@@ -479,30 +573,3 @@ def learning_rate(step: int, schedule: Schedule, config) -> float:
 def round_half_up(x) -> int:
     """Round to the nearest integer, and halves up (the built-in `round` rounds halves to even)."""
     return math.floor(x + Fraction(1, 2))
-
-
-# --------------------------------------------------------------------------------------------------
-# policies for skipping blocks: functions (uniform, progress, rate) -> residual scales. `uniform`
-# contains a random number in [0, 1) for every block. `progress` increases from 0 to 1 over the
-# stages.
-
-
-SKIP_POLICIES: dict[str, Callable[[list[float], float, float], tuple[float, ...]]] = {}
-
-
-def skip_policy(function):
-    """Register a policy under its function name."""
-    SKIP_POLICIES[function.__name__] = function
-    return function
-
-
-@skip_policy
-def layer_dropout(uniform, progress, rate):
-    """Skip deep blocks more often than shallow ones, and more in early steps (arXiv:2609.05275).
-
-    Block l of L is skipped in step t of T with probability p = rate * l/(L-1) * (1 - t/(T-1)). The
-    residual branches of a block that runs are scaled by 1/(1-p).
-    """
-    last = max(1, len(uniform) - 1)
-    p = [rate * i / last * (1 - progress) for i in range(len(uniform))]
-    return tuple(0.0 if u < q else 1 / (1 - q) for u, q in zip(uniform, p))

@@ -52,7 +52,14 @@ from train import make_model_config
 
 ROOT = Path(__file__).resolve().parent
 KEPT = ("config.json", "schedule.json", "metrics.jsonl")  # files of a run folder
-OWN_OPTIONS = ("seed", "out_dir", "init_from", "dry_run")  # options that a study sets itself
+# Options that a study sets itself.
+OWN_OPTIONS = ("seed", "out_dir", "init_from", "dry_run", "calibrate")
+    "seed",
+    "out_dir",
+    "init_from",
+    "dry_run",
+    "calibrate",
+)  # options that a study sets itself
 METRICS = ("paper_cost", "flops", "seconds")
 LABELS = NAMES | {"seconds": "seconds"}
 PAPER_TOKENS = 10_000 * 524_288  # of the paper's baseline
@@ -70,10 +77,11 @@ CHANGEABLE = {
 # Keys of config.json that may differ between a run and its baseline: the method, and options that
 # affect neither loss nor speed.
 METHOD = CHANGEABLE | {
-    "stages", "stage_blocks", "phase_fractions", "freezing", "phase1", "growth", "continual_steps",
-    "optimizer_state", "continual_optimizer_state", "rewarmup_steps", "context_ramp",
-    "tokens_per_step_ramp", "skip_policy", "skip_rate", "eval_interval", "command", "date",
-    "starts",
+    "stages", "stage_blocks", "phase_fractions", "stage_alpha", "freezing", "phase1", "growth",
+    "shrink", "perturb", "fade_in_steps", "continual_steps", "optimizer_state",
+    "continual_optimizer_state", "rewarmup_steps", "rewarmup", "restart_lr", "context_ramp",
+    "tokens_per_step_ramp", "skip_policy", "skip_rate", "freezeout", "eval_interval", "command",
+    "date", "starts",
 }  # fmt: skip
 # Additional keys that may differ between runs with different recipes.
 RECIPE = {

@@ -251,17 +251,17 @@ def main() -> None:
         pending_losses: list[torch.Tensor] = []  # (loss, gradient norm) of steps, on the device
         interval_start, batches.waited = time.perf_counter(), 0.0
         while step < phase.stop and not stopping:
-            lr = learning_rate(step, schedule, config)
+            lr, now = learning_rate(step, schedule, config), schedule.at(step)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * now.rate_scale(group["block"])
             if config.dropout:  # seeded per step, so that a resumed run uses the same masks
                 torch.manual_seed(derived_seed("dropout", config.seed, step, ranks.rank))
-            scales = schedule.at(step).residual_scales
             pending_losses.append(
                 train_step(
-                    wrapped, optimizer, batches, accum_steps, precision, config.grad_clip, scales
+                    wrapped, optimizer, batches, accum_steps, precision, config.grad_clip,
+                    now.residual_scales,
                 )
-            )
+            )  # fmt: skip
             step += 1
             bar.update()
 
@@ -352,22 +352,41 @@ def enter_phase(
     """
     if begins and phase.optimizer_state == "reset":
         optimizer_state = {}
+    if begins and (phase.shrink, phase.perturb) != (1, 0):
+        model.shrink_and_perturb(phase.shrink, phase.perturb, config.seed)
     if phase.growth and model.n_blocks < phase.n_blocks:
         source_map = growth.source_map(phase.growth, model.n_blocks, phase.n_blocks)
         copies_state = phase.optimizer_state == "copy"
         model.grow(source_map, config.seed, optimizer_state if copies_state else None)
+        if phase.optimizer_state == "zero":
+            add_zero_state(optimizer_state, model)
     model.set_trainable(phase.trained_blocks, phase.train_embeddings, phase.train_head)
-    return make_optimizer(model, config, optimizer_state)
+    per_block = config.freezeout > 0 or config.rewarmup == "new_blocks"
+    return make_optimizer(model, config, optimizer_state, per_block)
 
 
-def make_optimizer(model: GPT, config: Config, state: dict | None = None) -> torch.optim.AdamW:
+def add_zero_state(optimizer_state: dict, model: GPT) -> None:
+    """Give parameters without AdamW state moments of zero, and the step count of the others."""
+    steps = [state["step"] for state in optimizer_state.values()]
+    for p in model.parameters() if steps else ():
+        if p not in optimizer_state:
+            moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer_state[p] = {"step": torch.stack(steps).amax(0)} | moments
+
+
+def make_optimizer(
+    model: GPT, config: Config, state: dict | None = None, per_block: bool = False
+) -> torch.optim.AdamW:
     """Return AdamW over all current parameters, with their entries in `state`.
 
     Frozen parameters are included. They have no gradient, so AdamW neither updates nor decays them,
     and their state is kept until a later phase trains them again.
+
+    Args:
+        per_block: see `GPT.param_groups`.
     """
     optimizer = torch.optim.AdamW(
-        model.param_groups(config.weight_decay),
+        model.param_groups(config.weight_decay, per_block),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=1e-8,
@@ -819,7 +838,7 @@ def initial_model(
         raise UserError(
             f"{where}: has {checkpoint['n_blocks']} blocks, but phase 1 of the first stage would "
             f"train all {phase.n_blocks}: give the first stage {checkpoint['n_blocks']} blocks, or "
-            "use --freezing=False"
+            "use --freezing=none"
         )
     for name in ("lm_head.weight", "transformer.wte.weight"):  # OpenAI's are not padded
         w = checkpoint["model"][name]

@@ -99,30 +99,44 @@ class Config:
     """Number of steps of the baseline, or of all stages together."""
     continual_steps: NotNegative | Literal["match_paper_cost", "match_flops"] = 0
     """Steps after the stages that train all blocks, or "match_*" to end compute-matched."""
-    stage_blocks: tuple[int, ...] | None = None
-    """Number of blocks at the end of each stage, for example 2 4 12. Default: even growth."""
+    stage_blocks: tuple[int | str, ...] | None = None
+    """Blocks at the end of each stage, for example 2 4 12, or 25% 100%. Default: even growth."""
     phase_fractions: tuple[float, ...] | None = None
     """Relative lengths of phases 1 and 2, or of all phases. Default: equal."""
-    freezing: bool = True
-    """Freeze the existing blocks in phase 1. False: no phase 1, each stage trains all blocks."""
+    stage_alpha: Real = 0.0
+    """Makes the length of stage s proportional to s**stage_alpha (PROP-alpha of MIDAS)."""
+    freezing: Literal["all_but_new", "preceding", "none"] = "all_but_new"
+    """Blocks that phase 1 freezes. "none": no phase 1, each stage trains all blocks."""
     phase1: Literal["paper", "released_code"] = "paper"
     """In phase 1, freeze embeddings and head ("paper") or train them ("released_code")."""
     growth: str = "random"
     """Operator in growth.py that creates new blocks, for example random or stack."""
-    optimizer_state: Literal["carry", "copy", "reset"] = "carry"
-    """At phase starts: "carry" it over, also "copy" it to copied blocks, or "reset" it to zero."""
+    shrink: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    """Before growth, weights become shrink * weight + perturb * initial weight."""
+    perturb: Real = 0.0
+    """Weight of the new initial weights in shrink * weight + perturb * initial weight."""
+    fade_in_steps: NotNegative = 0
+    """Steps over which the residual branches of new blocks are scaled from 0 to 1 (MSG)."""
+    optimizer_state: Literal["carry", "copy", "zero", "reset"] = "carry"
+    """At phase starts: "carry" over, also "copy" or "zero" that of new blocks, or "reset" all."""
     continual_optimizer_state: Literal["carry", "reset"] = "carry"
     """The same for the continual phase. The released code uses "reset"."""
     rewarmup_steps: NotNegative = 0
     """Steps of linear learning-rate warm-up at the start of every phase after the first."""
+    rewarmup: Literal["all", "new_blocks"] = "all"
+    """Warm up the rate of all parameters again, or, where the model grows, of new blocks only."""
+    restart_lr: bool = False
+    """Start lr_schedule again when the model grows, with warm-up and decay."""
     context_ramp: str = ""
     """Context length during training as START:LENGTH pairs, for example "0:512 50%:1024"."""
     tokens_per_step_ramp: str = ""
     """Tokens per step as START:VALUE pairs, for example "0:262144 100M:524288"."""
     skip_policy: str = "none"
-    """Policy in schedule.py that skips blocks during training: none, or e.g. layer_dropout."""
-    skip_rate: float = 0.2
-    """Maximum probability of skipping a block."""
+    """Policy in policies.py that skips blocks during training: none, or e.g. layer_dropout."""
+    skip_rate: float | tuple[float, ...] = 0.2
+    """Maximum probability of skipping a block, or fraction of skipped blocks; may be per stage."""
+    freezeout: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    """t_0 of FreezeOut: anneal and freeze blocks from the bottom; 0 disables it."""
 
     # optimizer
     tokens_per_step: Positive = 524_288
@@ -276,10 +290,11 @@ def check(c: Config) -> None:
             f"min_lr={c.min_lr} must not exceed learning_rate={c.learning_rate}, because "
             f"lr_schedule={c.lr_schedule} decays to min_lr"
         )
-    if c.compile == "model" and c.skip_policy != "none":
+    if c.compile == "model" and (c.skip_policy != "none" or c.fade_in_steps):
+        name = "fade_in_steps" if c.fade_in_steps else "skip_policy"
         raise UserError(
-            f"compile=model cannot be used with skip_policy={c.skip_policy}, because it would "
-            "compile the model again for every set of skipped blocks: use --compile=blocks"
+            f"compile=model cannot be used with {name}={getattr(c, name)}, because it would "
+            "compile the model again in many steps: use --compile=blocks"
         )
     if c.calibrate and not c.dry_run:
         raise UserError("calibrate must be used with dry_run: add --dry_run, or remove it")

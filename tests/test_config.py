@@ -52,7 +52,7 @@ def test_options_are_typed():
         ("--steps=many", "--steps"),
         ("--compile=maybe", "--compile"),
         ("--lr_schedule=linear", "'constant', 'cosine', 'wsd'"),
-        ("--optimizer_state=keep", "'carry', 'copy', 'reset'"),
+        ("--optimizer_state=keep", "'carry', 'copy', 'zero', 'reset'"),
         ("--continual_steps=equal", "--continual_steps"),
         ("surplus", "surplus"),
     ],

@@ -207,7 +207,7 @@ def test_continual_steps_until_compute_matched():
         ["--context_ramp=0:128 100M:1024"],
         ["--tokens_per_step_ramp=0:131072 50%:524288"],
         ["--skip_policy=layer_dropout", "--skip_rate=0.8"],
-        ["--freezing=False", "--growth=stack"],
+        ["--freezing=none", "--growth=stack"],
     ],
 )
 def test_continual_steps_match_the_baseline_with_any_method(metric, method):
@@ -260,7 +260,7 @@ def test_the_summary_adds_up():
         (["--stages=8"], 15_469),  # the paper prints it, though 8 does not divide 12
         (["--stages=4", "--phase1=released_code"], 14_688),
         ([], None),
-        (["--stages=4", "--freezing=False"], None),
+        (["--stages=4", "--freezing=none"], None),
         (["--stages=4", "--phase_fractions", "1", "3"], None),
         (["--stage_blocks", "1", "12"], None),
         (["--stages=4", "--skip_policy=layer_dropout"], None),

@@ -81,20 +81,24 @@ def test_only_operators_that_copy_require_existing_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "bad",
+    "bad, said",
     [
-        (keep(0),),
-        (keep(0), keep(0), FRESH),
-        (keep(0), copy(2), FRESH),
-        (keep(0), keep(1), Source(keep=True)),
-        (keep(0), Source(mix=((1, 0.5),), keep=True), FRESH),
-        (keep(0), Source(mix=((1, 1.0),), fresh=0.1, keep=True), FRESH),
-        (keep(0), Source(mix=((1, 1.0),), zero_output=True, keep=True), FRESH),
+        ((keep(0),), "the operator returned 1 sources"),
+        ((keep(0), keep(0), FRESH), "source 1 of the operator must keep one block, only once"),
+        ((keep(0), copy(2), FRESH), "source 1 of the operator uses a block that does not exist"),
+        ((keep(0), keep(1), Source(keep=True)), "source 2 .* must keep one block"),
+        ((keep(0), Source(mix=((1, 0.5),), keep=True), FRESH), "source 1 .* must keep"),
+        ((keep(0), Source(mix=((1, 1.0),), fresh=0.1, keep=True), FRESH), "source 1 .* must keep"),
+        (
+            (keep(0), Source(mix=((1, 1.0),), zero_output=True, keep=True), FRESH),
+            "source 1 .* must keep",
+        ),
+        ((keep(0), FRESH, FRESH), r"does not use old blocks \[1\]"),
     ],
 )
-def test_invalid_source_maps_raise_an_error(monkeypatch, bad):
+def test_invalid_source_maps_raise_an_error(monkeypatch, bad, said):
     monkeypatch.setitem(growth.OPERATORS, "bad", lambda old, new: bad)
-    with pytest.raises(ValueError, match="growth operator bad returned an invalid map from 2 to 3"):
+    with pytest.raises(UserError, match=f"growth=bad from 2 to 3 blocks: .*{said}"):
         source_map("bad", 2, 3)
 
 

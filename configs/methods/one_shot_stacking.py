@@ -3,5 +3,5 @@
 # optimizer state of their sources; with --optimizer_state=carry, they start without state. G_stack
 # (Du et al. 2024, arXiv:2405.15319) stacks by a factor of 4 and restarts the optimizer and the
 # learning rate.
-stages, phase_fractions, freezing = 2, (0.3, 0.7), False
+stages, phase_fractions, freezing = 2, (0.3, 0.7), "none"
 growth, optimizer_state = "stack", "copy"
