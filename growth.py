@@ -79,30 +79,60 @@ def stack(old: int, new: int) -> SourceMap:
     return tuple(keep(i) if i < old else copy(i % old) for i in range(new))
 
 
+def _evenly(old: int, new: int) -> list[tuple[int, int, int]]:
+    """Spread additional blocks evenly over the old ones.
+
+    Return (i, k, n) for every block of the new model: the k-th block after old block i, of n - 1
+    additional ones. Of equal groups of old blocks, the last one gets the additional block.
+    """
+    added = new - old
+    n = [1 + (i + 1) * added // old - i * added // old for i in range(old)]
+    return [(i, k, n[i]) for i in range(old) for k in range(n[i])]
+
+
 @operator
 def interleave(old: int, new: int) -> SourceMap:
-    """Add evenly spaced copies, each directly above its source: 0 0 1 1 2 2 for 3 to 6 blocks."""
-    sources = [i * old // new for i in range(new)]
-    first = [i == 0 or sources[i - 1] != j for i, j in enumerate(sources)]
-    return tuple(keep(j) if f else copy(j) for j, f in zip(sources, first))
+    """Add evenly spaced copies, each directly above its source: 0 0 1 1 2 2 for 3 to 6 blocks.
+
+    Also called interposition (arXiv:2510.08008) and, in staged training (Shen et al. 2022,
+    arXiv:2203.06211), alternate copy.
+    """
+    return tuple(copy(i) if k else keep(i) for i, k, _ in _evenly(old, new))
 
 
 @operator
 def zero_output(old: int, new: int) -> SourceMap:
-    """Add evenly spaced copies that start as the identity, so the model's function is preserved.
+    """Like `interleave`, but the copies start as the identity: the model's function is preserved.
 
-    Each copy is placed above its source. Both of its residual projections are zero (LLaMA Pro, Wu
-    et al. 2024, arXiv:2401.02415).
+    Both residual projections of a copy are zero (LLaMA Pro, Wu et al. 2024, arXiv:2401.02415).
     """
     return tuple(s if s.keep else replace(s, zero_output=True) for s in interleave(old, new))
 
 
 @operator
 def copy_middle(old: int, new: int) -> SourceMap:
-    """Add a copy of the middle blocks directly above them (MIDAS, Saunshi et al. 2024)."""
-    group = min(old, new - old)
-    stop = old // 2 + (group + 1) // 2
-    added = tuple(copy(stop - group + i % group) for i in range(new - old))
+    """Add a copy of the middle group of blocks directly above it (MIDAS, arXiv:2409.19044).
+
+    A group has as many blocks as are added. Of n groups, number ceil(n / 2) is copied, so the
+    lower one of two middle groups.
+    """
+    size = min(old, new - old)
+    stop = -(-(old // size) // 2) * size
+    added = tuple(copy(stop - size + i % size) for i in range(new - old))
+    return (*map(keep, range(stop)), *added, *map(keep, range(stop, old)))
+
+
+@operator
+def lidas(old: int, new: int) -> SourceMap:
+    """Add the blocks around the upper end of the middle group (LIDAS, arXiv:2512.08819).
+
+    Between the middle group, as in `copy_middle`, and the group above, insert a copy of the upper
+    half of the one and of the lower half of the other. If there is no group above, copy the group.
+    """
+    size = min(old, new - old)
+    stop = -(-(old // size) // 2) * size
+    first = min(stop - size + size // 2, old - size)  # of the copied blocks
+    added = tuple(copy(first + i % size) for i in range(new - old))
     return (*map(keep, range(stop)), *added, *map(keep, range(stop, old)))
 
 
@@ -122,13 +152,15 @@ def solar(old: int, new: int) -> SourceMap:
 
 @operator
 def interpolate(old: int, new: int) -> SourceMap:
-    """Spread the blocks evenly, and interpolate linearly between neighbors for those in between."""
+    """Add evenly spaced blocks, interpolated linearly between the neighbors of each.
+
+    Blocks above the last one are copies of it (multilevel training of transformers as ODEs, as in
+    Salva4/multilevel_transformer).
+    """
     sources = []
-    for i in range(new):
-        below, rest = divmod(i * (old - 1), new - 1)
-        w = rest / (new - 1)
-        mixed = Source(mix=((below, 1 - w), (below + 1, w)))
-        sources.append(mixed if rest else keep(below) if old > 1 or i == 0 else copy(0))
+    for i, k, n in _evenly(old, new):
+        between = Source(mix=((i, 1 - k / n), (i + 1, k / n)))
+        sources.append(keep(i) if k == 0 else between if i + 1 < old else copy(i))
     return tuple(sources)
 
 

@@ -35,6 +35,10 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # in linear layers and layer norms, as in GPT-2
+    # Base depth of CompleteP (Dey et al. 2025, arXiv:2505.01618). If it is not 0, all residual
+    # branches of a model with n blocks are scaled by base_depth / n, and their initial weights are
+    # not scaled by depth.
+    base_depth: int = 0
 
 
 class LayerNorm(nn.Module):
@@ -106,11 +110,12 @@ class Block(nn.Module):
         return x
 
     @torch.no_grad()
-    def init_weights(self, n_layer: int, seed: int) -> None:
+    def init_weights(self, config: GPTConfig, seed: int) -> None:
         """Initialize as GPT-2: N(0, 0.02), residual projections scaled by 1/sqrt(2 n_layer)."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
-            std = 0.02 / math.sqrt(2 * n_layer) if name.endswith("c_proj.weight") else 0.02
+            scaled = name.endswith("c_proj.weight") and not config.base_depth
+            std = 0.02 / math.sqrt(2 * config.n_layer) if scaled else 0.02
             _init(p, name, std, generator)
 
 
@@ -263,15 +268,14 @@ class GPT(nn.Module):
             wte = wte.detach()
         pos_emb = wpe[:T] if positions is None else F.embedding(positions, wpe)
         x = self.transformer.drop(F.embedding(idx, wte) + pos_emb)
-        if residual_scales is None:
-            for block in self.transformer.h:
+        scales = [1.0] * self.n_blocks if residual_scales is None else residual_scales
+        depth_scale = self.config.base_depth / self.n_blocks if self.config.base_depth else 1
+        for block, scale in zip(self.transformer.h, scales, strict=True):
+            if scale * depth_scale == 1:
                 x = block(x, mask)
-        else:
-            for block, scale in zip(self.transformer.h, residual_scales, strict=True):
-                if scale == 1:
-                    x = block(x, mask)
-                elif scale != 0:  # a tensor: a compiled block would specialize on a Python float
-                    x = block(x, mask, torch.full((), scale, dtype=x.dtype, device=x.device))
+            elif scale != 0:  # a tensor: a compiled block would specialize on a Python float
+                factor = torch.full((), scale * depth_scale, dtype=x.dtype, device=x.device)
+                x = block(x, mask, factor)
         return self.transformer.ln_f(x)
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
@@ -341,7 +345,7 @@ class GPT(nn.Module):
             parts = (1 + i,) if i >= len(old) else (1 + i, len(source_map))
             blocks.append(self._new_block())
             if source.fresh:
-                blocks[i].init_weights(self.config.n_layer, derived_seed("weights", seed, *parts))
+                blocks[i].init_weights(self.config, derived_seed("weights", seed, *parts))
             self._fill(blocks[i], old, source, optimizer_state)
         self.transformer.h = nn.ModuleList(blocks).train(self.training)
 
@@ -374,15 +378,17 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def shrink_and_perturb(self, shrink: float, perturb: float, seed: int) -> None:
-        """Replace every parameter by ``shrink * parameter + perturb * initial parameter``.
+        """Replace each weight by ``shrink * weight + perturb * initial weight``.
 
-        The initial parameters are those of a new model with another seed, which is derived from
-        `seed` and the number of blocks (Ash & Adams 2020, arXiv:1910.08475).
+        The initial weights are those of a new model with another seed, which is derived from `seed`
+        and the number of blocks. Biases and norms stay as they are (Ash & Adams 2020,
+        arXiv:1910.08475; for growth, Samuel et al. 2024, arXiv:2411.07340).
         """
         new_seed = derived_seed("perturb", seed, self.n_blocks)
         initial = GPT(self.config, self.n_blocks, new_seed)
         for p, other in zip(self.parameters(), initial.parameters(), strict=True):
-            p.mul_(shrink).add_(other.to(p), alpha=perturb)
+            if p.dim() >= 2:
+                p.mul_(shrink).add_(other.to(p), alpha=perturb)
 
     # --- freezing
 

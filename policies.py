@@ -89,22 +89,23 @@ def layer_dropout(uniform, progress, rate):
 def progressive_layer_dropping(uniform, progress, rate):
     """Skip deep blocks more often than shallow ones, and more in late steps (Zhang & He 2020).
 
-    In step t of T, block l of L (counted from 1) runs with probability 1 - l/L (1 - theta), where
-    theta = (1 - rate) + rate exp(-100 t/T). A block that runs is scaled by the inverse of that
-    probability (arXiv:2010.13369).
+    In step t of T, block l of L (counted from 0) runs with probability 1 - l/L (1 - theta), where
+    theta = (1 - rate) + rate exp(-100 t/T). The residual branches of a block that runs are scaled
+    by the inverse of that probability (progressive layer dropping, arXiv:2010.13369).
     """
     dropped = rate * (1 - math.exp(-100 * progress))  # 1 - theta
-    p = [(i + 1) / len(uniform) * dropped for i in range(len(uniform))]
+    p = [i / len(uniform) * dropped for i in range(len(uniform))]
     return tuple(0.0 if u < q else 1 / (1 - q) for u, q in zip(uniform, p))
 
 
 @skip_policy
 def subnetwork(uniform, progress, rate):
-    """Run the first and the last block and a random subset of the others (RAPTR, arXiv:2402.05913).
+    """Run the first and the last block, and each of the others with the same probability.
 
-    A fraction of `rate` of all blocks is skipped, rounded to whole blocks.
+    That probability is chosen so that a fraction of `rate` of all blocks is skipped on average
+    (RAPTR, Panigrahi et al. 2024, arXiv:2402.05913, definition 2). The paper also scales the
+    outputs of blocks. Its factors could not be found, so blocks are not scaled.
     """
     n = len(uniform)
-    inner = sorted(range(1, n - 1), key=uniform.__getitem__)
-    skipped = set(inner[: min(len(inner), round(rate * n))])
-    return tuple(0.0 if i in skipped else 1.0 for i in range(n))
+    p = min(1.0, rate * n / max(1, n - 2))  # of skipping an inner block
+    return tuple(0.0 if 0 < i < n - 1 and u < p else 1.0 for i, u in enumerate(uniform))

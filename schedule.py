@@ -21,6 +21,7 @@ import growth
 from policies import SKIP_POLICIES, FreezeOut, SkipPolicy
 from stagewise.errors import UserError, did_you_mean
 
+NUMBER = r"\d+(?:_\d+)*(?:\.\d+)?"
 Kind = Literal["new_blocks", "all_blocks", "continual"]
 StateRule = Literal["carry", "copy", "zero", "reset"]
 Freezing = Literal["all_but_new", "preceding", "none"]
@@ -55,9 +56,9 @@ class Phase:
     milestone: bool  # the checkpoint at the end of the phase is never removed
     new_blocks: tuple[int, ...] = ()  # positions of the blocks added on entry
     rewarmup: Literal["all", "new_blocks"] = "all"  # what `rewarmup_steps` applies to
-    restart_lr: bool = False  # the learning-rate schedule starts again, with its warm-up
+    lr_setback: float = 0.0  # the learning-rate schedule goes back by this fraction of its position
     fade_in_steps: int = 0  # steps over which the residual branches of new blocks rise from 0 to 1
-    # Before blocks are added on entry, every weight becomes shrink * weight + perturb * initial.
+    # Before blocks are added on entry, weights become shrink * weight + perturb * initial weight.
     shrink: float = 1.0
     perturb: float = 0.0
     freezeout: FreezeOut | None = None  # learning rates of the blocks; None: all the same
@@ -301,7 +302,7 @@ def make_schedule(
 
 def _block_count(count, n_layer):
     """Return a number of blocks given as a number or as a percentage of n_layer."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", str(count))
+    match = re.fullmatch(rf"({NUMBER})(%?)", str(count))
     if not match or (not match[2] and "." in match[1]):
         raise UserError(f"stage_blocks: {count!r} must be a number of blocks, or for example 25%")
     return math.floor(Fraction(match[1]) * n_layer / 100) if match[2] else int(match[1])
@@ -370,7 +371,7 @@ def schedule_from_config(config, continual_steps: int) -> Schedule:
     block_size = config.block_size
     at_growth: dict[str, Any] = dict(
         rewarmup=config.rewarmup,
-        restart_lr=config.restart_lr,
+        lr_setback=config.lr_setback,
         fade_in_steps=config.fade_in_steps,
         shrink=config.shrink,
         perturb=config.perturb,
@@ -410,23 +411,25 @@ def with_ramp(schedule: Schedule, field: str, ramp: str) -> Schedule:
 
     Args:
         field: "context_length" or "tokens_per_step".
-        ramp: START:VALUE pairs such as "0:512 50%:1024". A start is a number of tokens (with K, M
-            or B for thousands, millions, billions) or a percentage of the steps before continual
-            training. An empty ramp changes nothing.
+        ramp: START:VALUE pairs such as "0:512 50%:1024" or "0:50% 50%:100%". A start is a number of
+            tokens (with K, M or B for thousands, millions, billions) or a percentage of the steps
+            before continual training. A value is a number or a percentage of the value at the end
+            of `schedule`. An empty ramp changes nothing.
 
     Raises:
         UserError: if `ramp` does not have this format.
     """
     option = "context_ramp" if field == "context_length" else f"{field}_ramp"
-    former = -1
+    former, final = -1, getattr(schedule.phases[-1], field)
     for pair in ramp.split():
-        match = re.fullmatch(r"(\d+(?:_\d+)*(?:\.\d+)?)([KMB%]?):(\d+(?:_\d+)*)", pair)
-        if not match or not int(match[3]):
+        match = re.fullmatch(rf"({NUMBER})([KMB%]?):({NUMBER})(%?)", pair)
+        value = Fraction(match[3]) * (Fraction(final, 100) if match[4] else 1) if match else 0
+        if not match or value < 1 or value.denominator > 1:
             raise UserError(
                 f"{option}={ramp!r}: {pair!r} must be START:VALUE, for example 0:512, 100M:512 or "
                 "50%:1024"
             )
-        number, unit, value = Fraction(match[1]), match[2], int(match[3])
+        number, unit = Fraction(match[1]), match[2]
         if unit == "%":
             step = round_half_up(min(number / 100, Fraction(1)) * schedule.stage_steps)
         else:
@@ -437,7 +440,7 @@ def with_ramp(schedule: Schedule, field: str, ramp: str) -> Schedule:
         former = step
         phases = _cut(schedule.phases, step)
         schedule = Schedule(
-            tuple(replace(p, **{field: value}) if p.start >= step else p for p in phases)
+            tuple(replace(p, **{field: int(value)}) if p.start >= step else p for p in phases)
         )
     return schedule
 
@@ -459,7 +462,7 @@ def _cut(phases, step):
             result.append(p)
             continue
         after: dict[str, Any] = dict(start=step, growth=None, optimizer_state="carry")
-        after |= dict(rewarmup_steps=0, new_blocks=(), restart_lr=False, fade_in_steps=0)
+        after |= dict(rewarmup_steps=0, new_blocks=(), lr_setback=0.0, fade_in_steps=0)
         after |= dict(shrink=1.0, perturb=0.0)
         result.append(replace(p, stop=step, milestone=False))
         result.append(replace(p, **after))
@@ -543,24 +546,23 @@ def learning_rate(step: int, schedule: Schedule, config) -> float:
     "constant" is used in the paper's released code, and "cosine" in nanoGPT. "wsd" (warm-up,
     stable, decay) decays linearly over the last `decay_fraction` of all steps (Hu et al. 2024,
     arXiv:2404.06395). All of them warm up linearly over `warmup_steps`, and again over the
-    `rewarmup_steps` of a phase. A phase with `restart_lr` starts the schedule again; it then ends
-    at the next such phase, or at the end of training.
+    `rewarmup_steps` of a phase. The position in this curve is the step, less what the phases up to
+    it have set back (staged training, Shen et al. 2022; with `lr_setback` 1, the curve starts again
+    as in G_stack). The curve is as long as the run, less all that is set back, so that it ends with
+    the run.
 
     Args:
         config: an object with learning_rate (the peak), min_lr, lr_schedule, warmup_steps and
             decay_fraction.
     """
-    starts = [0, *(p.start for p in schedule.phases if p.restart_lr), schedule.n_steps]
-    start = max(s for s in starts[:-1] if s <= step)
-    end = min(s for s in starts if s > start) - start  # the number of steps of this cycle
-    peak, floor, position = config.learning_rate, config.min_lr, step - start
-    warmup = config.warmup_steps
+    position, end = _lr_position(schedule, step), _lr_position(schedule, schedule.n_steps)
+    peak, floor, warmup = config.learning_rate, config.min_lr, config.warmup_steps
     if config.lr_schedule == "cosine":
-        progress = max(0, position - warmup) / max(1, end - warmup)
+        progress = min(1, max(0, position - warmup) / max(1, end - warmup))
         rate = floor + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - floor)
     elif config.lr_schedule == "wsd":
         decay = max(1, config.decay_fraction * end)
-        rate = floor + min(1, (end - position) / decay) * (peak - floor)
+        rate = floor + min(1, max(0, end - position) / decay) * (peak - floor)
     else:
         rate = peak
     ramp = (position + 1) / (warmup + 1)
@@ -568,6 +570,14 @@ def learning_rate(step: int, schedule: Schedule, config) -> float:
         if p.start <= step and p.rewarmup_steps and p.rewarmup == "all":
             ramp = min(ramp, (step - p.start + 1) / (p.rewarmup_steps + 1))
     return rate * min(1, ramp)
+
+
+def _lr_position(schedule, step):
+    back = 0
+    for p in schedule.phases:
+        if p.lr_setback and p.start <= step:
+            back += round_half_up(p.lr_setback * (p.start - back))
+    return step - back
 
 
 def round_half_up(x) -> int:

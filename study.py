@@ -54,12 +54,6 @@ ROOT = Path(__file__).resolve().parent
 KEPT = ("config.json", "schedule.json", "metrics.jsonl")  # files of a run folder
 # Options that a study sets itself.
 OWN_OPTIONS = ("seed", "out_dir", "init_from", "dry_run", "calibrate")
-    "seed",
-    "out_dir",
-    "init_from",
-    "dry_run",
-    "calibrate",
-)  # options that a study sets itself
 METRICS = ("paper_cost", "flops", "seconds")
 LABELS = NAMES | {"seconds": "seconds"}
 PAPER_TOKENS = 10_000 * 524_288  # of the paper's baseline
@@ -79,7 +73,7 @@ CHANGEABLE = {
 METHOD = CHANGEABLE | {
     "stages", "stage_blocks", "phase_fractions", "stage_alpha", "freezing", "phase1", "growth",
     "shrink", "perturb", "fade_in_steps", "continual_steps", "optimizer_state",
-    "continual_optimizer_state", "rewarmup_steps", "rewarmup", "restart_lr", "context_ramp",
+    "continual_optimizer_state", "rewarmup_steps", "rewarmup", "lr_setback", "context_ramp",
     "tokens_per_step_ramp", "skip_policy", "skip_rate", "freezeout", "eval_interval", "command",
     "date", "starts",
 }  # fmt: skip

@@ -389,7 +389,7 @@ def make_optimizer(
         model.param_groups(config.weight_decay, per_block),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
-        eps=1e-8,
+        eps=1e-8 * (config.base_depth / max(1, model.n_blocks) if config.base_depth else 1),
         fused=True,
     )
     if state:
@@ -770,7 +770,8 @@ def duration(seconds: float) -> str:
 def make_model_config(config: Config, vocab_size: int) -> GPTConfig:
     """Return the configuration of the final model."""
     c = config
-    return GPTConfig(c.block_size, vocab_size, c.n_layer, c.n_head, c.n_embd, c.dropout, c.bias)
+    sizes = (c.block_size, vocab_size, c.n_layer, c.n_head, c.n_embd)
+    return GPTConfig(*sizes, c.dropout, c.bias, c.base_depth)
 
 
 def lock_out_dir(out_dir: Path, init_from: str) -> FolderLock:
@@ -819,7 +820,8 @@ def initial_model(
     checkpoint = load_checkpoint(Path(config.init_weights))
     where = f"init_weights={config.init_weights}"
     theirs, ours = checkpoint["model_config"], dataclasses.asdict(model_config)
-    for key in ("n_embd", "n_head", "block_size", "bias"):
+    theirs.setdefault("base_depth", 0)
+    for key in ("n_embd", "n_head", "block_size", "bias", "base_depth"):
         if theirs.get(key) != ours[key]:
             raise UserError(
                 f"{where}: has {key}={theirs.get(key)}, but {key}={ours[key]} was requested"
@@ -866,10 +868,14 @@ def check_resumable(
     learning rate, the intervals and the length of the run.
     """
     step, out_dir = checkpoint["step"], config.out_dir
-    before = checkpoint["model_config"] | {
-        "seed": checkpoint["config"].get("seed"),
-        "windows of data": checkpoint["n_windows"],
-    }
+    before = (
+        {"base_depth": 0}
+        | checkpoint["model_config"]
+        | {
+            "seed": checkpoint["config"].get("seed"),
+            "windows of data": checkpoint["n_windows"],
+        }
+    )
     now = dataclasses.asdict(model_config) | {"seed": config.seed, "windows of data": n_windows}
     if checkpoint["corpus"]:
         before["corpus"], now["corpus"] = checkpoint["corpus"][:12], fingerprint(meta)[:12]

@@ -91,6 +91,8 @@ class Config:
     """Dropout probability; 0 for pretraining."""
     bias: bool = True
     """Biases in linear layers and layer norms, as in GPT-2."""
+    base_depth: Annotated[int, Meta(ge=0, le=1024)] = 0
+    """Base depth of CompleteP, so that one learning rate serves all depths; 0 disables it."""
 
     # schedule
     stages: int = 1
@@ -125,8 +127,8 @@ class Config:
     """Steps of linear learning-rate warm-up at the start of every phase after the first."""
     rewarmup: Literal["all", "new_blocks"] = "all"
     """Warm up the rate of all parameters again, or, where the model grows, of new blocks only."""
-    restart_lr: bool = False
-    """Start lr_schedule again when the model grows, with warm-up and decay."""
+    lr_setback: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    """Set lr_schedule back by this fraction of its position when the model grows; 1: restart it."""
     context_ramp: str = ""
     """Context length during training as START:LENGTH pairs, for example "0:512 50%:1024"."""
     tokens_per_step_ramp: str = ""

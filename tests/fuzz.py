@@ -285,7 +285,7 @@ def methods(work: Path, rng: random.Random) -> None:
         perturb=rng.choice((0, 0, 0.1, 1)),
         fade_in_steps=rng.choice((0, 0, 3)),
         rewarmup=rng.choice(("all", "new_blocks")),
-        restart_lr=rng.random() < 0.3,
+        lr_setback=rng.choice((0, 0, 0.3, 1)),
         freezeout=rng.choice((0, 0, 0, 0.5, 1)),
         phase1=rng.choice(("paper", "released_code")),
         growth=rng.choice(list(OPERATORS)),

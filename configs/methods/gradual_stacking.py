@@ -1,0 +1,5 @@
+# Gradual stacking (Reddi et al. 2023, "Efficient Training of Language Models using Few-Shot
+# Learning"): each of 4 equal stages appends a copy of the last group of blocks. What the authors do
+# with the optimizer state is not known to us.
+stages, freezing = 4, "none"
+growth, optimizer_state = "copy_last", "copy"
