@@ -180,8 +180,8 @@ def source_map(name: str, old: int, new: int) -> SourceMap:
     except ArithmeticError as error:
         if old:
             raise UserError(f"{where}: not defined for these numbers of blocks: {error}") from None
-        sources = (keep(0),)
-    if old == 0 and any(s.mix for s in sources):
+        sources = ()
+    if old == 0 and (not sources or any(s.mix for s in sources)):
         raise UserError(
             f"growth={name} copies existing blocks, but the model has none: use --growth=random"
         )

@@ -515,7 +515,8 @@ def with_freezeout(schedule: Schedule, t_0: float) -> Schedule:
         )
     freezeout = FreezeOut(t_0, first.n_steps)
     phases = [replace(first, freezeout=freezeout), *schedule.phases[1:]]
-    ends = [math.ceil(freezeout.end(i, first.n_blocks)) for i in range(first.n_blocks)]
+    # Rounded, so that 512.0000000001 steps are 512.
+    ends = [math.ceil(round(freezeout.end(i, first.n_blocks), 6)) for i in range(first.n_blocks)]
     for i, end in enumerate(ends):
         phases = _cut(phases, end)
         kept: dict[str, Any] = dict(

@@ -1,6 +1,7 @@
 """Growth operators as source maps, and their application to parameters and optimizer state."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from stagewise.errors import UserError
 
 MODEL = GPTConfig(**TINY | {"n_layer": 8})
 CPU = torch.device("cpu")
-BUILT_IN = ("random", "copy_last", "stack", "zero_output")
+BUILT_IN = tuple(growth.OPERATORS)
+COPYING = tuple(sorted({*BUILT_IN} - {"random", "interpolate"}))
 
 
 def sources(name, old, new):
@@ -45,18 +47,91 @@ def sources(name, old, new):
         ("stack", 2, 8, "k0 k1 0 1 0 1 0 1"),
         ("stack", 3, 7, "k0 k1 k2 0 1 2 0"),
         ("zero_output", 2, 4, "k0 0z k1 1z"),
-        ("zero_output", 4, 6, "k0 0z k1 k2 2z k3"),
+        ("zero_output", 4, 6, "k0 k1 1z k2 k3 3z"),
         ("zero_output", 1, 3, "k0 0z 0z"),
+        ("interleave", 3, 6, "k0 0 k1 1 k2 2"),
+        ("interleave", 3, 5, "k0 k1 1 k2 2"),
+        ("copy_middle", 5, 7, "k0 k1 0 1 k2 k3 k4"),
+        ("copy_middle", 1, 3, "k0 0 0"),
+        ("lidas", 6, 7, "k0 k1 k2 2 k3 k4 k5"),
+        ("lidas", 9, 12, "k0 k1 k2 k3 k4 k5 4 5 6 k6 k7 k8"),
+        ("solar", 8, 12, "k0 k1 k2 k3 k4 k5 2 3 4 5 k6 k7"),
     ],
 )
 def test_source_maps(name, old, new, expected):
     assert sources(name, old, new) == expected
 
 
+def origins(name, *depths):
+    """Grow through several depths; return the block of the first model that each block is from."""
+    blocks = list(range(depths[0]))
+    for old, new in zip(depths, depths[1:]):
+        blocks = [blocks[s.mix[0][0]] for s in source_map(name, old, new)]
+    return blocks
+
+
+@pytest.mark.parametrize(
+    "name, depths, expected",
+    [
+        # tongxuluo/prts bf6f774, prts_configs/stacking_6L_24L.json
+        ("stack", (6, 24), [*range(6)] * 4),
+        # gonglinyuan/StackingBERT 922574b, double.py: block l + L is a copy of block l
+        ("stack", (3, 6, 12), [0, 1, 2] * 4),
+        # tongxuluo/prts bf6f774, prts_lit/scaling/gradual_stack.py: layers[2 * now - trg + i]
+        ("copy_last", (6, 12), [*range(6)] * 2),
+        ("copy_last", (6, 8), [0, 1, 2, 3, 4, 5, 4, 5]),
+        ("copy_last", (6, 9, 12), [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5]),
+        # cordschmidt/stacking-knowledge c51fe5a, src/gradual_stacking/stacking_callback.py: the
+        # group ceil(n / 2) - 1 is inserted after itself
+        ("copy_middle", (6, 8, 10, 12), [0, 1, 2, 3, 2, 3, 2, 3, 2, 3, 4, 5]),
+        ("copy_middle", (3, 6), [0, 1, 2] * 2),
+        ("copy_middle", (6, 9), [0, 1, 2, 0, 1, 2, 3, 4, 5]),
+        ("copy_middle", (9, 12), [0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7, 8]),
+        # allenai/staged-training 6c0cf4e, gpt_pretrain.py, alternate_copy; tongxuluo/prts,
+        # bert2bert.py, inner_stacking: i // (trg_depth // src_depth)
+        ("interleave", (6, 12), [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]),
+        ("interleave", (6, 24), [i // 4 for i in range(24)]),
+        # TencentARC/LLaMA-Pro bead657, scripts/block_expansion.py: a copy of the last block of each
+        # group
+        ("zero_output", (6, 9), [0, 1, 1, 2, 3, 3, 4, 5, 5]),
+        ("zero_output", (32, 40), [j for i in range(32) for j in ([i, i] if i % 4 == 3 else [i])]),
+        # tongxuluo/prts bf6f774, prts_lit/scaling/solar.py; SOLAR itself, 32 to 48
+        ("solar", (6, 8), [0, 1, 2, 3, 2, 3, 4, 5]),
+        ("solar", (9, 12), [0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7, 8]),
+        ("solar", (32, 48), [*range(24), *range(8, 32)]),
+        # LIDAS, as described in its reviews: the last half of the lower group and the first half of
+        # the upper one
+        ("lidas", (6, 8), [0, 1, 2, 3, 3, 4, 4, 5]),
+        ("lidas", (4, 8, 12), [0, 1, 2, 3, 2, 3, 0, 1, 0, 1, 2, 3]),
+    ],
+)
+def test_source_maps_are_those_of_the_published_code(name, depths, expected):
+    assert origins(name, *depths) == expected
+
+
+def test_interpolation_is_that_of_the_published_code():
+    """Salva4/multilevel_transformer 16ee2e5, src/continuous_model/continuous_block.py, "linear":
+    W[c i + ii] = (1 - ii/c) W[c i] + (ii/c) W[c (i + 1)], and copies after the last one."""
+    for old, c in ((6, 2), (3, 4)):
+        for n, source in enumerate(source_map("interpolate", old, c * old)):
+            i, ii = divmod(n, c)
+            if ii and i + 1 < old:
+                assert source.mix == ((i, 1 - ii / c), (i + 1, ii / c)) and not source.keep
+            else:
+                assert source == (copy(i) if ii else keep(i))
+
+
+def test_solar_needs_overlapping_parts():
+    with pytest.raises(UserError, match="growth=solar from 3 to 7 blocks: not defined .* longer"):
+        source_map("solar", 3, 7)
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize("old", range(1, 7))
 @pytest.mark.parametrize("added", range(1, 8))
 def test_built_in_operators_keep_every_old_block_in_order(name, old, added):
+    if name == "solar" and added > old:
+        pytest.skip("the two parts of the model would not overlap")
     m = source_map(name, old, old + added)
     assert [s.mix[0][0] for s in m if s.keep] == list(range(old))
     assert len(growth.new_blocks(m)) == added
@@ -123,8 +198,8 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
-@pytest.mark.parametrize("old, new", [(2, 4), (3, 7), (4, 5)])
+@pytest.mark.parametrize("name", ("random", *COPYING))
+@pytest.mark.parametrize("old, new", [(2, 4), (4, 7), (4, 5)])
 def test_blocks_match_the_source_map(name, old, new):
     model = random_model(old)
     before, values = list(model.transformer.h), [tensors(b) for b in model.transformer.h]
@@ -209,8 +284,8 @@ def grow(model, optimizer, n_blocks, name, state):
     return train.enter_phase(model, optimizer.state, phase, Config(learning_rate=1e-2))
 
 
-@pytest.mark.parametrize("name", ["copy_last", "stack", "zero_output"])
-@pytest.mark.parametrize("state", ["carry", "copy", "reset"])
+@pytest.mark.parametrize("name", COPYING)
+@pytest.mark.parametrize("state", ["carry", "copy", "zero", "reset"])
 def test_optimizer_state_is_carried_copied_or_reset(name, state):
     model, optimizer = trained(2)
     old = [dict(b.named_parameters()) for b in model.transformer.h]
@@ -223,6 +298,8 @@ def test_optimizer_state_is_carried_copied_or_reset(name, state):
                 assert (now is None) if state == "reset" else equal(now, origin)
             elif state == "copy" and not (source.zero_output and ".c_proj." in key):
                 assert equal(now, origin) and origin["step"] == 3
+            elif state == "zero":
+                assert now["step"] == 3 and not now["exp_avg"].any() and not now["exp_avg_sq"].any()
             else:
                 assert now is None
     wte = optimizer.state.get(model.lm_head.weight)
@@ -274,7 +351,7 @@ def test_mixed_state_stays_valid():
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-@pytest.mark.parametrize("state", ["carry", "copy", "reset"])
+@pytest.mark.parametrize("state", ["carry", "copy", "zero", "reset"])
 def test_new_parameters_train_and_their_first_update_is_not_inflated(name, state):
     """Some public implementations do not add new parameters to the optimizer, or reset Adam's step
     count but not exp_avg and exp_avg_sq, so that bias correction inflates the first updates."""
@@ -290,3 +367,59 @@ def test_new_parameters_train_and_their_first_update_is_not_inflated(name, state
             if key.split(".")[-2] == "c_proj" or name != "zero_output":
                 assert change > 0, key
             assert change <= 1e-2 * 1.5 + decay, key  # lr, plus a margin for momentum
+
+
+def test_the_first_update_of_new_parameters_has_the_size_of_the_learning_rate():
+    """Without state, Adam's first update is the rate times the sign of the gradient. With moments
+    of zero and the step count of the others, it is smaller, since bias correction has ended."""
+    sizes = {}
+    for state in ("carry", "zero", "reset"):
+        model, optimizer = trained(2, steps=30, config=Config(learning_rate=1e-2, weight_decay=0))
+        optimizer = grow(model, optimizer, 4, "stack", state)
+        for group in optimizer.param_groups:
+            group["weight_decay"] = 0.0
+        weight = model.transformer.h[3].mlp.c_fc.weight
+        before = weight.detach().clone()
+        step(model, optimizer)
+        sizes[state] = (weight - before).abs().median().item()
+    assert sizes["carry"] == pytest.approx(1e-2, rel=0.01)
+    assert sizes["reset"] == pytest.approx(1e-2, rel=0.01)
+    beta1, beta2, n = 0.9, 0.95, 31
+    zero = (1 - beta1) / (1 - beta1**n) / math.sqrt((1 - beta2) / (1 - beta2**n))
+    assert sizes["zero"] == pytest.approx(1e-2 * zero, rel=0.01) and zero < 0.5
+
+
+# --- shrink and perturb
+
+
+def test_shrink_and_perturb_is_the_published_formula():
+    model = random_model(3)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.shrink_and_perturb(0.4, 0.5, seed=1)
+    for name, p in model.named_parameters():
+        if p.dim() < 2:
+            assert torch.equal(p, before[name])
+            continue
+        noise = (p.detach() - 0.4 * before[name]) / 0.5
+        std = 0.02 / math.sqrt(2 * MODEL.n_layer) if "c_proj" in name else 0.02
+        assert noise.mean().abs() < 4 * std / math.sqrt(noise.numel())
+        assert noise.std() == pytest.approx(std, rel=0.1)
+    again = random_model(3)
+    again.shrink_and_perturb(0.4, 0.5, seed=1)
+    assert equal(tensors(again), tensors(model))
+    other = random_model(3)
+    other.shrink_and_perturb(0.4, 0.5, seed=2)
+    assert not equal(tensors(other), tensors(model))
+
+
+def test_shrink_and_perturb_happens_before_growth():
+    """So that copies are copies of the shrunk and perturbed blocks."""
+    model, optimizer = trained(2)
+    weight = model.transformer.h[1].mlp.c_fc.weight.detach().clone()
+    (phase,) = make_schedule(4, 1).phases
+    phase = dataclasses.replace(phase, growth="stack", shrink=0.5, optimizer_state="reset")
+    train.enter_phase(model, optimizer.state, phase, Config())
+    for i in (1, 3):
+        assert torch.equal(model.transformer.h[i].mlp.c_fc.weight, 0.5 * weight)
+    train.enter_phase(model, {}, phase, Config(), begins=False)  # not again on resuming
+    assert torch.equal(model.transformer.h[1].mlp.c_fc.weight, 0.5 * weight)

@@ -8,7 +8,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-SCIENCE = ("growth", "schedule", "cost", "model")  # train, which runs them all, also evaluates
+# train, which runs them all, also evaluates
+SCIENCE = ("growth", "policies", "schedule", "cost", "model")
 COMMANDS = ("train", "fineweb", "hellaswag", "plot", "sample", "study")
 
 

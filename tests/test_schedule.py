@@ -119,6 +119,42 @@ def test_explicit_blocks_and_unequal_fractions():
     ]
 
 
+def test_the_lengths_of_stages_follow_prop_alpha():
+    """cordschmidt/stacking-knowledge, scheduler.py: T_i = i^alpha / sum_j j^alpha T."""
+    for alpha, stops in ((0, [25, 50, 75, 100]), (1, [10, 30, 60, 100]), (2, [3, 17, 47, 100])):
+        schedule = make_schedule(12, 100, 4, freezing="none", stage_alpha=alpha)
+        assert values(schedule, "stop") == stops
+    two = make_schedule(12, 60, 2, stage_alpha=1)
+    assert values(two, "stop") == [10, 20, 40, 60]
+    with pytest.raises(UserError, match="set only one"):
+        make_schedule(12, 100, 4, freezing="none", stage_alpha=1, phase_fractions=(1, 1, 1, 1))
+
+
+def test_stage_blocks_may_be_percentages():
+    def blocks(n_layer, *stage_blocks):
+        schedule = make_schedule(n_layer, 100, stage_blocks=stage_blocks, freezing="none")
+        return [p.n_blocks for p in schedule.phases]
+
+    assert blocks(12, "25%", "50%", "100%") == [3, 6, 12]
+    assert blocks(12, 0, "33.3%", 12) == [0, 3, 12] and blocks(32, "67%", "100%") == [21, 32]
+    assert blocks(4, "100%", "100%") == [4, 4]
+    for bad in (("a", 12), ("1.5", 12), ("50%", "120%"), ("-1", 12), ("50%", 3, 12)):
+        with pytest.raises(UserError, match="stage_blocks"):
+            make_schedule(12, 100, stage_blocks=bad, freezing="none")
+    with pytest.raises(UserError, match="adds no blocks .* --freezing=none"):
+        make_schedule(12, 100, stage_blocks=("100%", "100%"))
+
+
+def test_preceding_blocks_are_those_below_the_lowest_new_block():
+    for operator, expected in (("interleave", (1, 2, 3)), ("random", (2, 3))):
+        for freezing in ("preceding", "all_but_new"):
+            schedule = make_schedule(4, 100, 2, growth_operator=operator, freezing=freezing)
+            new = (1, 3) if operator == "interleave" else (2, 3)
+            trained = expected if freezing == "preceding" else new
+            assert schedule.phases[2].trained_blocks == trained
+            assert schedule.phases[2].new_blocks == new
+
+
 def test_without_freezing_fractions_are_per_stage():
     """Without freezing, a stage is not split into two phases."""
     schedule = make_schedule(4, 100, 2, freezing="none", phase_fractions=(0.3, 0.7))
@@ -260,61 +296,6 @@ def test_a_start_beyond_the_end_changes_nothing():
     assert values(schedule, "stop", "context_length") == [(10, 512)]
 
 
-# --- skipped blocks
-
-
-def dropped(rate=0.5, n_steps=2000, seed=0, n_layer=5):
-    return with_skip_policy(make_schedule(n_layer, n_steps), "layer_dropout", rate, seed)
-
-
-def test_layer_dropout_skips_with_the_published_probability():
-    """p = rate * l/(L-1) * (1 - t/(T-1)): checked over the first and the last quarter of the
-    steps."""
-    schedule, n = dropped(), 500
-    for start in (0, 1500):
-        steps = range(start, start + n)
-        scales = [schedule.at(s).residual_scales for s in steps]
-        for i in range(5):
-            p = [0.5 * i / 4 * (1 - s / 1999) for s in steps]
-            skipped = [scale[i] == 0 for scale in scales]
-            spread = math.sqrt(sum(q * (1 - q) for q in p))
-            assert abs(sum(skipped) - sum(p)) <= 4 * spread
-            for scale, q in zip(scales, p):  # the expected contribution is that of the full block
-                assert scale[i] == 0 or scale[i] == pytest.approx(1 / (1 - q))
-    assert schedule.at(1999).residual_scales == (1.0,) * 5
-
-
-def test_skipped_blocks_are_a_pure_function_of_seed_and_step():
-    a, b, other = dropped(), dropped(), dropped(seed=1)
-    steps = [7, 3, 1000, 7]
-    assert [a.at(s) for s in steps] == [b.at(s) for s in steps]
-    assert a.at(7).residual_scales != a.at(8).residual_scales
-    assert [a.at(s).residual_scales for s in range(50)] != [
-        other.at(s).residual_scales for s in range(50)
-    ]
-
-
-def test_running_blocks_are_the_ones_not_skipped():
-    step = dropped(rate=0.9).at(0)
-    assert step.running_blocks == tuple(i for i in range(5) if step.residual_scales[i])
-    assert make_schedule(5, 10).at(3).residual_scales is None
-    assert make_schedule(5, 10).at(3).running_blocks == (0, 1, 2, 3, 4)
-
-
-@pytest.mark.parametrize(
-    "name, rate, said",
-    [
-        ("layer_drop", 0.2, "did you mean layer_dropout"),
-        ("layer_dropout", 1.0, "skip_rate=1.0"),
-        ("layer_dropout", -0.1, "skip_rate=-0.1"),
-        ("layer_dropout", float("nan"), "skip_rate=nan"),
-    ],
-)
-def test_invalid_policies_raise_errors(name, rate, said):
-    with pytest.raises(UserError, match=said):
-        with_skip_policy(make_schedule(5, 10), name, rate, seed=0)
-
-
 # --- comparison on resuming
 
 
@@ -384,6 +365,26 @@ def test_every_later_phase_warms_up_again_but_a_split_does_not():
     cut = with_ramp(schedule, "context_length", "0:512 12.5%:256 30%:512")
     cut = schedules.Schedule(schedules._cut(schedules._cut(cut.phases, 15), 21))
     assert rates(cut) == r
+
+
+@pytest.mark.parametrize("lr_schedule", ["cosine", "wsd"])
+def test_the_learning_rate_schedule_starts_again_with_a_setback_of_1(lr_schedule):
+    """As in G_stack: both cycles have the length of the second one, so the first does not decay."""
+    schedule = make_schedule(4, 100, 2, freezing="none", phase_fractions=(1, 4))
+    first, second = schedule.phases
+    restarted = schedules.Schedule((first, dataclasses.replace(second, lr_setback=1.0)))
+    config = dict(lr_schedule=lr_schedule, warmup_steps=4)
+    r, alone = rates(restarted, **config), rates(make_schedule(4, 80), **config)
+    assert r[20:] == alone and r[:20] == alone[:20]
+
+
+def test_a_setback_repeats_part_of_the_learning_rate_schedule():
+    """As in staged training, whose schedule goes back from step 6,499 to 4,449."""
+    schedule = make_schedule(4, 100, 2, freezing="none")
+    first, second = schedule.phases
+    back = schedules.Schedule((first, dataclasses.replace(second, lr_setback=0.3)))
+    r, base = rates(back, lr_schedule="cosine"), rates(make_schedule(4, 85), lr_schedule="cosine")
+    assert r == base[:50] + base[35:]
 
 
 def test_parts_of_a_phase_have_different_names_with_two_ramps():
