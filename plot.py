@@ -1,11 +1,15 @@
 """Draw the paper's two figures from run folders, and print a table with the final results.
 
     python plot.py [RUN_DIR ...] [--x steps|tokens|paper_cost|flops|hours]
+    python plot.py --schedule configs/methods/midas.py "configs/demo.py configs/s4.py --steps=900"
 
 Figure 1 shows the training loss (faint lines) and the validation loss (bold lines). Figure 2 shows
 HellaSwag accuracy. Ticks on a curve mark stage boundaries. A solid circle marks the point at which
 a run is compute-matched: its cumulative cost equals the total cost of its baseline. This script
 reads only config.json, schedule.json and metrics.jsonl, which train.py writes.
+
+With --schedule, draw what the options of train.py would train, before it is trained: which blocks
+exist, train, are frozen or are skipped, over the training tokens.
 """
 
 import sys
@@ -18,6 +22,7 @@ import stagewise.console  # noqa: F401  (first: Ctrl-C during the other imports)
 
 import dataclasses
 import math
+import shlex
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -27,9 +32,9 @@ import tyro
 from msgspec import UNSET, Meta, UnsetType
 from tabulate import tabulate
 
-from cost import COST_METRICS, NAMES, Metric
-from schedule import Phase
-from stagewise.config import Config, Positive
+from cost import COST_METRICS, NAMES, Metric, cumulative_cost, make_schedules, short_number
+from schedule import Phase, Schedule
+from stagewise.config import Config, Positive, load_config, padded_vocab_size
 from stagewise.errors import UserError, file_errors, report_user_errors
 from stagewise.fileio import atomic_file, convert, decode_json, read_bytes
 from stagewise.metrics import read_metrics
@@ -48,6 +53,8 @@ X_LABELS = {
     "flops": "FLOPs (baseline = 1)",
     "hours": "hours of training",
 }
+# Colors of blocks in the picture of a schedule. Where a block does not exist, the picture is white.
+STATES = {"trained": "#0072B2", "frozen": "#BBBBBB"}
 TICK: dict[str, Any] = dict(marker="|", markersize=11, markeredgewidth=1.4, linestyle="")
 CIRCLE: dict[str, Any] = dict(marker="o", markersize=10, linestyle="")
 LEVEL: dict[str, Any] = dict(linewidth=0.9, linestyle=(0, (4, 3)))
@@ -82,6 +89,8 @@ class Args:
     """Folder for the figures."""
     title: str = ""
     """Title of the figures, for example the model, the hardware and the date."""
+    schedule: tuple[str, ...] = ()
+    """Draw schedules instead of runs: config files of train.py, each with options in quotes."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -454,6 +463,105 @@ def draw_figures(runs: list[Run], args: Args) -> list[str]:
     return list(figures)
 
 
+@dataclass(frozen=True)
+class ModelSizes:
+    """The sizes of a model on which its cost depends."""
+
+    n_embd: int
+    vocab_size: int
+
+
+def draw_schedules(args: Args) -> None:
+    """Write a picture of each schedule in `args.schedule`, named after its last config file.
+
+    Raises:
+        UserError: if the options are invalid, or a file cannot be written.
+    """
+    used: set[str] = set()
+    for text in args.schedule:
+        words = shlex.split(text)
+        config = load_config(words, Config())
+        # Without a corpus, costs are those of GPT-2's vocabulary, as in a dry run.
+        sizes = ModelSizes(config.n_embd, padded_vocab_size(None))
+        schedule, baseline = make_schedules(config, sizes)
+        stems = [Path(word).stem for word in words if word.endswith(".py")]
+        name = stems[-1] if stems else "schedule"
+        while name in used:
+            name += "_"
+        used.add(name)
+        costs = []
+        for metric in COST_METRICS[1:]:
+            both = (schedule, baseline)
+            spent, total = (cumulative_cost(s, s.n_steps, metric, sizes) for s in both)
+            costs.append(f"{spent / total:.0%} of the baseline's {NAMES[metric]}")
+        title = args.title or f"{name}: {', '.join(costs)}"
+        with plt.style.context(STYLE):
+            fig = figure_schedule(schedule, title)
+            save(fig, args.out / f"schedule_{name}")
+            plt.close(fig)
+
+
+def figure_schedule(schedule: Schedule, title: str):
+    """Return a picture of a schedule: the state of every block over the training tokens.
+
+    A color between that of a trained block and white means that the block is often skipped.
+    """
+    n_bins, n_samples = 480, 8
+    n_layer = max(p.n_blocks for p in schedule.phases)
+    colors = {name: np.array(matplotlib.colors.to_rgb(c)) for name, c in STATES.items()}
+    picture = np.ones((n_layer + 2, n_bins, 3))
+    total = schedule.tokens(schedule.n_steps)
+    for column in range(n_bins):
+        cells = np.zeros((n_layer + 2, 3))
+        for sample in range(n_samples):
+            at = schedule.at(_step_at(schedule, (column + sample / n_samples) / n_bins * total))
+            cells[0] += colors["trained" if at.phase.train_embeddings else "frozen"]
+            cells[-1] += colors["trained" if at.phase.train_head else "frozen"]
+            for i in range(n_layer):
+                state = "trained" if i in at.phase.trained_blocks else "frozen"
+                cells[i + 1] += colors[state] if i in at.running_blocks else 1
+        picture[:, column] = cells / n_samples
+    fig, ax = plt.subplots(figsize=(6.4, 2.3), layout="constrained")
+    extent = (0, total, -0.5, n_layer + 1.5)
+    ax.imshow(picture, aspect="auto", origin="lower", interpolation="none", extent=extent)
+    ax.set_yticks([0, *range(1, n_layer + 1), n_layer + 1])
+    shown = {1, n_layer} if n_layer > 16 else range(1, n_layer + 1)
+    labels = [str(i) if i in shown else "" for i in range(1, n_layer + 1)]
+    ax.set_yticklabels(["embeddings", *labels, "head"], fontsize=7)
+    for edge in np.arange(0.5, n_layer + 1):
+        ax.axhline(edge, color="white", linewidth=0.6)
+    ax.grid(False)
+    ax.tick_params(length=0)
+    former: dict[str, int] = {}
+    for p in schedule.phases:
+        x = schedule.tokens(p.start)
+        if p.start:
+            ax.axvline(x, color="white", linewidth=0.8)
+        for field in ("context_length", "tokens_per_step"):
+            value = getattr(p, field)
+            if len({getattr(q, field) for q in schedule.phases}) > 1 and former.get(field) != value:
+                ax.annotate(f"{value:,}", (x, n_layer + 1.6), fontsize=6, annotation_clip=False)
+            former[field] = value
+    ax.set_xlabel(X_LABELS["tokens"], fontsize=8)
+    ax.xaxis.set_major_formatter(lambda x, _: short_number(round(x)))
+    ax.xaxis.set_tick_params(labelsize=8)
+    ax.set_title(_plain(title), fontsize=8, loc="left", color="#444444", pad=10)
+    legend = dict(STATES)
+    if any(p.skip for p in schedule.phases):
+        legend["often skipped"] = "#99C7E0"
+    handles = [matplotlib.patches.Patch(color=color, label=name) for name, color in legend.items()]
+    fig.legend(handles=handles, loc="outside right upper", fontsize=7)
+    return fig
+
+
+def _step_at(schedule, tokens):
+    for p in schedule.phases:
+        start = schedule.tokens(p.start)
+        if tokens < start + p.n_steps * p.tokens_per_step:
+            return p.start + int((tokens - start) // p.tokens_per_step)
+    return schedule.n_steps - 1
+
+
 def save(fig, path: Path) -> None:
     """Write a figure to path.png and path.svg, atomically. The same runs give the same bytes.
 
@@ -502,6 +610,13 @@ def show(value: float | None, form: str, suffix: str = "") -> str:
 
 
 def main(args: Args) -> None:
+    if args.schedule:
+        if args.runs:
+            raise UserError("--schedule draws configurations, not runs: leave out the run folders")
+        with file_errors(f"--out={args.out}", "use another folder"):
+            args.out.mkdir(parents=True, exist_ok=True)
+        draw_schedules(args)
+        return
     folders = args.runs or sorted(p.parent for p in Path("out").rglob("metrics.jsonl"))
     if not folders:
         raise UserError("no runs in out/: train one with train.py, or specify run folders")

@@ -180,13 +180,18 @@ def main() -> None:
         params = dict(model.named_parameters())
         optimizer_state = optimizer_state_from(checkpoint["optimizer"], params)
         step, seconds, history = (checkpoint[key] for key in ("step", "seconds", "loss_history"))
+        initial_cost = checkpoint["initial_cost"]
         del checkpoint
     else:
-        model = initial_model(config, model_config, schedule.phases[0], meta["tokenizer"], device)
+        model, initial_cost = initial_model(
+            config, model_config, schedule.phases[0], meta["tokenizer"], device
+        )
         optimizer_state, step, seconds, history = {}, 0, 0.0, {}
     monitor = LossMonitor(history, quiet=not ranks.master)
     if config.compile != "none":
         model.compile_regions(whole=config.compile == "model")
+
+    summary["initial_cost"] = initial_cost
 
     # --- outputs
     milestones = {p.stop for p in schedule.phases if p.milestone}
@@ -211,6 +216,9 @@ def main() -> None:
     if ranks.world_size > 1:
         dist.barrier()  # training starts only after rank 0 has created the output files
     run = run_state(config, model_config, schedule, len(train_data), meta)
+    run["initial_cost"] = initial_cost
+    total_flops = summary["total"]["flops"] + initial_cost.get("flops", 0)
+    cost_at = functools.partial(cost_columns, schedule, model_config, initial_cost)
     evaluation = functools.partial(
         evaluate, model, val_data, val_windows, examples, precision, config.batch_size, ranks
     )
@@ -229,7 +237,8 @@ def main() -> None:
     if step == 0:
         row = evaluation()
         if ranks.master:
-            log(metrics, row_start(schedule, step, model_config, seconds) | row, schedule.phases[0])
+            row = cost_at(step) | {"seconds": round(seconds, 3)} | row
+            log(metrics, row, schedule.phases[0])
 
     # --- training
     stopping = False
@@ -285,12 +294,12 @@ def main() -> None:
                 if monitor.history.skipped_in_a_row >= config.max_skipped_steps:
                     raise diverged(s, loss, grad_norm, config, schedule, train_data, order)
             if logs or evaluates:
-                row = row_start(schedule, step, model_config, seconds)
+                row = cost_at(step) | {"seconds": round(seconds, 3)}
                 row |= loss_columns(loss, grad_norm, zscore, lr, monitor)
                 row |= speed_columns(schedule, first, step, elapsed, model_config, peak)
                 row["data_wait"] = round(batches.waited / elapsed, 5)
                 row["peak_memory"] = peak_memory(device)
-                bar.set_postfix_str(progress(row, summary["total"]["flops"]))
+                bar.set_postfix_str(progress(row, total_flops))
                 if evaluates:
                     check_replicas(model, step, gloo_group)
                     row |= evaluation()
@@ -524,14 +533,18 @@ def evaluate(
     return result
 
 
-def row_start(
-    schedule: Schedule, step: int, model_config: GPTConfig, seconds: float
+def cost_columns(
+    schedule: Schedule, model_config: GPTConfig, initial_cost: dict[str, int], step: int
 ) -> dict[str, Any]:
-    """Return the columns common to all rows of metrics.jsonl: position, cumulative cost, time."""
+    """Return the first columns of metrics.jsonl: position and cumulative cost.
+
+    Args:
+        initial_cost: what the initial weights have cost.
+    """
     phase = schedule.phase_at(max(0, step - 1))
     row = {"step": step, "stage": phase.stage, "phase": phase.kind, "blocks": phase.n_blocks}
     costs = {m: cumulative_cost(schedule, step, m, model_config) for m in COST_METRICS}
-    return row | costs | {"seconds": round(seconds, 3)}
+    return row | {m: cost + initial_cost.get(m, 0) for m, cost in costs.items()}
 
 
 def log(metrics: MetricsWriter, row: dict, phase: Phase) -> None:
@@ -809,14 +822,16 @@ def check_compiler(option: str) -> None:
 
 def initial_model(
     config: Config, model_config: GPTConfig, phase: Phase, tokenizer: str, device: torch.device
-) -> GPT:
+) -> tuple[GPT, dict[str, int]]:
     """Return the model of a new run, newly initialized or with the weights of `init_weights`.
+
+    Also return what these weights have cost, by metric, if that is known.
 
     Raises:
         UserError: if the weights of `init_weights` do not match this model.
     """
     if not config.init_weights:
-        return GPT(model_config, n_blocks=phase.n_blocks, seed=config.seed, device=device)
+        return GPT(model_config, n_blocks=phase.n_blocks, seed=config.seed, device=device), {}
     checkpoint = load_checkpoint(Path(config.init_weights))
     where = f"init_weights={config.init_weights}"
     theirs, ours = checkpoint["model_config"], dataclasses.asdict(model_config)
@@ -850,7 +865,24 @@ def initial_model(
     if model.n_blocks < phase.n_blocks:
         assert phase.growth  # the first phase always has an operator
         model.grow(growth.source_map(phase.growth, model.n_blocks, phase.n_blocks), config.seed)
-    return model
+    try:
+        return model, cost_of_checkpoint(checkpoint)
+    except ValueError as error:
+        raise UserError(f"{where}: the schedule of the run is corrupted ({error})") from None
+
+
+def cost_of_checkpoint(checkpoint: dict[str, Any]) -> dict[str, int]:
+    """Return the cumulative cost of a run at a checkpoint; empty for weights of other origin.
+
+    Raises:
+        ValueError: if the checkpoint contains an invalid schedule.
+    """
+    if not checkpoint["phases"]:
+        return {}
+    schedule = Schedule(tuple(convert(checkpoint["phases"], list[Phase])))
+    model_config = convert(checkpoint["model_config"], GPTConfig)
+    costs = cost_columns(schedule, model_config, checkpoint["initial_cost"], checkpoint["step"])
+    return {m: costs[m] for m in COST_METRICS}
 
 
 def check_resumable(

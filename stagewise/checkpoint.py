@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +50,8 @@ class State:
     n_windows: Count  # number of windows in the training data
     tokenizer: str
     corpus: str = ""  # data.fingerprint; "" in checkpoints of earlier versions
+    # What the initial weights have cost, by metric; empty if the run started without or unknown.
+    initial_cost: dict[str, Annotated[int, Meta(ge=0)]] = field(default_factory=dict)
 
 
 @dataclass

@@ -81,6 +81,7 @@ def load_pretrained(name: str) -> dict[str, Any]:
         "phases": [],
         "n_windows": 0,
         "tokenizer": "gpt2",
+        "initial_cost": {},
         "model": from_hf(weights),
         "optimizer": None,
     }

@@ -311,11 +311,21 @@ def test_a_run_starts_from_the_weights_of_another(run_train, corpus):
     rows = metrics(out)
     assert rows[0]["val_loss"] == pytest.approx(metrics(small)[-1]["val_loss"], rel=1e-6)
     assert rows[0]["blocks"] == 4 and rows[0]["step"] == 0
+    # What the small model has cost is charged to the large one, also in a chain of runs.
+    for metric in ("tokens", "paper_cost", "flops"):
+        assert rows[0][metric] == metrics(small)[-1][metric] > 0
+    own = metrics(run_train("alone", steps=4))
+    assert rows[-1]["flops"] - rows[0]["flops"] == own[-1]["flops"]
+    third = run_train("third", init_weights=out, steps=4)
+    assert metrics(third)[0]["flops"] == rows[-1]["flops"]
     weights = load_checkpoint(out)["model"]
     assert sum("h.3.attn.c_proj.weight" in name for name in weights) == 1
     # resuming does not need the small run
     shutil.rmtree(small)
-    run_train("large", init_weights=small, growth="zero_output", steps=4, init_from="auto")
+    options = dict(init_weights=small, growth="zero_output", init_from="auto")
+    run_train("large", **options, steps=4)
+    run_train("large", **options, steps=4, continual_steps=1)
+    assert metrics(out)[-1]["flops"] > rows[-1]["flops"]
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,16 @@ import re
 import shutil
 import xml.etree.ElementTree
 
+import matplotlib.colors
 import matplotlib.image
 import numpy as np
 import pytest
 from conftest import metrics, script
 
 import plot
+from cost import make_schedules
+from model import GPTConfig
+from stagewise.config import Config, load_config
 from stagewise.errors import UserError
 
 OPTIONS = {
@@ -321,3 +325,40 @@ def test_runs_with_equal_names_and_other_data_are_told_apart(runs, tmp_path, cap
     printed = capsys.readouterr().out
     assert f"{same} " in printed and f"{runs[1]} " in printed
     assert "trained on different data" in printed
+
+
+# --- pictures of schedules
+
+
+def test_the_picture_of_a_schedule_shows_what_trains():
+    def colors(*options):
+        schedule, _ = make_schedules(load_config(list(options), Config()), GPTConfig())
+        fig = plot.figure_schedule(schedule, "title")
+        (image,) = fig.axes[0].get_images()
+        states = [matplotlib.colors.to_rgb(c) for c in plot.STATES.values()]
+        return image.get_array(), [tuple(round(x, 9) for x in state) for state in states]
+
+    picture, (trained, frozen) = colors("--stages=2", "--n_layer=4", "--steps=100")
+    white = (1.0, 1.0, 1.0)
+
+    def column(x):  # embeddings, blocks 1 to 4, head
+        return [tuple(cell) for cell in picture[:, x].round(9).tolist()]
+
+    assert column(0) == column(239) == [trained] * 3 + [white] * 2 + [trained]
+    assert column(241) == [frozen] * 3 + [trained] * 2 + [frozen]
+    assert column(479) == [trained] * 6
+    picture, _ = colors("configs/methods/raptr.py", "--steps=100")
+    assert np.allclose(picture[1, :], trained)
+    inside = picture[6, :120, 0].mean()  # half of the steps are skipped
+    assert trained[0] + 0.3 < inside < 0.8
+
+
+def test_schedules_are_drawn_from_config_files(tmp_path):
+    out = script(
+        "plot.py", "--schedule", "configs/methods/midas.py", "configs/demo.py configs/s4.py",
+        f"--out={tmp_path}",
+    ).stdout  # fmt: skip
+    assert "schedule_midas.png" in out and "schedule_s4.png" in out
+    assert {p.suffix for p in tmp_path.iterdir()} == {".png", ".svg"}
+    result = script("plot.py", "--schedule", "configs/mida.py", f"--out={tmp_path}", check=False)
+    assert result.returncode == 1 and "did you mean configs/methods/midas.py" in result.stderr
