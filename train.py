@@ -69,6 +69,7 @@ from stagewise.data import (
 from stagewise.device import (
     autocast,
     check_memory,
+    compile_seconds,
     cpu_name,
     device_name,
     matmul_dtype,
@@ -259,6 +260,7 @@ def main() -> None:
 
         pending_losses: list[torch.Tensor] = []  # (loss, gradient norm) of steps, on the device
         interval_start, batches.waited = time.perf_counter(), 0.0
+        compiled = compile_seconds()
         while step < phase.stop and not stopping:
             lr, now = learning_rate(step, schedule, config), schedule.at(step)
             for group in optimizer.param_groups:
@@ -298,6 +300,7 @@ def main() -> None:
                 row |= loss_columns(loss, grad_norm, zscore, lr, monitor)
                 row |= speed_columns(schedule, first, step, elapsed, model_config, peak)
                 row["data_wait"] = round(batches.waited / elapsed, 5)
+                row["compile_seconds"] = round(compile_seconds() - compiled, 3)
                 row["peak_memory"] = peak_memory(device)
                 bar.set_postfix_str(progress(row, total_flops))
                 if evaluates:
@@ -311,6 +314,7 @@ def main() -> None:
                 position["loss_history"] = monitor.state()
                 writer.save(model, optimizer, run | position)
             interval_start, batches.waited = time.perf_counter(), 0.0
+            compiled = compile_seconds()
 
     # --- end
     bar.close()
@@ -512,13 +516,13 @@ def evaluate(
     Uses the full context length and all blocks. Every rank evaluates its share of the data.
     """
     result = {}
-    device = model.lm_head.weight.device
+    device, start = model.lm_head.weight.device, time.perf_counter()
     model.eval()
     # Eager, because the varying shapes of HellaSwag would recompile the blocks many times.
     with torch.no_grad(), precision, torch.compiler.set_stance("force_eager"):
         total = torch.zeros((), dtype=torch.float64, device=device)
-        for start in range(ranks.rank * batch_size, len(windows), ranks.world_size * batch_size):
-            batch = read_batch(data, windows[start : start + batch_size], device)
+        for i in range(ranks.rank * batch_size, len(windows), ranks.world_size * batch_size):
+            batch = read_batch(data, windows[i : i + batch_size], device)
             x, y = (t.to(device, non_blocking=True) for t in batch)
             total += model(x, y).double() * len(x)
         if ranks.world_size > 1:
@@ -530,6 +534,7 @@ def evaluate(
             )
             result |= {f"hellaswag_{name}": finite(value) for name, value in scores.items()}
     model.train()
+    result["eval_seconds"] = round(time.perf_counter() - start, 3)
     return result
 
 

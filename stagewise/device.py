@@ -4,6 +4,7 @@ import contextlib
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -182,6 +183,13 @@ def peak_memory(device: torch.device) -> int:
     status = Path("/proc/self/status").read_text()
     peak = re.search(r"VmHWM:\s+(\d+) kB", status)
     return int(peak[1]) * 1024 if peak else 0
+
+
+def compile_seconds() -> float:
+    """Return the time that torch.compile has spent in this process."""
+    utils = sys.modules.get("torch._dynamo.utils")  # importing it takes seconds
+    times = utils.compilation_time_metrics if utils else {}
+    return sum(times.get("_compile.compile_inner", ()))
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -84,7 +84,8 @@ def metrics(out_dir) -> list[dict]:
 
 def without_clock(rows: list[dict]) -> list[dict]:
     """Rows of metrics without what another run of the same would measure differently."""
-    clock = ("seconds", "tokens_per_second", "flops_per_second", "mfu", "data_wait", "peak_memory")
+    clock = {"seconds", "tokens_per_second", "flops_per_second", "mfu", "data_wait", "peak_memory"}
+    clock |= {"compile_seconds", "eval_seconds"}
     return [{k: v for k, v in row.items() if k not in clock} for row in rows]
 
 

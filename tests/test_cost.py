@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -140,6 +141,10 @@ def counted_flops(model, T, scales=None):
     return counter.get_total_flops()
 
 
+def stem(path):
+    return path.stem
+
+
 SMALL_CONTEXT = dict(context_length=48)
 KINDS = {
     "baseline": (make_schedule(4, 8, **SMALL_CONTEXT), 0),
@@ -175,6 +180,21 @@ def test_computed_flops_match_torchs_counter(kind):
     model.set_trainable(phase.trained_blocks, phase.train_embeddings, phase.train_head)
     counted = counted_flops(model, phase.context_length, step.residual_scales)
     assert counted == 3 * phase.context_length * cost_per_token(step, "flops", SMALL)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "methods").glob("*.py")), ids=stem)
+def test_computed_flops_match_torchs_counter_for_every_method(path):
+    """In the first and the last step of every phase."""
+    options = ["--n_layer=4", "--n_embd=32", "--n_head=2", "--block_size=64", "--steps=60"]
+    config = load_config([str(path), *options, "--tokens_per_step=64"], Config())
+    schedule, _ = make_schedules(config, SMALL)
+    for phase in schedule.phases:
+        model = GPT(dataclasses.replace(SMALL, block_size=64), n_blocks=phase.n_blocks)
+        model.set_trainable(phase.trained_blocks, phase.train_embeddings, phase.train_head)
+        for number in {phase.start, phase.stop - 1}:
+            step = schedule.at(number)
+            counted = counted_flops(model, phase.context_length, step.residual_scales)
+            assert counted == 3 * phase.context_length * cost_per_token(step, "flops", SMALL)
 
 
 def test_the_skipping_kinds_skip_something():

@@ -1,6 +1,7 @@
 """Tests of the model: against transformers' GPT-2, growth, and freezing."""
 
 import dataclasses
+import functools
 import gc
 import weakref
 
@@ -11,15 +12,19 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+import train
 from growth import FRESH, keep, source_map
 from model import GPT, GPTConfig
 from schedule import make_schedule
 from stagewise import loss as losses
+from stagewise.config import Config
+from stagewise.device import autocast
 from stagewise.errors import UserError
 from stagewise.hf import from_hf
 from stagewise.seeding import derived_seed, derived_uniform
 
 SHAPE = GPTConfig(**TINY)
+CPU = torch.device("cpu")
 
 
 def weights(model):
@@ -441,3 +446,64 @@ def test_too_long_sequences_and_invalid_head_counts_raise_errors():
         GPT(SHAPE)(torch.zeros(1, 65, dtype=torch.long))
     with pytest.raises(ValueError, match="n_head=5"):
         GPT(GPTConfig(n_head=5, n_embd=32))
+
+
+# --- CompleteP
+
+
+def changes(base_depth, depths, steps=10):
+    """Return how much training changes the output of the last block (RMS), by depth."""
+    result = []
+    data = torch.randint(257, (steps + 1, 8, 65), generator=torch.Generator().manual_seed(0))
+    for depth in depths:
+        config = GPTConfig(64, 320, depth, 2, 64, base_depth=base_depth)
+        model, outputs = GPT(config, seed=1), list[torch.Tensor]()
+        options = Config(learning_rate=1e-2, base_depth=base_depth, weight_decay=0.0)
+        optimizer = train.make_optimizer(model, options)
+        keep_output = functools.partial(lambda to, block, x, y: to.append(y.detach()), outputs)
+        model.transformer.h[-1].register_forward_hook(keep_output)
+        model(data[-1][:, :-1])
+        batches = iter([(tokens[:, :-1], tokens[:, 1:]) for tokens in data])
+        for _ in range(steps):
+            train.train_step(model, optimizer, batches, 1, autocast(CPU, "float32", 64))
+        model(data[-1][:, :-1])
+        result.append((outputs[-1] - outputs[0]).square().mean().sqrt().item())
+    return result
+
+
+def test_completep_makes_updates_of_the_same_size_at_all_depths():
+    """A coordinate check at one learning rate for all depths (arXiv:2505.01618, figure 2)."""
+    depths = (2, 6, 12, 24)
+    completep, plain = changes(2, depths), changes(0, depths)
+    assert max(completep) / min(completep) < 2
+    assert plain[-1] / plain[0] > 3
+
+
+def test_completep_is_that_of_the_published_code():
+    """EleutherAI/nanoGPT-mup 6f8bc3b, branch completep, with depth_alpha_exp = 1: residual branches
+    scaled by base_depth / n_layer, initial weights not scaled by depth, eps scaled likewise."""
+    config = GPTConfig(64, 320, 6, 2, 64, base_depth=2)
+    model, plain = GPT(config), GPT(dataclasses.replace(config, base_depth=0))
+    with torch.no_grad():
+        for name, p in plain.named_parameters():
+            p.copy_(model.state_dict()[name])
+    idx = torch.randint(320, (2, 64))
+    torch.testing.assert_close(model(idx), plain(idx, residual_scales=[1 / 3] * 6))
+    scales = [1.0, 0.0, 1.0, 2.0, 1.0, 1.0]
+    expected = plain(idx, residual_scales=[s / 3 for s in scales])
+    torch.testing.assert_close(model(idx, residual_scales=scales), expected)
+    assert model.transformer.h[3].mlp.c_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    optimizer = train.make_optimizer(model, Config(base_depth=2))
+    assert {group["eps"] for group in optimizer.param_groups} == {1e-8 / 3}
+
+
+def test_parameter_groups_of_blocks_contain_all_parameters():
+    model = GPT(GPTConfig(64, 320, 3, 2, 64))
+    groups = model.param_groups(0.1, per_block=True)
+    params = [p for group in groups for p in group["params"]]
+    assert len(params) == len(set(params)) and set(params) == set(model.parameters())
+    for group in groups:
+        block = group["block"]
+        inside = set() if block is None else set(model.transformer.h[block].parameters())
+        assert all((p in inside) == (block is not None) for p in group["params"])
+        assert all((p.dim() >= 2) == (group["weight_decay"] > 0) for p in group["params"])
