@@ -1,6 +1,7 @@
 """A study from its study.toml to its report, from real runs."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -58,14 +59,29 @@ def write_study(folder, text=TOML, **options):
 
 @pytest.fixture
 def restored_signals():
-    handlers = {number: signal.getsignal(number) for number in study.Launcher.SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in study.StopRequest.SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-def train_here(launcher, command):
-    """Launcher.run, in this process."""
+class Ended(study.Job):
+    """A job whose process has ended with the status that `function` returned for its command."""
+
+    def __init__(self, function, run, command, env, log):
+        self.run, self.log, self.started, self.stopping = run, log, time.monotonic(), False
+        self.process = subprocess.Popen([sys.executable, "-c", f"exit({function(command)})"])
+        self._log_start = 0
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("what it wrote")
+
+
+def instead_of_training(monkeypatch, function):
+    monkeypatch.setattr(study, "Job", functools.partial(Ended, function))
+
+
+def train_here(command):
+    """Train in this process, which has imported torch already."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", command[1:])
         train.main()
@@ -77,9 +93,9 @@ def tiny(corpus, tmp_path_factory):
     """A study of which all runs but `later` have finished."""
     folder = tmp_path_factory.mktemp("tiny") / "tiny"
     write_study(folder, data_dir=corpus, steps=16, eval_interval=4, hellaswag_limit=10)
-    handlers = {number: signal.getsignal(number) for number in study.Launcher.SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in study.StopRequest.SIGNALS}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study.Launcher, "run", train_here)
+        instead_of_training(patch, train_here)
         study.main(study.RunArgs(folder, only=LABELS, out=folder / "out"))
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -170,10 +186,11 @@ def test_a_file_that_is_no_study_is_refused(tmp_path, text, named):
 @pytest.mark.parametrize("name", ["small_cpu", "gpt2_124m"])
 def test_the_studies_of_this_repository_make_schedules(name, corpus):
     _, runs = study.load_study(ROOT / "results" / name)
-    configs = study.check_runs(runs, (f"data_dir={corpus}",))
+    configs, flops = study.check_runs(runs, (f"data_dir={corpus}",))
     expected = {"baseline", "s4", "s8", "s12", "s4_released_code", "baseline_modern", "s4_modern"}
     assert {r.label for r in runs} >= expected
     assert all(grad_accum_steps(c, c.tokens_per_step, 1) >= 1 for c in configs.values())
+    assert flops["baseline_seed1"] > flops["s12_seed1"] * 0.5 > 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -193,7 +210,7 @@ def test_finished_runs_are_kept(tiny):
 
 def run_only(folder, *names, monkeypatch, **options):
     """Run a study in which no run may be trained."""
-    monkeypatch.setattr(study.Launcher, "run", lambda self, command: pytest.fail("was trained"))
+    instead_of_training(monkeypatch, lambda command: pytest.fail("was trained"))
     study.main(study.RunArgs(folder, only=names, out=folder / "out", **options))
 
 
@@ -236,11 +253,13 @@ def test_a_run_that_fails_does_not_block_the_others(
     tmp_path, corpus, monkeypatch, restored_signals, capsys
 ):
     folder = write_study(tmp_path / "x", data_dir=corpus)
-    monkeypatch.setattr(study.Launcher, "run", lambda self, command: 0)  # and nothing was trained
+    instead_of_training(monkeypatch, lambda command: 0)  # and nothing was trained
     with pytest.raises(UserError, match=r"8 of 8 runs failed \(baseline_seed1, s4_seed1, "):
         study.main(study.RunArgs(folder, out=tmp_path / "out"))
-    assert "error: baseline_seed1: train.py ended with status 0" in capsys.readouterr().err
-    monkeypatch.setattr(study.Launcher, "run", lambda self, command: 75)  # not told to stop by us
+    said = capsys.readouterr().err
+    assert "error: baseline_seed1: train.py ended with status 0: its last lines:\nwhat it" in said
+    assert f"All output of baseline_seed1: {tmp_path}/out/baseline_seed1.log" in said
+    instead_of_training(monkeypatch, lambda command: 75)  # not told to stop by us
     with pytest.raises(UserError, match="1 of 1 runs failed"):
         study.main(study.RunArgs(folder, out=tmp_path / "out", only=("s4_seed2",)))
     assert "error: s4_seed2: train.py ended with status 75" in capsys.readouterr().err
@@ -252,13 +271,13 @@ def test_results_that_cannot_be_written_lose_nothing(
     """The trained run stays in the run folder, and the same command continues from there."""
     folder, trained = write_study(tmp_path / "x", data_dir=corpus), []
 
-    def run(self, command):
+    def run(command):
         name = next(word for word in command if word.startswith("--out_dir=")).split("/")[-1]
         shutil.copytree(copy / name, tmp_path / "out" / name)
         trained.append(name)
         return 0
 
-    monkeypatch.setattr(study.Launcher, "run", run)
+    instead_of_training(monkeypatch, run)
     (folder / "s4_seed1").write_text("in the way of the results")
     args = study.RunArgs(folder, out=tmp_path / "out", only=("s4", "baseline"))
     monkeypatch.setattr(study, "check_same", lambda folder, config: None)
@@ -267,7 +286,7 @@ def test_results_that_cannot_be_written_lose_nothing(
     assert "s4_seed1/config.json: File exists" in capsys.readouterr().err
     assert len(trained) == 4
     (folder / "s4_seed1").unlink()
-    monkeypatch.setattr(study.Launcher, "run", lambda self, command: 0)  # finished already
+    instead_of_training(monkeypatch, lambda command: 0)  # finished already
     study.main(args)
     assert study.load_finished(folder / "s4_seed1")
 
@@ -333,7 +352,10 @@ def test_a_study_runs_from_the_command_line(corpus, tmp_path):
     folder = write_study(tmp_path / "one", data_dir=corpus, steps=8)
     command = ["study.py", "run", folder, "--out", tmp_path / "out", "--only", "baseline"]
     first = script(*command, "--discard_checkpoints=True")
-    assert "baseline_seed2, 2 of 2" in first.stdout and "all 2 runs have finished" in first.stdout
+    assert "2 runs to train, 1 at a time" in first.stdout
+    assert "baseline_seed2: finished, val loss " in first.stdout
+    assert "all 2 runs have finished" in first.stdout
+    assert "baseline_seed1: finished at step 8" in (tmp_path / "out/baseline_seed1.log").read_text()
     assert len(list(folder.glob("*/metrics.jsonl"))) == 2
     assert not list(tmp_path.rglob("checkpoints"))
     second = script("study.py", "report", folder)
