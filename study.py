@@ -308,6 +308,8 @@ def run_study(args: RunArgs) -> None:
         check_same(out / run.name, configs[run.name])
     waiting = [run for run in chosen if not load_finished(args.folder / run.name)]
     training = Training(args, out, chosen, waiting, configs, flops)
+    for name in training.finished:
+        training.discard_checkpoints(name)
     if waiting:
         print(f"{len(waiting)} runs to train, {args.jobs} at a time; output: {out}/RUN.log")
         training.train(waiting)
@@ -498,8 +500,6 @@ class Training:
             )
         self._flops = {run.name: flops[run.name] for run in waiting}
         self._done = {run.name: self._read(run.name).flops for run in waiting}
-        for name in self.finished:
-            self._discard_checkpoints(name)
 
     def train(self, waiting: Sequence[PlannedRun]) -> None:
         """Train the runs until all have ended or the study is stopped."""
@@ -509,7 +509,9 @@ class Training:
         self._start_time, self._start_flops = time.monotonic(), sum(self._done.values())
         tqdm.monitor_interval = 0  # no thread: Job forks this process
         terminal = sys.stderr.isatty()
-        self._bar = tqdm(bar_format=BAR, total=0, dynamic_ncols=True, disable=not terminal)
+        self._bar = tqdm(
+            bar_format=BAR, total=0, dynamic_ncols=True, leave=False, disable=not terminal
+        )
         next_status = self._start_time + (0 if terminal else STATUS_SECONDS)
         try:
             while jobs or (queue and not stop.requested):
@@ -527,7 +529,7 @@ class Training:
                     if job.process.poll() is not None:
                         del jobs[slot]
                         self._finish(job)
-                if time.monotonic() >= next_status:
+                if jobs and time.monotonic() >= next_status:
                     self._show(jobs.values())
                     next_status = time.monotonic() + (1 if terminal else STATUS_SECONDS)
                 time.sleep(POLL_SECONDS)
@@ -542,6 +544,11 @@ class Training:
             for job in jobs.values():
                 job.process.wait()
             self._bar.close()
+
+    def discard_checkpoints(self, name: str) -> None:
+        """Remove the checkpoints of a finished run, with --discard_checkpoints."""
+        if self.args.discard_checkpoints:
+            shutil.rmtree(self.out / name / "checkpoints", ignore_errors=True)
 
     def _start(self, run, slot):
         launcher = [sys.executable]
@@ -573,17 +580,13 @@ class Training:
         self._done[run.name] = self._flops[run.name]
         loss, time_taken = plot.show(_final_loss(trained), ".4f"), duration(_since(job.started))
         tqdm.write(f"{run.name}: finished, val loss {loss}, time {time_taken}")
-        self._discard_checkpoints(run.name)
+        self.discard_checkpoints(run.name)
 
     def _fail(self, run, error):
         """Report that a run has failed, which does not affect the other runs."""
         tqdm.write(f"error: {run.name}: {error}", file=sys.stderr)
         self.failed.append(run.name)
         self._flops[run.name] = self._done[run.name]  # nothing is left to do
-
-    def _discard_checkpoints(self, name):
-        if self.args.discard_checkpoints:
-            shutil.rmtree(self.out / name / "checkpoints", ignore_errors=True)
 
     def _read(self, name):
         """Return the position of a run, from the last row of its metrics."""
@@ -605,9 +608,9 @@ class Training:
         if done > self._start_flops:
             per_flop = _since(self._start_time) / (done - self._start_flops)
             parts.append(f"{duration((total - done) * per_flop)} left")
-        parts.append(f"running: {', '.join(running) or 'none'}")
+        parts.append(f"running: {', '.join(running)}")
         if self._bar.disable:
-            parts.insert(1, f"{done / max(1, total):.0%} of their FLOPs")
+            parts.insert(1, f"{done / max(1, total):.0%} of the FLOPs")
             print("; ".join(parts), file=sys.stderr)
         else:
             self._bar.total, self._bar.n = total, done
