@@ -1,12 +1,12 @@
 """Train the runs of a study, and report the results.
 
-    python study.py run results/NAME [--minutes 60] [--processes 8]
+    python study.py run results/NAME [--jobs 8] [--processes 1] [--minutes 60]
     python study.py report results/NAME
 
 results/NAME/study.toml lists the runs, with the most important ones first. `run` trains the
-unfinished runs one after the other. If it is stopped, the same command continues. Runs are trained
-in out/NAME/RUN. When a run has finished, its config.json, schedule.json and metrics.jsonl are
-copied to results/NAME/RUN.
+unfinished runs in this order, --jobs of them at a time. If it is stopped, the same command
+continues. Runs are trained in out/NAME/RUN; their output is in out/NAME/RUN.log. When a run has
+finished, its config.json, schedule.json and metrics.jsonl are copied to results/NAME/RUN.
 
 `report` writes results/NAME/README.md with both figures. It computes all numbers except those in
 the `about` text of the study. Every run is compared with the baseline of the same recipe and seed
@@ -22,23 +22,27 @@ import stagewise.console  # noqa: F401  (first: Ctrl-C during the other imports)
 
 # isort: split
 
+import ctypes
 import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
-import threading
+import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import tyro
 from msgspec import Meta, Struct
 from tabulate import tabulate
+from tqdm import tqdm
 
 import plot
 from cost import NAMES, cumulative_cost, make_schedules
@@ -46,9 +50,10 @@ from plot import PhaseSummary, Run, load_run, read_config
 from stagewise.config import INPUTS, Config, grad_accum_steps, load_config, padded_vocab_size
 from stagewise.data import fingerprint, load_meta
 from stagewise.errors import UserError, file_errors, report_user_errors
-from stagewise.fileio import atomic_write, convert, read_bytes
+from stagewise.fileio import atomic_write, convert, open_file, read_bytes
+from stagewise.metrics import last_row
 from stagewise.monitor import EXIT_STOPPED
-from train import make_model_config
+from train import duration, make_model_config
 
 ROOT = Path(__file__).resolve().parent
 KEPT = ("config.json", "schedule.json", "metrics.jsonl")  # files of a run folder
@@ -60,6 +65,12 @@ PAPER_TOKENS = 10_000 * 524_288  # of the paper's baseline
 # A run with a decaying learning rate is compute-matched if its total cost is this close to the
 # baseline's.
 CLOSE = 0.02
+BAR = "{percentage:3.0f}%|{bar:20}| {desc}"
+POLL_SECONDS = 0.2
+STATUS_SECONDS = 300  # between lines of progress where there is no terminal
+# Of the output of a run that has failed: bytes in which errors are searched, and lines to print if
+# there is none.
+LOG_TAIL, LAST_LINES = 65_536, 10
 
 # Options that may change when a run is resumed, because the result does not depend on them. The
 # corpus in data_dir is compared by its fingerprint.
@@ -90,6 +101,8 @@ class RunArgs:
 
     folder: tyro.conf.Positional[Path]
     """Folder with a study.toml."""
+    jobs: int = 1
+    """Number of runs to train at a time. Each has its own GPUs, or its share of the CPU cores."""
     processes: int = 1
     """Number of processes per run. More than one are started with torchrun."""
     minutes: float | None = None
@@ -203,8 +216,8 @@ def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
 
 def check_runs(
     runs: Sequence[PlannedRun], options: Sequence[str], processes: int = 1
-) -> dict[str, Config]:
-    """Return the configuration of every run by name.
+) -> tuple[dict[str, Config], dict[str, int]]:
+    """Return the configuration and the FLOPs of every run by name.
 
     Args:
         options: applied to every run after its own options.
@@ -216,7 +229,7 @@ def check_runs(
     for option in options:
         if option.split("=")[0] in OWN_OPTIONS:
             raise UserError(f"--options {option}: the study sets this option: remove it")
-    configs = {}
+    configs, flops = {}, {}
     for run in runs:
         config = load_config([*run.options, *(f"--{option}" for option in options)], Config())
         meta = load_meta(config.data_dir)
@@ -230,8 +243,8 @@ def check_runs(
         )
         if compared and not (schedule.is_baseline and cost == total):
             raise _no_baseline(run.label)
-        configs[run.name] = config
-    return configs
+        configs[run.name], flops[run.name] = config, cost
+    return configs, flops
 
 
 def _no_baseline(label):
@@ -281,55 +294,35 @@ def run_study(args: RunArgs) -> None:
     """Train the unfinished runs of a study. Exit with status EXIT_STOPPED if it is stopped."""
     if args.minutes is not None and not 0 < args.minutes <= 10**6:
         raise UserError(f"--minutes={args.minutes} must be above 0 and at most 1,000,000")
-    if not 1 <= args.processes <= 1024:
-        raise UserError(f"--processes={args.processes} must be between 1 and 1,024")
+    for name, value in (("jobs", args.jobs), ("processes", args.processes)):
+        if not 1 <= value <= 1024:
+            raise UserError(f"--{name}={value} must be between 1 and 1,024")
     _, runs = load_study(args.folder)
     if unknown := set(args.only) - {name for r in runs for name in (r.label, r.name)}:
         raise UserError(
             f"--only {' '.join(sorted(unknown))}: the runs are {', '.join(r.name for r in runs)}"
         )
-    configs = check_runs(runs, args.options, args.processes)
+    configs, flops = check_runs(runs, args.options, args.processes)
     chosen = [r for r in runs if not args.only or {r.label, r.name} & set(args.only)]
     out = args.out or Path("out") / args.folder.resolve().name
     for run in chosen:
         check_same(args.folder / run.name, configs[run.name])
         check_same(out / run.name, configs[run.name])
-    launcher = [sys.executable]
-    if args.processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone"]
-        launcher += [f"--nproc_per_node={args.processes}"]
-
-    # While it starts, train.py is terminated by the signal itself. torchrun exits with status 1
-    # whenever it is stopped by a signal.
-    stopped = {EXIT_STOPPED, -signal.SIGTERM, -signal.SIGINT, 130}
-    stopped |= {1} if args.processes > 1 else set()
-    launch = Launcher(args.minutes)
-    failed: list[str] = []
-    for i, run in enumerate(chosen):
-        if not load_finished(args.folder / run.name):
-            status = EXIT_STOPPED
-            if not launch.stopping:
-                print(f"{run.name}, {i + 1} of {len(chosen)}", flush=True)
-                options = [*run.options, *(f"--{option}" for option in args.options)]
-                options += [f"--out_dir={out / run.name}", "--init_from=auto"]
-                status = launch.run([*launcher, str(ROOT / "train.py"), *options])
-            if launch.stopping and status in stopped:
-                print(
-                    f"stopped with {len(chosen) - i} of {len(chosen)} runs unfinished; continue "
-                    "with the same command"
-                )
-                sys.exit(EXIT_STOPPED)
-            try:
-                if status or not load_finished(out / run.name):
-                    raise UserError(f"train.py ended with status {status}: see its error above")
-                keep(out / run.name, args.folder / run.name)
-            except UserError as error:  # does not affect the other runs
-                print(f"error: {run.name}: {error}", file=sys.stderr)
-                failed.append(run.name)
-                continue
-        if args.discard_checkpoints:
-            shutil.rmtree(out / run.name / "checkpoints", ignore_errors=True)
-    if failed:
+    waiting = [run for run in chosen if not load_finished(args.folder / run.name)]
+    training = Training(args, out, chosen, waiting, configs, flops)
+    for name in training.finished:
+        training.discard_checkpoints(name)
+    if waiting:
+        print(f"{len(waiting)} runs to train, {args.jobs} at a time; output: {out}/RUN.log")
+        training.train(waiting)
+    finished, failed = training.finished, training.failed
+    if unfinished := len(chosen) - len(finished):
+        if unfinished > len(failed):
+            print(
+                f"stopped with {unfinished} of {len(chosen)} runs unfinished; continue with the "
+                "same command"
+            )
+            sys.exit(EXIT_STOPPED)
         raise UserError(
             f"{len(failed)} of {len(chosen)} runs failed ({', '.join(failed)}): fix the errors "
             f"above, then continue with the same command. Run folders: {out}"
@@ -340,41 +333,294 @@ def run_study(args: RunArgs) -> None:
     )
 
 
-class Launcher:
-    """Runs commands one after the other, and forwards signals to them.
+def job_environments(
+    jobs: int, processes: int, environ: Mapping[str, str], cores: int, gpus: int | None = None
+) -> list[dict[str, str]]:
+    """Return the environment variables to add for each of the runs that train at the same time.
 
     Args:
-        minutes: stop after this time, as after SIGTERM.
+        jobs: number of runs.
+        processes: number of processes of each run.
+        environ: environment of this process. CUDA_VISIBLE_DEVICES names the visible GPUs, and
+            OMP_NUM_THREADS is kept.
+        cores: number of usable CPU cores, which runs on the CPU share.
+        gpus: number of visible GPUs, or None for runs on the CPU.
+
+    Raises:
+        UserError: if there are not enough GPUs.
+    """
+    if gpus is not None and jobs * processes > gpus:
+        raise UserError(
+            f"--jobs={jobs} --processes={processes} needs {jobs * processes} GPUs, but {gpus} are "
+            "visible: lower --jobs or --processes, or use --options device=cpu"
+        )
+    if jobs == processes == 1:
+        return [{}]
+    if gpus is None:
+        threads = max(1, cores // (jobs * processes))
+        return [{} if "OMP_NUM_THREADS" in environ else {"OMP_NUM_THREADS": str(threads)}] * jobs
+    visible = environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+    names = [name.strip() for name in visible.split(",")]
+    parts = [names[i * processes : (i + 1) * processes] for i in range(jobs)]
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
+
+
+class StopRequest:
+    """Whether the study is to stop: after SIGTERM, SIGINT, SIGHUP, SIGUSR1, or a time.
+
+    A second Ctrl-C raises KeyboardInterrupt.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
     def __init__(self, minutes: float | None = None):
-        self.stopping = False
-        self._process: subprocess.Popen | None = None
+        self._deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        self._interrupted = math.inf  # when the first SIGINT came
         for number in self.SIGNALS:
-            signal.signal(number, self._stop)
-        if minutes is not None:
-            timer = threading.Timer(60 * minutes, self._stop)
-            timer.daemon = True
-            timer.start()
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._record)
 
-    def _stop(self, number=signal.SIGTERM, frame=None):
-        self.stopping = True
-        if self._process:
-            # Do not forward SIGUSR1: it would end torchrun and leave its workers running.
-            interrupt = number == signal.SIGINT
-            self._process.send_signal(signal.SIGINT if interrupt else signal.SIGTERM)
+    @property
+    def requested(self) -> bool:
+        return time.monotonic() >= self._deadline
 
-    def run(self, command: list[str]) -> int:
-        """Run a command and return its exit status."""
-        # In a new session, the process receives the terminal's Ctrl-C only through `_stop`.
-        self._process = subprocess.Popen(command, start_new_session=True)
-        if self.stopping:  # a signal arrived before the process existed
-            self._process.send_signal(signal.SIGTERM)
-        status = self._process.wait()
-        self._process = None
-        return status
+    def _record(self, number, frame):
+        now = time.monotonic()
+        if number == signal.SIGINT:
+            # Two within 0.5 seconds count as one: a launcher may forward the terminal's.
+            if now - self._interrupted > 0.5:
+                raise KeyboardInterrupt
+            self._interrupted = min(self._interrupted, now)
+        self._deadline = min(self._deadline, now)
+
+
+class Job:
+    """The process that trains a run. Its output is appended to a file.
+
+    Raises:
+        UserError: if the file cannot be opened.
+    """
+
+    def __init__(self, run: PlannedRun, command: list[str], env: Mapping[str, str], log: Path):
+        self.run, self.log, self.started = run, log, time.monotonic()
+        self.stopping = False
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        with file_errors(log, "free disk space, make it writable, or use another --out"):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            file = os.fdopen(os.open(log, flags, 0o666), "ab")
+        with file:
+            self._log_start = os.fstat(file.fileno()).st_size
+            # In a new session, the process does not receive the terminal's Ctrl-C, only `stop`.
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=os.environ | env,
+                start_new_session=True,
+                preexec_fn=_stop_with_parent,
+            )
+
+    def stop(self) -> None:
+        """Ask the process, once, to save a checkpoint and exit."""
+        if not self.stopping:
+            self.stopping = True
+            # Not SIGUSR1: it would end torchrun and leave its workers running.
+            self.process.terminate()
+
+    def error(self) -> str:
+        """Return the first error message in the output, or else the last lines."""
+        with file_errors(self.log, "see the run folder"), open_file(self.log) as f:
+            f.seek(max(self._log_start, os.fstat(f.fileno()).st_size - LOG_TAIL))
+            text = f.read().decode("utf-8", "replace")
+        if said := re.search(r"^(?:\[rank \d+\] )?error: (.*)", text, re.MULTILINE):
+            return said[1]
+        lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+        return "\n".join(["its last lines:", *lines[-LAST_LINES:]])
+
+
+_libc = ctypes.CDLL(None)
+
+
+def _stop_with_parent():
+    """Let Linux send SIGTERM to this process when its parent ends, even by SIGKILL."""
+    PR_SET_PDEATHSIG = 1
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class Position(Struct):
+    """How far a run is: columns of metrics.jsonl."""
+
+    flops: int = 0
+    loss: float | None = None  # None before the first step, and if it is not finite
+
+
+class Training:
+    """Trains runs, several at a time, and shows the progress of all of them.
+
+    Args:
+        chosen: the runs to train and those that have finished before.
+        waiting: the runs to train.
+        configs: by the name of the run.
+        flops: cost of the complete run, by its name.
+
+    Attributes:
+        finished: names of the runs that have finished, before or now.
+        failed: names of the runs that have failed.
+
+    Raises:
+        UserError: if there are not enough GPUs.
+    """
+
+    def __init__(
+        self,
+        args: RunArgs,
+        out: Path,
+        chosen: Sequence[PlannedRun],
+        waiting: Sequence[PlannedRun],
+        configs: Mapping[str, Config],
+        flops: Mapping[str, int],
+    ):
+        self.args, self.out, self.n_runs = args, out, len(chosen)
+        self.finished = [run.name for run in chosen if run not in waiting]
+        self.failed: list[str] = []
+        self._environments = {}
+        for run in waiting:
+            device, gpus = configs[run.name].device, torch.cuda.device_count()
+            on_gpu = device.startswith("cuda") or (device == "auto" and gpus > 0)
+            if on_gpu and ":" in device and args.jobs * args.processes > 1:
+                raise UserError(
+                    f"{run.name}: device={device} is one GPU for {args.jobs} x {args.processes} "
+                    "processes: use device=cuda, with CUDA_VISIBLE_DEVICES to select GPUs"
+                )
+            self._environments[run.name] = job_environments(
+                args.jobs,
+                args.processes,
+                os.environ,
+                len(os.sched_getaffinity(0)),
+                gpus if on_gpu else None,
+            )
+        self._flops = {run.name: flops[run.name] for run in waiting}
+        self._done = {run.name: self._read(run.name).flops for run in waiting}
+
+    def train(self, waiting: Sequence[PlannedRun]) -> None:
+        """Train the runs until all have ended or the study is stopped."""
+        queue = list(waiting)
+        jobs: dict[int, Job] = {}  # by slot; each slot has its own GPUs
+        stop = StopRequest(self.args.minutes)
+        self._start_time, self._start_flops = time.monotonic(), sum(self._done.values())
+        tqdm.monitor_interval = 0  # no thread: Job forks this process
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            bar_format=BAR, total=0, dynamic_ncols=True, leave=False, disable=not terminal
+        )
+        next_status = self._start_time + (0 if terminal else STATUS_SECONDS)
+        try:
+            while jobs or (queue and not stop.requested):
+                for slot in range(self.args.jobs):
+                    if queue and slot not in jobs and not stop.requested:
+                        run = queue.pop(0)
+                        try:
+                            jobs[slot] = self._start(run, slot)
+                        except UserError as error:
+                            self._fail(run, error)
+                if stop.requested:
+                    for job in jobs.values():
+                        job.stop()
+                for slot, job in list(jobs.items()):
+                    if job.process.poll() is not None:
+                        del jobs[slot]
+                        self._finish(job)
+                if jobs and time.monotonic() >= next_status:
+                    self._show(jobs.values())
+                    next_status = time.monotonic() + (1 if terminal else STATUS_SECONDS)
+                time.sleep(POLL_SECONDS)
+        except KeyboardInterrupt:  # a second Ctrl-C. torchrun kills its workers itself, after 30 s.
+            if self.args.processes == 1:
+                for job in jobs.values():
+                    job.process.kill()
+            raise
+        finally:
+            for job in jobs.values():
+                job.stop()
+            for job in jobs.values():
+                job.process.wait()
+            self._bar.close()
+
+    def discard_checkpoints(self, name: str) -> None:
+        """Remove the checkpoints of a finished run, with --discard_checkpoints."""
+        if self.args.discard_checkpoints:
+            shutil.rmtree(self.out / name / "checkpoints", ignore_errors=True)
+
+    def _start(self, run, slot):
+        launcher = [sys.executable]
+        if self.args.processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone"]
+            launcher += [f"--nproc_per_node={self.args.processes}"]
+        options = [*run.options, *(f"--{option}" for option in self.args.options)]
+        options += [f"--out_dir={self.out / run.name}", "--init_from=auto"]
+        command = [*launcher, str(ROOT / "train.py"), *options]
+        return Job(run, command, self._environments[run.name][slot], self.out / f"{run.name}.log")
+
+    def _finish(self, job):
+        """Record the result of a process that has ended."""
+        run, status = job.run, job.process.returncode
+        # While it starts, train.py is terminated by the signal itself. torchrun exits with status 1
+        # whenever it is stopped by a signal.
+        stopped = {EXIT_STOPPED, -signal.SIGTERM} | ({1} if self.args.processes > 1 else set())
+        if job.stopping and status in stopped:
+            return
+        try:
+            trained = None if status else load_finished(self.out / run.name)
+            if trained is None:
+                raise UserError(f"train.py ended with status {status}: {job.error()}")
+            keep(self.out / run.name, self.args.folder / run.name)
+        except UserError as error:
+            self._fail(run, UserError(f"{error}\nAll output of {run.name}: {job.log}"))
+            return
+        self.finished.append(run.name)
+        self._done[run.name] = self._flops[run.name]
+        loss, time_taken = plot.show(_final_loss(trained), ".4f"), duration(_since(job.started))
+        tqdm.write(f"{run.name}: finished, val loss {loss}, time {time_taken}")
+        self.discard_checkpoints(run.name)
+
+    def _fail(self, run, error):
+        """Report that a run has failed, which does not affect the other runs."""
+        tqdm.write(f"error: {run.name}: {error}", file=sys.stderr)
+        self.failed.append(run.name)
+        self._flops[run.name] = self._done[run.name]  # nothing is left to do
+
+    def _read(self, name):
+        """Return the position of a run, from the last row of its metrics."""
+        try:
+            return convert(last_row(self.out / name / "metrics.jsonl") or {}, Position)
+        except ValueError:  # train.py reports it
+            return Position()
+
+    def _show(self, jobs):
+        """Update the bar or, without a terminal, print a line."""
+        running = []
+        for job in sorted(jobs, key=lambda job: job.started):
+            name, now = job.run.name, self._read(job.run.name)
+            # At least the former value: a run that was killed repeats the steps since a checkpoint.
+            self._done[name] = max(self._done[name], now.flops)
+            running.append(name if now.loss is None else f"{name} (loss {now.loss:.3f})")
+        done, total = sum(self._done.values()), sum(self._flops.values())
+        parts = [f"{len(self.finished)} of {self.n_runs} runs finished"]
+        if done > self._start_flops:
+            per_flop = _since(self._start_time) / (done - self._start_flops)
+            parts.append(f"{duration((total - done) * per_flop)} left")
+        parts.append(f"running: {', '.join(running)}")
+        if self._bar.disable:
+            parts.insert(1, f"{done / max(1, total):.0%} of the FLOPs")
+            print("; ".join(parts), file=sys.stderr)
+        else:
+            self._bar.total, self._bar.n = total, done
+            self._bar.set_description_str("; ".join(parts))
+
+
+def _since(start):
+    return time.monotonic() - start
 
 
 def keep(run_dir: Path, folder: Path) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 from tqdm import tqdm
 
 from stagewise.errors import UserError, file_errors, first_line
-from stagewise.fileio import atomic_write, decode_json, read_bytes
+from stagewise.fileio import atomic_write, decode_json, open_file, read_bytes
+
+TAIL = 16_384  # bytes; several times the length of a row
 
 
 class MetricsWriter:
@@ -121,3 +123,14 @@ def read_metrics(path: Path) -> list[dict]:
             )
         rows.append(row)
     return rows
+
+
+def last_row(path: Path) -> dict | None:
+    """Return the last complete row of a metrics.jsonl that another process may be writing.
+
+    Reads only the end of the file. Returns None if there is no such row.
+    """
+    with contextlib.suppress(OSError, ValueError, IndexError), open_file(path) as f:
+        f.seek(max(0, os.fstat(f.fileno()).st_size - TAIL))
+        return decode_json(f.read().split(b"\n")[-2], dict[str, Any])
+    return None

@@ -2,12 +2,13 @@
 
 import contextlib
 import json
+import os
 import resource
 
 import pytest
 
 from stagewise.errors import UserError
-from stagewise.metrics import MetricsWriter, read_metrics
+from stagewise.metrics import MetricsWriter, last_row, read_metrics
 
 
 def rows(*steps):
@@ -110,3 +111,22 @@ def test_rows_after_a_lost_file_are_written(tmp_path, capsys, how):
     writer.close()
     assert read_metrics(path) == rows(2, 3)
     assert capsys.readouterr().err.count("rows were deleted by another process") == 1
+
+
+def test_the_last_complete_row_is_read_from_the_end(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert last_row(path) is None
+    for text, expected in (
+        ("", None),
+        ('{"step": 1', None),
+        ('{"step": 1}\n', {"step": 1}),
+        ('{"step": 1}\n{"step"', {"step": 1}),
+        ('{"step": 1}\n' * 10**5 + '{"step": 2}\n', {"step": 2}),
+        ('{"step": 1}\n3\n', None),
+        ('{"step": 1}\n\xff\n', None),
+    ):
+        path.write_text(text)
+        assert last_row(path) == expected
+    path.unlink()
+    os.mkfifo(path)
+    assert last_row(path) is None

@@ -1,6 +1,8 @@
 """A study from its study.toml to its report, from real runs."""
 
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -9,11 +11,12 @@ import signal
 import statistics
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, arguments, metrics, script
+from conftest import ROOT, arguments, metrics, script, without_clock
 
 import plot
 import study
@@ -21,6 +24,7 @@ import train
 from stagewise.checkpoint import load_checkpoint
 from stagewise.config import Config, grad_accum_steps
 from stagewise.errors import UserError
+from stagewise.fileio import FolderLock
 
 TOML = """
 title = "Tiny"
@@ -58,14 +62,29 @@ def write_study(folder, text=TOML, **options):
 
 @pytest.fixture
 def restored_signals():
-    handlers = {number: signal.getsignal(number) for number in study.Launcher.SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in study.StopRequest.SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-def train_here(launcher, command):
-    """Launcher.run, in this process."""
+class Ended(study.Job):
+    """A job whose process has ended with the status that `function` returned for its command."""
+
+    def __init__(self, function, run, command, env, log):
+        self.run, self.log, self.started, self.stopping = run, log, time.monotonic(), False
+        self.process = subprocess.Popen([sys.executable, "-c", f"exit({function(command)})"])
+        self._log_start = 0
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("what it wrote")
+
+
+def instead_of_training(monkeypatch, function):
+    monkeypatch.setattr(study, "Job", functools.partial(Ended, function))
+
+
+def train_here(command):
+    """Train in this process, which has imported torch already."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", command[1:])
         train.main()
@@ -77,9 +96,9 @@ def tiny(corpus, tmp_path_factory):
     """A study of which all runs but `later` have finished."""
     folder = tmp_path_factory.mktemp("tiny") / "tiny"
     write_study(folder, data_dir=corpus, steps=16, eval_interval=4, hellaswag_limit=10)
-    handlers = {number: signal.getsignal(number) for number in study.Launcher.SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in study.StopRequest.SIGNALS}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study.Launcher, "run", train_here)
+        instead_of_training(patch, train_here)
         study.main(study.RunArgs(folder, only=LABELS, out=folder / "out"))
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -170,10 +189,11 @@ def test_a_file_that_is_no_study_is_refused(tmp_path, text, named):
 @pytest.mark.parametrize("name", ["small_cpu", "gpt2_124m"])
 def test_the_studies_of_this_repository_make_schedules(name, corpus):
     _, runs = study.load_study(ROOT / "results" / name)
-    configs = study.check_runs(runs, (f"data_dir={corpus}",))
+    configs, flops = study.check_runs(runs, (f"data_dir={corpus}",))
     expected = {"baseline", "s4", "s8", "s12", "s4_released_code", "baseline_modern", "s4_modern"}
     assert {r.label for r in runs} >= expected
     assert all(grad_accum_steps(c, c.tokens_per_step, 1) >= 1 for c in configs.values())
+    assert flops["baseline_seed1"] > flops["s12_seed1"] * 0.5 > 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -193,7 +213,7 @@ def test_finished_runs_are_kept(tiny):
 
 def run_only(folder, *names, monkeypatch, **options):
     """Run a study in which no run may be trained."""
-    monkeypatch.setattr(study.Launcher, "run", lambda self, command: pytest.fail("was trained"))
+    instead_of_training(monkeypatch, lambda command: pytest.fail("was trained"))
     study.main(study.RunArgs(folder, only=names, out=folder / "out", **options))
 
 
@@ -236,11 +256,13 @@ def test_a_run_that_fails_does_not_block_the_others(
     tmp_path, corpus, monkeypatch, restored_signals, capsys
 ):
     folder = write_study(tmp_path / "x", data_dir=corpus)
-    monkeypatch.setattr(study.Launcher, "run", lambda self, command: 0)  # and nothing was trained
+    instead_of_training(monkeypatch, lambda command: 0)  # and nothing was trained
     with pytest.raises(UserError, match=r"8 of 8 runs failed \(baseline_seed1, s4_seed1, "):
         study.main(study.RunArgs(folder, out=tmp_path / "out"))
-    assert "error: baseline_seed1: train.py ended with status 0" in capsys.readouterr().err
-    monkeypatch.setattr(study.Launcher, "run", lambda self, command: 75)  # not told to stop by us
+    said = capsys.readouterr().err
+    assert "error: baseline_seed1: train.py ended with status 0: its last lines:\nwhat it" in said
+    assert f"All output of baseline_seed1: {tmp_path}/out/baseline_seed1.log" in said
+    instead_of_training(monkeypatch, lambda command: 75)  # not told to stop by us
     with pytest.raises(UserError, match="1 of 1 runs failed"):
         study.main(study.RunArgs(folder, out=tmp_path / "out", only=("s4_seed2",)))
     assert "error: s4_seed2: train.py ended with status 75" in capsys.readouterr().err
@@ -252,22 +274,22 @@ def test_results_that_cannot_be_written_lose_nothing(
     """The trained run stays in the run folder, and the same command continues from there."""
     folder, trained = write_study(tmp_path / "x", data_dir=corpus), []
 
-    def run(self, command):
+    def run(command):
         name = next(word for word in command if word.startswith("--out_dir=")).split("/")[-1]
         shutil.copytree(copy / name, tmp_path / "out" / name)
         trained.append(name)
         return 0
 
-    monkeypatch.setattr(study.Launcher, "run", run)
+    instead_of_training(monkeypatch, run)
     (folder / "s4_seed1").write_text("in the way of the results")
     args = study.RunArgs(folder, out=tmp_path / "out", only=("s4", "baseline"))
     monkeypatch.setattr(study, "check_same", lambda folder, config: None)
     with pytest.raises(UserError, match=r"1 of 4 runs failed \(s4_seed1\)"):
         study.main(args)
     assert "s4_seed1/config.json: File exists" in capsys.readouterr().err
-    assert len(trained) == 4
+    assert trained == ["baseline_seed1", "s4_seed1", "baseline_seed2", "s4_seed2"]
     (folder / "s4_seed1").unlink()
-    monkeypatch.setattr(study.Launcher, "run", lambda self, command: 0)  # finished already
+    instead_of_training(monkeypatch, lambda command: 0)  # finished already
     study.main(args)
     assert study.load_finished(folder / "s4_seed1")
 
@@ -285,6 +307,9 @@ def test_mistakes_are_found_before_anything_is_trained(corpus, tmp_path, monkeyp
         study.main(study.ReportArgs(folder))
     write_study(folder, data_dir=corpus)
     refused("--options seed=3: the study sets this option", options=("seed=3",))
+    refused("--jobs=0 must be between 1 and 1,024", jobs=0)
+    refused("--jobs=999 --processes=1 needs 999 GPUs", jobs=999, options=("device=cuda",))
+    refused("device=cuda:0 is one GPU for 2 x 1 processes", jobs=2, options=("device=cuda:0",))
     refused("batch_size=7 does not divide", options=("batch_size=7",))
     refused("must be a multiple of block_size=64 x 3 processes", processes=3)
     ramp = "tokens_per_step_ramp=0:2048"
@@ -298,34 +323,214 @@ def test_mistakes_are_one_line_on_the_command_line(tmp_path):
     assert len(refused.stderr.splitlines()) == 1
 
 
+def test_every_run_has_its_own_gpus_or_its_share_of_the_cores():
+    environments = study.job_environments
+    assert environments(1, 1, {}, cores=8) == environments(1, 1, {}, cores=8, gpus=8) == [{}]
+    for jobs, processes, threads in ((2, 1, 4), (1, 2, 4), (3, 1, 2), (2, 2, 2), (4, 4, 1)):
+        shared = environments(jobs, processes, {}, cores=8)
+        assert shared == [{"OMP_NUM_THREADS": str(threads)}] * jobs
+    assert environments(2, 1, {"OMP_NUM_THREADS": "8"}, cores=8) == [{}, {}]
+
+    def gpus(jobs, processes, n, **environ):
+        found = environments(jobs, processes, environ, cores=8, gpus=n)
+        assert all(list(environment) == ["CUDA_VISIBLE_DEVICES"] for environment in found)
+        return [environment["CUDA_VISIBLE_DEVICES"] for environment in found]
+
+    assert gpus(2, 1, 8) == ["0", "1"]
+    assert gpus(2, 4, 8) == ["0,1,2,3", "4,5,6,7"]
+    assert gpus(1, 2, 8) == ["0,1"]
+    assert gpus(2, 1, 2, CUDA_VISIBLE_DEVICES="5, 3") == ["5", "3"]
+    assert gpus(2, 2, 5, CUDA_VISIBLE_DEVICES="GPU-a,GPU-b,GPU-c,GPU-d,GPU-e") == [
+        "GPU-a,GPU-b",
+        "GPU-c,GPU-d",
+    ]
+    with pytest.raises(UserError, match="--jobs=3 --processes=2 needs 6 GPUs, but 5 are visible"):
+        environments(3, 2, {}, 8, gpus=5)
+    with pytest.raises(UserError, match="needs 1 GPUs, but 0 are visible"):
+        environments(1, 1, {"CUDA_VISIBLE_DEVICES": ""}, 8, gpus=0)
+
+
+SLEEP = "import time; print('ready', flush=True); time.sleep(100)"
+
+
+def sleeping_job(tmp_path, run):
+    job = study.Job(run, [sys.executable, "-c", SLEEP], {}, tmp_path / f"{run.name}.log")
+    deadline = time.monotonic() + 30
+    while "ready" not in job.log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return job
+
+
+def test_an_exception_leaves_no_run_behind(tmp_path, corpus, monkeypatch, restored_signals):
+    folder, jobs = write_study(tmp_path / "x", data_dir=corpus), []
+
+    def start(self, run, slot):
+        if len(jobs) == 2:
+            raise RuntimeError("a mistake in study.py")
+        jobs.append(sleeping_job(tmp_path, run))
+        return jobs[-1]
+
+    monkeypatch.setattr(study.Training, "_start", start)
+    with pytest.raises(RuntimeError, match="a mistake in study"):
+        study.main(study.RunArgs(folder, out=tmp_path / "out", jobs=3))
+    assert [job.process.returncode for job in jobs] == [-signal.SIGTERM] * 2
+    assert [job.run.name for job in jobs] == ["baseline_seed1", "s4_seed1"]
+
+
+def test_a_log_that_cannot_be_written_fails_only_its_run(
+    tmp_path, corpus, capsys, monkeypatch, restored_signals
+):
+    folder, started = write_study(tmp_path / "x", data_dir=corpus), []
+    (tmp_path / "elsewhere").write_text("not to be changed")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "s4_seed1.log").symlink_to(tmp_path / "elsewhere")
+    command = [sys.executable, "-c", "print('error: no luck', 'and more', sep='\\n')"]
+    real = study.Job
+
+    def job(run, _, env, log):
+        started.append(run.name)
+        return real(run, command, env, log)
+
+    monkeypatch.setattr(study, "Job", job)
+    with pytest.raises(UserError, match="4 of 4 runs failed"):
+        study.main(study.RunArgs(folder, out=tmp_path / "out", only=("baseline", "s4"), jobs=2))
+    said = capsys.readouterr().err
+    assert "s4_seed1.log: Too many levels of symbolic links" in said
+    assert "error: s4_seed2: train.py ended with status 0: no luck\n" in said
+    assert started == ["baseline_seed1", "s4_seed1", "baseline_seed2", "s4_seed2"]
+    assert (tmp_path / "elsewhere").read_text() == "not to be changed"
+
+
+def processes_with(text) -> list[str]:
+    """The commands of all running processes that contain a text."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(text).encode() in (command := path.read_bytes()):
+                found.append(command.decode())
+    return found
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "SIGINT", "minutes", "torchrun"])
+@pytest.mark.parametrize(
+    "how",
+    ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT", "minutes", "torchrun", "two SIGINT", "SIGKILL"],
+)
 def test_a_study_that_is_stopped_saves_and_continues(corpus, tmp_path, how):
     options = dict(data_dir=corpus, steps=4000, eval_interval=4000, log_interval=1)
     folder = write_study(tmp_path / "x", **options)
-    out = tmp_path / "out" / "baseline_seed1"
+    outs = [tmp_path / "out" / f"baseline_seed{seed}" for seed in (1, 2)]
     command = [sys.executable, "study.py", "run", str(folder), "--out", str(tmp_path / "out")]
-    command += ["--only", "baseline"]
-    command += {"minutes": ["--minutes", "0.2"], "torchrun": ["--processes", "2"]}.get(how, [])
+    command += ["--only", "baseline", "--jobs", "2"]
+    command += {"minutes": ["--minutes", "0.3"], "torchrun": ["--processes", "2"]}.get(how, [])
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=env)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=env, start_new_session=True
+    )
     if how != "minutes":
         deadline = time.monotonic() + 100
-        while not (out / "metrics.jsonl").exists() or len(metrics(out)) < 3:
+        while not all((out / "metrics.jsonl").exists() and len(metrics(out)) > 2 for out in outs):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
-        process.send_signal(signal.SIGTERM if how == "torchrun" else signal.Signals[how])
+        if how == "two SIGINT":  # with a run that does not react to the first
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+            os.kill(int(children.split()[0]), signal.SIGSTOP)
+            process.send_signal(signal.SIGINT)
+            time.sleep(1)
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+        elif how == "SIGINT":  # as from a terminal: to the process group
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.send_signal(signal.SIGTERM if how == "torchrun" else signal.Signals[how])
     said, _ = process.communicate(timeout=100)
+    if how == "SIGKILL":  # the runs notice, and save
+        deadline = time.monotonic() + 30
+        while processes_with(tmp_path):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    assert not processes_with(tmp_path)
+    if how == "two SIGINT":
+        assert process.returncode == 130
+        return
+    for out in outs:
+        assert load_checkpoint(out)["step"] > 0
+        log = out.with_name(out.name + ".log").read_text()
+        assert log.count("stopped at step") == 1
+        assert "Traceback" not in log or how == "torchrun"  # which prints one of its own
+    if how == "SIGKILL":
+        return
     assert process.returncode == 75
     assert "stopped with 2 of 2 runs unfinished; continue with the same command" in said
     assert not (folder / "baseline_seed1").exists()
     if how == "SIGTERM":  # continues where it stopped, for a while
-        step = load_checkpoint(out)["step"]
+        step = load_checkpoint(outs[0])["step"]
         refused = script(*command[1:], "--options", "tokens_per_step=2048", check=False)
         assert "was trained with tokens_per_step=1024, not tokens_per_step=2048" in refused.stderr
         assert refused.returncode == 1
         assert script(*command[1:], "--minutes=0.5", check=False).returncode == 75
-        assert load_checkpoint(out)["step"] > step
+        assert load_checkpoint(outs[0])["step"] > step
+
+
+@pytest.mark.slow
+def test_runs_that_train_at_the_same_time_give_the_same_results(tiny, corpus, tmp_path):
+    """Also on a terminal: a bar over all runs."""
+    folder = write_study(
+        tmp_path / "x", data_dir=corpus, steps=16, eval_interval=4, hellaswag_limit=10
+    )
+    cores = len(os.sched_getaffinity(0))  # one run for each
+    command = [sys.executable, "study.py", "run", str(folder), "--out", str(tmp_path / "out")]
+    command += ["--jobs", str(max(2, cores)), "--only", *LABELS]
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    terminal, end = os.openpty()
+    termios.tcsetwinsize(end, (24, 160))
+    process = subprocess.Popen(command, cwd=ROOT, stdout=end, stderr=end, env=env)
+    os.close(end)
+    said = b""
+    with contextlib.suppress(OSError):  # the process has closed its end
+        while part := os.read(terminal, 65536):
+            said += part
+    os.close(terminal)
+    text = said.decode()
+    assert process.wait() == 0, text
+    for name in RUNS:
+        rows = without_clock(metrics(folder / name))
+        assert rows == without_clock(metrics(tiny / name)) and rows[-1]["val_loss"]
+        assert json.loads((folder / name / "config.json").read_text())["threads"] == 1
+        (line,) = re.findall(rf"{name}: finished.*", text)
+        assert f"val loss {rows[-1]['val_loss']:.4f}, time 0:" in line
+    assert re.search(r"0%\|.*\| 0 of 7 runs finished; running: baseline_seed1, s4_seed1", text)
+    assert re.search(r"\d+%\|.*\| [1-6] of 7 runs finished; 0:\d\d:\d\d left; running: ", text)
+    assert "all 7 runs have finished" in text
+
+
+@pytest.mark.slow
+def test_the_progress_of_a_study_without_a_terminal(
+    corpus, tmp_path, capsys, monkeypatch, restored_signals
+):
+    """A line from time to time; a failed run, and what an earlier session did, do not count."""
+    monkeypatch.setattr(study, "STATUS_SECONDS", 0.2)
+    folder = write_study(tmp_path / "x", data_dir=corpus, steps=150, log_interval=5)
+    lock = FolderLock(tmp_path / "out" / "s4_seed1")
+    args = study.RunArgs(folder, out=tmp_path / "out", only=("baseline", "s4_seed1"), jobs=2)
+    with pytest.raises(UserError, match=r"1 of 3 runs failed \(s4_seed1\)"):
+        study.main(args)
+    del lock
+    captured = capsys.readouterr()
+    assert "error: s4_seed1: train.py ended with status 1: " in captured.err
+    assert "another run is using it" in captured.err
+    lines = [x for x in captured.err.splitlines() if "runs finished" in x]
+    shares = [int(re.search(r"(\d+)% of the FLOPs", line)[1]) for line in lines]
+    assert shares == sorted(shares) and shares[0] == 0 and shares[-1] > 50
+    assert re.search(
+        r"1 of 3 runs finished; \d+% of the FLOPs; 0:00:\d\d left; running: bas", lines[-1]
+    )
+    assert re.search(r"running: baseline_seed2 \(loss \d\.\d{3}\)", lines[-1])
+    assert captured.out.count(": finished, val loss") == 2
+    study.main(args)
+    lines = [x for x in capsys.readouterr().err.splitlines() if "runs finished" in x]
+    assert lines[0].startswith("2 of 3 runs finished; 0% of the FLOPs; running: s4_seed1")
 
 
 @pytest.mark.slow
@@ -333,7 +538,10 @@ def test_a_study_runs_from_the_command_line(corpus, tmp_path):
     folder = write_study(tmp_path / "one", data_dir=corpus, steps=8)
     command = ["study.py", "run", folder, "--out", tmp_path / "out", "--only", "baseline"]
     first = script(*command, "--discard_checkpoints=True")
-    assert "baseline_seed2, 2 of 2" in first.stdout and "all 2 runs have finished" in first.stdout
+    assert "2 runs to train, 1 at a time" in first.stdout
+    assert "baseline_seed2: finished, val loss " in first.stdout
+    assert "all 2 runs have finished" in first.stdout
+    assert "baseline_seed1: finished at step 8" in (tmp_path / "out/baseline_seed1.log").read_text()
     assert len(list(folder.glob("*/metrics.jsonl"))) == 2
     assert not list(tmp_path.rglob("checkpoints"))
     second = script("study.py", "report", folder)
