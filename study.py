@@ -603,7 +603,8 @@ class Training:
         for job in sorted(jobs, key=lambda job: job.started):
             name, now = job.run.name, self._read(job.run.name)
             # At least the former value: a run that was killed repeats the steps since a checkpoint.
-            self._done[name] = max(self._done[name], now.flops)
+            # At most the run's own cost: the cost of its initial weights is counted in its metrics.
+            self._done[name] = max(self._done[name], min(now.flops, self._flops[name]))
             running.append(name if now.loss is None else f"{name} (loss {now.loss:.3f})")
         done, total = sum(self._done.values()), sum(self._flops.values())
         parts = [f"{len(self.finished)} of {self.n_runs} runs finished"]

@@ -17,6 +17,7 @@ import growth
 import train
 from cost import cost_per_token
 from model import GPTConfig
+from policies import SKIP_POLICIES
 from schedule import with_ramp
 from stagewise.checkpoint import load_checkpoint
 from stagewise.config import Config, load_config
@@ -60,6 +61,17 @@ def config_file(name):
 
 def test_every_method_is_tested_here():
     assert {p.stem for p in (ROOT / "configs" / "methods").glob("*.py")} == METHODS.keys()
+
+
+def test_every_method_and_function_is_described():
+    """In docs/methods.md, with a picture for each config; in docs/options.md for each function."""
+    methods, options = ((ROOT / "docs" / f"{n}.md").read_text() for n in ("methods", "options"))
+    for name in METHODS:
+        assert re.search(rf"^### .*`{name}`", methods, re.MULTILINE), name
+        assert f"(schedules/schedule_{name}.png)" in methods
+        assert (ROOT / "docs" / "schedules" / f"schedule_{name}.png").exists()
+    for name in (*growth.OPERATORS, *SKIP_POLICIES):
+        assert f"`{name}`" in options, name
 
 
 @pytest.mark.parametrize("name", METHODS)
