@@ -222,6 +222,7 @@ ON_A_GPU = [pytest.mark.gpu, needs_gpu]
     [
         {},
         OTHER,
+        {"dtype": "bfloat16"},
         pytest.param(
             {"dropout": 0.1, "compile": "blocks", "deterministic": True},
             marks=[pytest.mark.slow, needs_compiler],
