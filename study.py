@@ -135,7 +135,9 @@ class RunEntry(Struct, forbid_unknown_fields=True):
 
     options: tuple[str, ...] = ()  # for train.py, applied after the options of all runs
     seeds: Annotated[tuple[Annotated[int, Meta(ge=0, lt=2**32)], ...], Meta(min_length=1)] = (1,)
-    against: str = "baseline"  # label of the run to compare with
+    # Numbers of steps, for a run LABEL_STEPS each; default: one run LABEL, as the options say.
+    steps: tuple[Annotated[int, Meta(ge=1)], ...] = ()
+    against: str = "baseline"  # label of the run to compare with, of the same number of steps
 
 
 class Study(Struct, forbid_unknown_fields=True):
@@ -152,10 +154,11 @@ class Study(Struct, forbid_unknown_fields=True):
 class PlannedRun:
     """One training run of a study."""
 
-    label: str
+    label: str  # with the number of steps, if the entry lists several
     seed: int
     options: tuple[str, ...] = field(repr=False)  # for train.py
     against: str  # label of the run to compare with
+    entry: str = ""  # label of the entry in study.toml
 
     @property
     def name(self) -> str:
@@ -190,21 +193,32 @@ def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
                 f"{where}: against = {entry.against!r} is not a run: use one of "
                 f"{', '.join(study.runs)}"
             )
-        if len(set(entry.seeds)) < len(entry.seeds):
-            raise UserError(f"{where}: seeds: a seed is listed more than once")
+        for key in ("seeds", "steps"):
+            values = getattr(entry, key)
+            if len(set(values)) < len(values):
+                raise UserError(f"{where}: {key}: a value is listed more than once")
         options = (*study.options, *entry.options)
         for option in options:
             if option.removeprefix("--").split("=")[0] in (*OWN_OPTIONS, "help", "-h"):
                 raise UserError(f"{where}: options: the study sets {option} itself")
-        planned.append(
-            [PlannedRun(label, s, (*options, f"--seed={s}"), entry.against) for s in entry.seeds]
-        )
-    names = {run.name for seeds in planned for run in seeds}
+        for steps in entry.steps or (None,):
+            suffix = "" if steps is None else f"_{steps}"
+            words = options if steps is None else (*options, f"--steps={steps}")
+            against = entry.against + suffix
+            planned.append(
+                [
+                    PlannedRun(label + suffix, seed, (*words, f"--seed={seed}"), against, label)
+                    for seed in entry.seeds
+                ]
+            )
+    runs = {run.name for seeds in planned for run in seeds}
+    if len(runs) < sum(map(len, planned)):
+        raise UserError(f"{path}: two runs have the same name: rename one of them")
     for run in (run for seeds in planned for run in seeds):
-        if f"{run.against}_seed{run.seed}" not in names:
+        if f"{run.against}_seed{run.seed}" not in runs:
             raise UserError(
-                f"{path}, runs.{run.label}: {run.against} has no run with seed {run.seed} to "
-                f"compare with: add the seed to runs.{run.against}"
+                f"{path}, runs.{run.entry}: {run.against} has no run with seed {run.seed} to "
+                f"compare with: add it to runs.{study.runs[run.entry].get('against', 'baseline')}"
             )
     most = max(map(len, planned))
     return study, [seeds[i] for i in range(most) for seeds in planned if i < len(seeds)]
@@ -298,12 +312,12 @@ def run_study(args: RunArgs) -> None:
         if not 1 <= value <= 1024:
             raise UserError(f"--{name}={value} must be between 1 and 1,024")
     _, runs = load_study(args.folder)
-    if unknown := set(args.only) - {name for r in runs for name in (r.label, r.name)}:
+    if unknown := set(args.only) - {n for r in runs for n in (r.entry, r.label, r.name)}:
         raise UserError(
             f"--only {' '.join(sorted(unknown))}: the runs are {', '.join(r.name for r in runs)}"
         )
     configs, flops = check_runs(runs, args.options, args.processes)
-    chosen = [r for r in runs if not args.only or {r.label, r.name} & set(args.only)]
+    chosen = [r for r in runs if not args.only or {r.entry, r.label, r.name} & set(args.only)]
     out = args.out or Path("out") / args.folder.resolve().name
     for run in chosen:
         check_same(args.folder / run.name, configs[run.name])

@@ -1,0 +1,117 @@
+"""Comparison at equal compute, from real runs."""
+
+import math
+import re
+import shutil
+import signal
+import statistics
+
+import numpy as np
+import pytest
+from conftest import metrics
+from test_study import instead_of_training, train_here, write_study
+
+import frontier
+import study
+from frontier import Estimate, Frontier
+from stagewise.errors import UserError
+
+TOML = """
+title = "Tiny"
+about = "What it is for."
+options = {options}
+[runs.baseline]
+steps = [8, 16, 32]
+seeds = [1, 2]
+[runs.stacked]
+options = ["--stages=2", "--freezing=none", "--growth=stack"]
+steps = [16, 32]
+seeds = [1, 2]
+[runs.shorter]
+options = ["--skip_policy=layer_dropout", "--skip_rate=0.9"]
+steps = [8]
+seeds = [1, 2]
+[runs.later]
+steps = [8]
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("frontier") / "tiny"
+    options = dict(lr_schedule="wsd", min_lr=0, eval_interval=32, hellaswag_data="none")
+    write_study(folder, TOML, data_dir=corpus, log_interval=2, **options)
+    handlers = {number: signal.getsignal(number) for number in study.StopRequest.SIGNALS}
+    with pytest.MonkeyPatch.context() as patch:
+        instead_of_training(patch, train_here)
+        only = ("baseline", "stacked", "shorter")
+        study.main(study.RunArgs(folder, only=only, out=folder / "out"))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return folder
+
+
+def final(folder, name):
+    row = metrics(folder / name)[-1]
+    return row["flops"], row["val_loss"]
+
+
+def test_the_gain_is_the_difference_to_the_interpolated_baseline_of_the_same_seed(tiny):
+    _, points, missing = frontier.load_points(tiny)
+    assert {name: [p.steps for p in series] for name, series in points.items()} == {
+        "stacked": [16, 32],
+        "shorter": [8],
+    }
+    assert [run.name for run in missing] == ["later_8_seed1"]
+    gains = []
+    for seed in (1, 2):
+        (f0, l0), (f1, l1) = (final(tiny, f"baseline_{s}_seed{seed}") for s in (16, 32))
+        flops, loss = final(tiny, f"stacked_32_seed{seed}")
+        assert f0 < flops < f1
+        share = math.log(flops / f0) / math.log(f1 / f0)
+        gains.append(l0 + share * (l1 - l0) - loss)
+    gain = points["stacked"][1].gain("flops")
+    assert gain.n == 2 and gain.mean == pytest.approx(statistics.fmean(gains))
+    expected = 12.706 * statistics.stdev(gains) / math.sqrt(2)
+    assert gain.half_width == pytest.approx(expected)
+    # tokens of a baseline with the same FLOPs
+    f8 = final(tiny, "baseline_8_seed1")[0]
+    tokens = 8 * 1024 * final(tiny, "stacked_32_seed1")[0] / f8
+    blocks = 4 * (12 * 32**2 + 13 * 32)
+    assert points["stacked"][1].tokens_per_parameter() == pytest.approx(tokens / blocks)
+    # fewer FLOPs than the shortest baseline: nothing to compare with
+    assert math.isnan(points["shorter"][0].gain("flops").mean)
+
+
+def test_a_baseline_has_no_gain_over_itself():
+    curve = Frontier(np.array([1.0, 2.0, 4.0]), np.array([3.0, 2.0, 1.5]))
+    for compute, loss in zip(curve.compute, curve.loss):
+        assert curve.loss_at(compute) == pytest.approx(loss)
+        assert curve.compute_at(loss) == pytest.approx(compute)
+    assert curve.loss_at(math.sqrt(2)) == pytest.approx(2.5)
+    assert math.isnan(curve.loss_at(0.5)) and math.isnan(curve.loss_at(4.1))
+    assert math.isnan(curve.compute_at(1.4))
+
+
+def test_intervals_are_those_of_students_t():
+    values = [0.1, 0.3, 0.2, 0.4, 0.0]  # mean 0.2, standard error 0.0707; t = 2.776
+    estimate = Estimate.of(values)
+    assert estimate.mean == pytest.approx(0.2) and estimate.half_width == pytest.approx(
+        0.1963, 1e-3
+    )
+    assert str(estimate) == "+0.2000 ± 0.1963" and str(Estimate.of([0.1])) == "+0.1000"
+    assert str(Estimate.of([0.1, math.nan])) == "-"
+
+
+def test_the_page_has_a_row_for_every_method_and_budget(tiny, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny, folder)
+    frontier.main(frontier.Args(folder))
+    page = (folder / "README.md").read_text()
+    assert len(re.findall(r"^\| stacked +\|", page, re.MULTILINE)) == 2
+    assert "Of 2 comparisons with several seeds" in page and "1 runs" in page
+    assert (folder / "gain.png").exists() and (folder / "gain.svg").exists()
+    shutil.rmtree(folder / "baseline_16_seed1"), shutil.rmtree(folder / "baseline_32_seed1")
+    shutil.rmtree(folder / "baseline_16_seed2"), shutil.rmtree(folder / "baseline_32_seed2")
+    with pytest.raises(UserError, match="no seed has two finished runs of 'baseline'"):
+        frontier.main(frontier.Args(folder))
