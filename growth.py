@@ -113,8 +113,8 @@ def zero_output(old: int, new: int) -> SourceMap:
 def copy_middle(old: int, new: int) -> SourceMap:
     """Add a copy of the middle group of blocks directly above it (MIDAS, arXiv:2409.19044).
 
-    A group has as many blocks as are added. Of n groups, number ceil(n / 2) is copied, so the
-    lower one of two middle groups.
+    A group has as many blocks as are added. Of n groups, group ceil(n / 2) is copied. This is
+    the lower of the two middle groups if n is even.
     """
     size = min(old, new - old)
     stop = -(-(old // size) // 2) * size
@@ -127,7 +127,7 @@ def lidas(old: int, new: int) -> SourceMap:
     """Add the blocks around the upper end of the middle group (LIDAS, arXiv:2512.08819).
 
     Between the middle group, as in `copy_middle`, and the group above, insert a copy of the upper
-    half of the one and of the lower half of the other. If there is no group above, copy the group.
+    half of the former and the lower half of the latter. If there is no group above, copy the group.
     """
     size = min(old, new - old)
     stop = -(-(old // size) // 2) * size
@@ -141,7 +141,7 @@ def solar(old: int, new: int) -> SourceMap:
     """Stack two overlapping parts: the first m and the last m blocks, for 2 m new ones.
 
     This is the depth up-scaling of SOLAR (Kim et al. 2024, arXiv:2312.15166), which has old = 32
-    and m = 24. Blocks that would appear in both parts are copied into the upper one.
+    and m = 24. Blocks that appear in both parts are copied into the upper one.
     """
     m = new // 2
     if old < new - m:

@@ -8,7 +8,7 @@ HellaSwag accuracy. Ticks on a curve mark stage boundaries. A solid circle marks
 a run is compute-matched: its cumulative cost equals the total cost of its baseline. This script
 reads only config.json, schedule.json and metrics.jsonl, which train.py writes.
 
-With --schedule, draw what the options of train.py would train, before it is trained: which blocks
+With --schedule, draw the schedule given by options of train.py without training it: which blocks
 exist, train, are frozen or are skipped, over the training tokens.
 """
 
@@ -44,7 +44,7 @@ import matplotlib.pyplot as plt
 
 T = TypeVar("T")
 
-# Palette of Okabe and Ito, suitable for all kinds of color vision.
+# Palette of Okabe and Ito, suitable for all types of color vision.
 COLORS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 X_LABELS = {
     "steps": "steps",
@@ -90,7 +90,7 @@ class Args:
     title: str = ""
     """Title of the figures, for example the model, the hardware and the date."""
     schedule: tuple[str, ...] = ()
-    """Draw schedules instead of runs: config files of train.py, each with options in quotes."""
+    """Draw schedules instead of runs: config files of train.py, or quoted files and options."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -401,7 +401,7 @@ def _label(run, column):
 
 
 def _plain(text):
-    """Return text that Matplotlib draws as it is: no formulas, no characters invalid in XML."""
+    """Return text that Matplotlib draws literally: no formulas, no characters invalid in XML."""
     text = "".join(c if c.isprintable() else "?" for c in text)
     return text.encode("utf-8", "replace").decode().replace("$", r"\$")
 
@@ -612,7 +612,7 @@ def show(value: float | None, form: str, suffix: str = "") -> str:
 def main(args: Args) -> None:
     if args.schedule:
         if args.runs:
-            raise UserError("--schedule draws configurations, not runs: leave out the run folders")
+            raise UserError("--schedule draws configurations, not runs: remove the run folders")
         with file_errors(f"--out={args.out}", "use another folder"):
             args.out.mkdir(parents=True, exist_ok=True)
         draw_schedules(args)

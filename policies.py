@@ -1,7 +1,7 @@
-"""What changes from step to step within a phase: skipped blocks, and learning rates of blocks.
+"""What changes between the steps of a phase: skipped blocks, and learning rates of blocks.
 
-A policy is data, stored in the phase, plus a pure function of the step. So the training loop, the
-cost accounting and the figures see the same steps, and a resumed run continues exactly.
+A policy is data, stored in the phase, plus a pure function of the step. Therefore, the training
+loop, the cost accounting and the figures see the same steps, and a resumed run continues exactly.
 
 To add a policy for skipping blocks, write a function at the end of this file, decorate it with
 ``@skip_policy``, and select it with ``--skip_policy=NAME``.
@@ -20,7 +20,7 @@ class SkipPolicy:
 
     name: str  # one of SKIP_POLICIES
     rate: float
-    n_steps: int  # T; the policy changes over the first T steps and then stays as in the last one
+    n_steps: int  # T; the policy changes over the first T steps and then stays constant
     seed: int
 
     def residual_scales(self, n_blocks: int, step: int) -> tuple[float, ...]:
@@ -32,11 +32,12 @@ class SkipPolicy:
 
 @dataclass(frozen=True)
 class FreezeOut:
-    """Anneals the learning rate of each block to zero, the bottom block first, and then freezes it.
+    """Anneals the learning rate of each block to zero, from bottom to top, and then freezes it.
 
     Block i of L is annealed with a cosine until step t_i T, where t_i = (t_0 + (1 - t_0) i / L)^3,
-    and starts with 1/t_i times the learning rate, so that all blocks move as far in total. This is
-    the variant that the authors recommend: cubic and scaled (Brock et al. 2017, arXiv:1706.04983).
+    and starts with 1/t_i times the learning rate, so that all blocks move equally far in total.
+    This is the variant that the authors recommend: cubic and scaled (Brock et al. 2017,
+    arXiv:1706.04983).
     """
 
     t_0: float

@@ -56,12 +56,12 @@ class Phase:
     milestone: bool  # the checkpoint at the end of the phase is never removed
     new_blocks: tuple[int, ...] = ()  # positions of the blocks added on entry
     rewarmup: Literal["all", "new_blocks"] = "all"  # what `rewarmup_steps` applies to
-    lr_setback: float = 0.0  # the learning-rate schedule goes back by this fraction of its position
+    lr_setback: float = 0.0  # the learning-rate schedule is set back by this part of its position
     fade_in_steps: int = 0  # steps over which the residual branches of new blocks rise from 0 to 1
     # Before blocks are added on entry, weights become shrink * weight + perturb * initial weight.
     shrink: float = 1.0
     perturb: float = 0.0
-    freezeout: FreezeOut | None = None  # learning rates of the blocks; None: all the same
+    freezeout: FreezeOut | None = None  # learning rates of the blocks; None: all are equal
 
     @property
     def n_steps(self) -> int:
@@ -141,7 +141,7 @@ class Schedule:
 
 
 def _rise(scales, grown, step, n_steps):
-    """Return `scales`, with those of the blocks added by phase `grown` raised over `n_steps`."""
+    """Return `scales`, with those of blocks added by `grown` increasing over `n_steps` steps."""
     if step >= n_steps:
         return scales
     factor = (step + 1) / (n_steps + 1)
@@ -216,11 +216,13 @@ def make_schedule(
     S = len(blocks)
     if stages not in (1, S):
         raise UserError(
-            f"stage_blocks={tuple(blocks)} gives {S} stages, but stages={stages}: set only one"
+            f"stage_blocks={tuple(blocks)} gives {S} stages, but stages={stages}: set "
+            "only one of the two"
         )
     if blocks[0] < 0 or blocks[-1] != n_layer or blocks != sorted(blocks):
         raise UserError(
-            f"stage_blocks={tuple(blocks)} must rise from 0 or more to n_layer={n_layer}"
+            f"stage_blocks={tuple(blocks)} must start at 0 or more, not decrease, and end at "
+            f"n_layer={n_layer}"
         )
     grows = [a < b for a, b in zip(blocks, blocks[1:])]
     if freezing != "none" and not all(grows):
@@ -279,7 +281,7 @@ def make_schedule(
             f"steps={steps} leaves no step for the last of {S} stages: use more steps or fewer "
             "stages"
         )
-    growth.source_map(growth_operator, n_layer, n_layer)  # does it exist?
+    growth.source_map(growth_operator, n_layer, n_layer)  # raises if it does not exist
     if continual_steps:
         end = replace(
             phases[-1],
@@ -322,7 +324,7 @@ def _boundaries(steps, stages, per_stage, fractions, alpha):
     if fractions is None:
         fractions = [(1 + i // per_stage) ** alpha for i in range(n)]
     elif alpha:
-        raise UserError("phase_fractions and stage_alpha both set the lengths: set only one")
+        raise UserError("phase_fractions and stage_alpha both set lengths of stages: set only one")
     elif len(fractions) == per_stage == 2:
         fractions = list(fractions) * stages
     if (
@@ -455,7 +457,7 @@ def _first_step(schedule, tokens):
 
 
 def _cut(phases, step):
-    """Return the same phases, with an additional boundary at `step`."""
+    """Return the same phases with an additional boundary at `step`."""
     result = []
     for p in phases:
         if not p.start < step < p.stop:
@@ -510,8 +512,8 @@ def with_freezeout(schedule: Schedule, t_0: float) -> Schedule:
     first = schedule.phases[0]
     if first.stop != schedule.stage_steps or not 0 < t_0 <= 1:
         raise UserError(
-            f"freezeout={t_0} must be above 0 and at most 1, and needs stages=1: it freezes a "
-            "model that does not grow"
+            f"freezeout={t_0} must be above 0 and at most 1, and needs stages=1, because it "
+            "freezes a model that does not grow"
         )
     freezeout = FreezeOut(t_0, first.n_steps)
     phases = [replace(first, freezeout=freezeout), *schedule.phases[1:]]
@@ -547,10 +549,10 @@ def learning_rate(step: int, schedule: Schedule, config) -> float:
     "constant" is used in the paper's released code, and "cosine" in nanoGPT. "wsd" (warm-up,
     stable, decay) decays linearly over the last `decay_fraction` of all steps (Hu et al. 2024,
     arXiv:2404.06395). All of them warm up linearly over `warmup_steps`, and again over the
-    `rewarmup_steps` of a phase. The position in this curve is the step, less what the phases up to
-    it have set back (staged training, Shen et al. 2022; with `lr_setback` 1, the curve starts again
-    as in G_stack). The curve is as long as the run, less all that is set back, so that it ends with
-    the run.
+    `rewarmup_steps` of a phase. The position on this curve is the step minus the steps by which
+    the phases up to it have set it back (staged training, Shen et al. 2022; with `lr_setback` 1,
+    the curve restarts as in G_stack). The length of the curve is that of the run minus all
+    setbacks, so that it ends with the run.
 
     Args:
         config: an object with learning_rate (the peak), min_lr, lr_schedule, warmup_steps and
@@ -582,5 +584,5 @@ def _lr_position(schedule, step):
 
 
 def round_half_up(x) -> int:
-    """Round to the nearest integer, and halves up (the built-in `round` rounds halves to even)."""
+    """Round to the nearest integer, with halves rounded up (`round` rounds them to even)."""
     return math.floor(x + Fraction(1, 2))

@@ -57,7 +57,7 @@ from train import duration, make_model_config
 
 ROOT = Path(__file__).resolve().parent
 KEPT = ("config.json", "schedule.json", "metrics.jsonl")  # files of a run folder
-# Options that a study sets itself.
+# Options that study.py sets itself.
 OWN_OPTIONS = ("seed", "out_dir", "init_from", "dry_run", "calibrate")
 METRICS = ("paper_cost", "flops", "seconds")
 LABELS = NAMES | {"seconds": "seconds"}
@@ -68,8 +68,8 @@ CLOSE = 0.02
 BAR = "{percentage:3.0f}%|{bar:20}| {desc}"
 POLL_SECONDS = 0.2
 STATUS_SECONDS = 300  # between lines of progress where there is no terminal
-# Of the output of a run that has failed: bytes in which errors are searched, and lines to print if
-# there is none.
+# For the output of a failed run: number of bytes in which to search for errors, and number of lines
+# to print if there are none.
 LOG_TAIL, LAST_LINES = 65_536, 10
 
 # Options that may change when a run is resumed, because the result does not depend on them. The
@@ -102,15 +102,15 @@ class RunArgs:
     folder: tyro.conf.Positional[Path]
     """Folder with a study.toml."""
     jobs: int = 1
-    """Number of runs to train at a time. Each has its own GPUs, or its share of the CPU cores."""
+    """Number of runs to train at a time. Each has its own GPUs, or a share of the CPU cores."""
     processes: int = 1
-    """Number of processes per run. More than one are started with torchrun."""
+    """Number of processes per run. If there is more than one, torchrun starts them."""
     minutes: float | None = None
-    """Stop after this time and save a checkpoint. The same command continues."""
+    """Stop after this time and save checkpoints. The same command continues."""
     only: tuple[str, ...] = ()
     """Runs to train, for example s4 or s4_seed1. Default: all."""
     options: tuple[str, ...] = ()
-    """Additional options of all runs, for example --options data_dir=data/mine.
+    """Additional options for all runs, for example --options data_dir=data/mine.
     Use the same options every time."""
     out: Path | None = None
     """Folder for the run folders. Default: out/NAME."""
@@ -277,7 +277,7 @@ def check_same(folder: Path, config: Config) -> None:
     if not (folder / "config.json").exists():
         return
     former = read_config(folder)
-    again = f"use the original options, or move {folder} away to train the run again"
+    again = f"use the original options, or move {folder} elsewhere to train the run again"
     for option in dataclasses.fields(Config):
         before, now = getattr(former, option.name), getattr(config, option.name)
         if option.name in INPUTS:  # paths in records are absolute, or relative to the repository
@@ -288,7 +288,7 @@ def check_same(folder: Path, config: Config) -> None:
                 f"{again}"
             )
     if former.corpus and former.corpus != fingerprint(load_meta(config.data_dir)):
-        raise UserError(f"{folder}: was trained on other data than {config.data_dir}: {again}")
+        raise UserError(f"{folder}: was trained on different data than {config.data_dir}: {again}")
 
 
 def load_finished(folder: Path) -> Run | None:
@@ -350,7 +350,7 @@ def run_study(args: RunArgs) -> None:
 def job_environments(
     jobs: int, processes: int, environ: Mapping[str, str], cores: int, gpus: int | None = None
 ) -> list[dict[str, str]]:
-    """Return the environment variables to add for each of the runs that train at the same time.
+    """Return the environment variables to add for each of the runs that train concurrently.
 
     Args:
         jobs: number of runs.
@@ -380,7 +380,7 @@ def job_environments(
 
 
 class StopRequest:
-    """Whether the study is to stop: after SIGTERM, SIGINT, SIGHUP, SIGUSR1, or a time.
+    """Whether the study should stop: after SIGTERM, SIGINT, SIGHUP, SIGUSR1, or a time limit.
 
     A second Ctrl-C raises KeyboardInterrupt.
     """
@@ -389,7 +389,7 @@ class StopRequest:
 
     def __init__(self, minutes: float | None = None):
         self._deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-        self._interrupted = math.inf  # when the first SIGINT came
+        self._interrupted = math.inf  # when the first SIGINT was received
         for number in self.SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, self._record)
@@ -443,7 +443,7 @@ class Job:
             self.process.terminate()
 
     def error(self) -> str:
-        """Return the first error message in the output, or else the last lines."""
+        """Return the first error message in the output, or the last lines if there is none."""
         with file_errors(self.log, "see the run folder"), open_file(self.log) as f:
             f.seek(max(self._log_start, os.fstat(f.fileno()).st_size - LOG_TAIL))
             text = f.read().decode("utf-8", "replace")
@@ -457,13 +457,13 @@ _libc = ctypes.CDLL(None)
 
 
 def _stop_with_parent():
-    """Let Linux send SIGTERM to this process when its parent ends, even by SIGKILL."""
+    """Make Linux send SIGTERM to this process when its parent ends, even by SIGKILL."""
     PR_SET_PDEATHSIG = 1
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Position(Struct):
-    """How far a run is: columns of metrics.jsonl."""
+    """Progress of a run: columns of metrics.jsonl."""
 
     flops: int = 0
     loss: float | None = None  # None before the first step, and if it is not finite
@@ -602,7 +602,7 @@ class Training:
         """Report that a run has failed, which does not affect the other runs."""
         tqdm.write(f"error: {run.name}: {error}", file=sys.stderr)
         self.failed.append(run.name)
-        self._flops[run.name] = self._done[run.name]  # nothing is left to do
+        self._flops[run.name] = self._done[run.name]  # no work is left
 
     def _read(self, name):
         """Return the position of a run, from the last row of its metrics."""
@@ -799,7 +799,7 @@ def check_comparable(folder: Path, run: Run, other: Run, may_differ: set[str]) -
         if a != b and key not in may_differ:
             raise UserError(
                 f"{folder / run.name}: {key} is {a}, but {b} in {other.name}, with which the run "
-                "is compared: move one of the runs away and train it again under the same "
+                "is compared: move one of the runs elsewhere and train it again under the same "
                 "conditions"
             )
 

@@ -379,7 +379,7 @@ def enter_phase(
 
 
 def add_zero_state(optimizer_state: dict, model: GPT) -> None:
-    """Give parameters without AdamW state moments of zero, and the step count of the others."""
+    """Give parameters without AdamW state zero moments and the step count of the others."""
     steps = [state["step"] for state in optimizer_state.values()]
     for p in model.parameters() if steps else ():
         if p not in optimizer_state:
@@ -544,7 +544,7 @@ def cost_columns(
     """Return the first columns of metrics.jsonl: position and cumulative cost.
 
     Args:
-        initial_cost: what the initial weights have cost.
+        initial_cost: the cost of the initial weights, by metric.
     """
     phase = schedule.phase_at(max(0, step - 1))
     row = {"step": step, "stage": phase.stage, "phase": phase.kind, "blocks": phase.n_blocks}
@@ -615,7 +615,7 @@ def diverged(step, loss, grad_norm, config, schedule, data, order) -> UserError:
     return UserError(
         f"step {step}, which read {files}: loss {loss}, gradient norm {grad_norm}; the last "
         f"{config.max_skipped_steps} updates were skipped: "
-        f"{f'resume from {saved[-1]}' if saved else 'start again'} with a lower learning_rate, or "
+        f"{f'resume from {saved[-1]}' if saved else 'start over'} with a lower learning_rate, or "
         "check the data"
     )
 
@@ -636,8 +636,8 @@ def calibrate(
 ) -> list[dict[str, Any]]:
     """Measure a few steps of every phase, and return a row with the expected times of each phase.
 
-    The phases are entered as in a run, and phases with the same work are measured once. The times
-    do not include the start of the process and checkpoints.
+    The phases are entered as in a run. Phases with the same work are measured only once. The times
+    do not include process startup and checkpoints.
 
     Args:
         new_batches: returns the micro-batches of a schedule.
@@ -696,7 +696,7 @@ def measure_steps(
     ranks: Ranks,
     precision: torch.autocast,
 ) -> dict[str, float]:
-    """Return the seconds of a step of a phase, and those of the first step beyond that.
+    """Return the seconds that a step of a phase takes, and what the first step takes beyond that.
 
     The measured steps are spread over the phase. If steps have more than 2 micro-batches, steps
     with 1 and 2 are measured and extrapolated.
@@ -737,7 +737,7 @@ def measure_evaluation(
     batch_size: int,
     ranks: Ranks,
 ) -> float:
-    """Return the seconds of `evaluate` with these arguments, extrapolated from part of the data."""
+    """Return the seconds that `evaluate` takes, extrapolated from part of the data."""
     few = windows[: 4 * batch_size * ranks.world_size]
     some = examples[:: max(1, len(examples) // (64 * ranks.world_size))]
 
@@ -769,9 +769,9 @@ def forecast_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(
         [
             tabulate(table, header, "simple", colalign=align, disable_numparse=True),
-            f"Forecast: {duration(sum(total.values()))} in all, peak memory "
+            f"Forecast: {duration(sum(total.values()))} in total, peak memory "
             f"{max(row['peak_memory'] for row in rows) / 2**30:.2f} GiB per process, measured on "
-            "a few steps of each phase. Not included: the start of the process, and checkpoints.",
+            "a few steps of each phase. Not included: process startup and checkpoints.",
         ]
     )
 
@@ -806,7 +806,7 @@ def lock_out_dir(out_dir: Path, init_from: str) -> FolderLock:
     if init_from == "scratch" and used:
         hint = "resume it with --init_from=resume"
         if not checkpoints(out_dir):
-            hint = "the run has no checkpoint yet, start it again with --init_from=auto"
+            hint = "the run has no checkpoint yet; start it again with --init_from=auto"
         raise UserError(f"{used} exists: {hint}, or use another --out_dir")
     if init_from == "resume" and not checkpoints(out_dir):
         raise UserError(
@@ -830,7 +830,7 @@ def initial_model(
 ) -> tuple[GPT, dict[str, int]]:
     """Return the model of a new run, newly initialized or with the weights of `init_weights`.
 
-    Also return what these weights have cost, by metric, if that is known.
+    Also return the cost of these weights by metric, if it is known.
 
     Raises:
         UserError: if the weights of `init_weights` do not match this model.
@@ -877,7 +877,7 @@ def initial_model(
 
 
 def cost_of_checkpoint(checkpoint: dict[str, Any]) -> dict[str, int]:
-    """Return the cumulative cost of a run at a checkpoint; empty for weights of other origin.
+    """Return the cumulative cost of a run at a checkpoint; empty if the weights are not from a run.
 
     Raises:
         ValueError: if the checkpoint contains an invalid schedule.

@@ -1,6 +1,6 @@
 # The paper's experiment at a size that two CPU cores can train in minutes: eight narrow blocks,
 # trained on the bytes of Python's standard library. The learning rate is constant, as in the paper.
-# It is higher than the paper's, because the model is narrow, and starts with a short warm-up.
+# It is higher than the paper's because the model is narrow, and has a short warm-up.
 n_layer, n_head, n_embd, block_size = 8, 4, 64, 128
 data_dir = "data/stdlib"
 steps, tokens_per_step, batch_size = 700, 2048, 16

@@ -1,4 +1,4 @@
-# A current recipe: warm-up, constant learning rate, linear decay to zero, gradient clipping, and a
+# A modern recipe: warm-up, constant learning rate, linear decay to zero, gradient clipping, and a
 # short warm-up at the start of every later phase. The learning rate decays until the end of the
 # run, so compare only runs that end compute-matched (--continual_steps=match_flops).
 learning_rate, lr_schedule, warmup_steps, rewarmup_steps = 6e-4, "wsd", 500, 100

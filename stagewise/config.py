@@ -48,7 +48,7 @@ class Config:
 
     # output
     out_dir: str = "out/gpt2_124m"
-    """Run folder, for config.json, schedule.json, metrics.jsonl and checkpoints/."""
+    """Run folder for config.json, schedule.json, metrics.jsonl and checkpoints/."""
     init_from: Literal["scratch", "resume", "auto"] = "scratch"
     """Start a new run ("scratch"), resume out_dir ("resume"), or resume if possible ("auto")."""
     init_weights: str = ""
@@ -64,7 +64,7 @@ class Config:
     eval_tokens: Positive = 10_485_760
     """Validation tokens per evaluation, always the same ones, or all if there are fewer."""
     checkpoint_interval: Positive = 1000
-    """Steps between checkpoints. Others are saved at the end of stages and on a signal."""
+    """Steps between checkpoints. Others are saved at the end of each stage and on a signal."""
     keep_checkpoints: Positive = 2
     """Number of recent checkpoints to keep. Those at the end of a stage are always kept."""
 
@@ -74,7 +74,7 @@ class Config:
     verify_data: bool = False
     """Compare the SHA-256 checksum of every shard with meta.json before the run starts."""
     hellaswag_data: str = "auto"
-    """HellaSwag file. "auto": the corpus's own file, else the official one. "none": skip it."""
+    """HellaSwag file. "auto": the corpus's own, or else the official one. "none": no evaluation."""
     hellaswag_limit: NotNegative = 0
     """Number of examples to evaluate, from the start of the file. 0 evaluates all."""
 
@@ -92,7 +92,7 @@ class Config:
     bias: bool = True
     """Biases in linear layers and layer norms, as in GPT-2."""
     base_depth: Annotated[int, Meta(ge=0, le=1024)] = 0
-    """Base depth of CompleteP, so that one learning rate serves all depths; 0 disables it."""
+    """Base depth of CompleteP, so that one learning rate works for all depths; 0 disables it."""
 
     # schedule
     stages: int = 1
@@ -102,13 +102,13 @@ class Config:
     continual_steps: NotNegative | Literal["match_paper_cost", "match_flops"] = 0
     """Steps after the stages that train all blocks, or "match_*" to end compute-matched."""
     stage_blocks: tuple[int | str, ...] | None = None
-    """Blocks at the end of each stage, for example 2 4 12, or 25% 100%. Default: even growth."""
+    """Blocks at the end of each stage, for example 2 4 12 or 25% 100%. Default: even growth."""
     phase_fractions: tuple[float, ...] | None = None
     """Relative lengths of phases 1 and 2, or of all phases. Default: equal."""
     stage_alpha: Real = 0.0
-    """Makes the length of stage s proportional to s**stage_alpha (PROP-alpha of MIDAS)."""
+    """The length of stage s is proportional to s**stage_alpha (PROP-alpha of MIDAS)."""
     freezing: Literal["all_but_new", "preceding", "none"] = "all_but_new"
-    """Blocks that phase 1 freezes. "none": no phase 1, each stage trains all blocks."""
+    """Blocks that phase 1 freezes. "none": no phase 1, each stage trains all its blocks."""
     phase1: Literal["paper", "released_code"] = "paper"
     """In phase 1, freeze embeddings and head ("paper") or train them ("released_code")."""
     growth: str = "random"
@@ -120,13 +120,13 @@ class Config:
     fade_in_steps: NotNegative = 0
     """Steps over which the residual branches of new blocks are scaled from 0 to 1 (MSG)."""
     optimizer_state: Literal["carry", "copy", "zero", "reset"] = "carry"
-    """At phase starts: "carry" over, also "copy" or "zero" that of new blocks, or "reset" all."""
+    """At phase starts, "carry" state over, also "copy" or "zero" it for new blocks, or "reset"."""
     continual_optimizer_state: Literal["carry", "reset"] = "carry"
-    """The same for the continual phase. The released code uses "reset"."""
+    """optimizer_state for the continual phase. The released code uses "reset"."""
     rewarmup_steps: NotNegative = 0
     """Steps of linear learning-rate warm-up at the start of every phase after the first."""
     rewarmup: Literal["all", "new_blocks"] = "all"
-    """Warm up the rate of all parameters again, or, where the model grows, of new blocks only."""
+    """What rewarmup_steps applies to: all parameters, or only new blocks where the model grows."""
     lr_setback: Annotated[float, Meta(ge=0, le=1)] = 0.0
     """Set lr_schedule back by this fraction of its position when the model grows; 1: restart it."""
     context_ramp: str = ""
@@ -134,9 +134,9 @@ class Config:
     tokens_per_step_ramp: str = ""
     """Tokens per step as START:VALUE pairs, for example "0:262144 100M:524288"."""
     skip_policy: str = "none"
-    """Policy in policies.py that skips blocks during training: none, or e.g. layer_dropout."""
+    """Policy in policies.py for skipping blocks during training: none, or e.g. layer_dropout."""
     skip_rate: float | tuple[float, ...] = 0.2
-    """Maximum probability of skipping a block, or fraction of skipped blocks; may be per stage."""
+    """Maximum probability or mean fraction of skipped blocks; one number, or one per stage."""
     freezeout: Annotated[float, Meta(ge=0, le=1)] = 0.0
     """t_0 of FreezeOut: anneal and freeze blocks from the bottom; 0 disables it."""
 
@@ -170,9 +170,9 @@ class Config:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N. Under torchrun, every process uses the GPU of its local rank."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Matrix-product precision. "auto": bfloat16 on hardware on which it is faster."""
+    """Precision of matrix products. "auto": bfloat16 on hardware where it is faster."""
     compile: Literal["blocks", "model", "none"] = "blocks"
-    """torch.compile each block ("blocks"), or the model, again in every phase ("model")."""
+    """torch.compile each block ("blocks"), or the whole model in every phase ("model")."""
     seed: Annotated[int, Meta(ge=0, lt=2**32)] = 1337
     """Random seed for weights, data order, dropout and skipped blocks."""
     deterministic: bool = False
@@ -299,7 +299,7 @@ def check(c: Config) -> None:
             "compile the model again in many steps: use --compile=blocks"
         )
     if c.calibrate and not c.dry_run:
-        raise UserError("calibrate must be used with dry_run: add --dry_run, or remove it")
+        raise UserError("calibrate requires dry_run: add --dry_run, or remove --calibrate")
     if c.n_embd % c.n_head:
         raise UserError(f"n_embd={c.n_embd} must be a multiple of n_head={c.n_head}")
 

@@ -567,7 +567,7 @@ def test_a_calibrated_dry_run_forecasts_the_time_of_every_phase(run_train, capsy
         assert row["step_seconds"] > 0 and row["peak_memory"] > 10**8
         assert f"{row['tokens_per_second']:,.0f}" in printed
     assert [row["evaluation_seconds"] > 0 for row in rows] == [True, True, False, True, True]
-    assert re.search(r"Forecast: 0:\d\d:\d\d in all, peak memory", printed)
+    assert re.search(r"Forecast: 0:\d\d:\d\d in total, peak memory", printed)
     assert sorted(p.name for p in out.iterdir()) == ["forecast.json", "schedule.json"]
     assert len(rows) == 5
 
@@ -650,7 +650,7 @@ def test_a_run_without_a_checkpoint_suggests_init_from_auto(run_train, tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     with pytest.raises(
-        UserError, match="the run has no checkpoint yet, start it again with --init_from=auto"
+        UserError, match="the run has no checkpoint yet; start it again with --init_from=auto"
     ):
         run_train("run", steps=2)
 

@@ -1,5 +1,5 @@
 # New blocks interpolate linearly between their neighbors, as in multilevel training of transformers
-# as ordinary differential equations (code: Salva4/multilevel_transformer). There, the residual
-# branches are also scaled by 1/depth, as by --base_depth. The time of growth is our choice.
+# viewed as ordinary differential equations (code: Salva4/multilevel_transformer). There, residual
+# branches are also scaled by 1/depth, as with --base_depth. The time of growth is our choice.
 stage_blocks, phase_fractions, freezing = ("50%", "100%"), (0.3, 0.7), "none"
 growth, optimizer_state = "interpolate", "copy"

@@ -1,5 +1,5 @@
 # LLaMA-Pro (Wu et al. 2024, arXiv:2401.02415): after every 4th block, a copy with zero output
-# projections, so that the model's function is preserved. Only the new blocks train then. The
+# projections, so that the model's function is preserved. Then only the new blocks train. The
 # authors start from a pretrained model (--init_weights); without one, the first half of the steps
 # trains the smaller model.
 stage_blocks, phase_fractions = ("80%", "100%"), (0, 0.5, 0.5, 0)
