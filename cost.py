@@ -277,6 +277,9 @@ def summary_table(summary: dict) -> str:
         + ", ".join(f"{matched[m]:,} in {NAMES[m]}" for m in COST_METRICS)
         + ".",
     ]
+    stages = [p["stage"] for p in summary["phases"]]
+    if missing := sorted(set(range(1, max(stages))) - set(stages)):
+        lines.append(f"Stages without steps are left out: {', '.join(map(str, missing))}.")
     if any(p["skip"] for p in summary["phases"]):
         lines.append(
             "Skipped blocks cost nothing. The costs count only the blocks that run in each step."

@@ -35,6 +35,7 @@ from tabulate import tabulate
 from cost import COST_METRICS, NAMES, Metric, cumulative_cost, make_schedules, short_number
 from schedule import Phase, Schedule
 from stagewise.config import Config, Positive, load_config, padded_vocab_size
+from stagewise.data import load_meta
 from stagewise.errors import UserError, file_errors, report_user_errors
 from stagewise.fileio import atomic_file, convert, decode_json, read_bytes
 from stagewise.metrics import read_metrics
@@ -481,8 +482,9 @@ def draw_schedules(args: Args) -> None:
     for text in args.schedule:
         words = shlex.split(text)
         config = load_config(words, Config())
-        # Without a corpus, costs are those of GPT-2's vocabulary, as in a dry run.
-        sizes = ModelSizes(config.n_embd, padded_vocab_size(None))
+        # Without a corpus, the vocabulary is GPT-2's, as in a dry run.
+        meta = load_meta(config.data_dir) if Path(config.data_dir, "meta.json").exists() else None
+        sizes = ModelSizes(config.n_embd, padded_vocab_size(meta))
         schedule, baseline = make_schedules(config, sizes)
         stems = [Path(word).stem for word in words if word.endswith(".py")]
         name = stems[-1] if stems else "schedule"
@@ -546,7 +548,12 @@ def figure_schedule(schedule: Schedule, title: str):
     ax.xaxis.set_major_formatter(lambda x, _: short_number(round(x)))
     ax.xaxis.set_tick_params(labelsize=8)
     ax.set_title(_plain(title), fontsize=8, loc="left", color="#444444", pad=10)
-    legend = dict(STATES)
+    phases = schedule.phases
+    frozen = any(
+        len(p.trained_blocks) < p.n_blocks or not (p.train_embeddings and p.train_head)
+        for p in phases
+    )
+    legend = {name: color for name, color in STATES.items() if name == "trained" or frozen}
     if any(p.skip for p in schedule.phases):
         legend["often skipped"] = "#99C7E0"
     handles = [matplotlib.patches.Patch(color=color, label=name) for name, color in legend.items()]

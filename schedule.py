@@ -112,7 +112,7 @@ class Schedule:
         residual = phase.skip.residual_scales(phase.n_blocks, step) if phase.skip else None
         rates = phase.freezeout.rate_scales(phase.n_blocks, step) if phase.freezeout else None
         grown = next((p for p in reversed(self.phases) if p.start <= step and p.new_blocks), None)
-        if grown and grown.start:
+        if grown:
             since = step - grown.start
             residual = _rise(residual, grown, since, grown.fade_in_steps)
             if grown.rewarmup == "new_blocks":
@@ -183,6 +183,7 @@ def make_schedule(
     rewarmup_steps: int = 0,
     context_length: int = 1024,
     tokens_per_step: int = 524_288,
+    pretrained: bool = False,
 ) -> Schedule:
     """Return a schedule of `stages` stages, followed by continual training of all blocks.
 
@@ -208,6 +209,8 @@ def make_schedule(
         optimizer_state, rewarmup_steps: see `Phase`. Used for every phase except the first.
         continual_optimizer_state: the optimizer state of the continual phase.
         context_length, tokens_per_step: used for every phase. `with_ramp` changes them.
+        pretrained: whether training starts from trained weights. If the first stages have no steps,
+            these weights have the blocks of the last of them, and phase 1 freezes them.
 
     Raises:
         UserError: if the arguments do not describe a valid schedule.
@@ -217,7 +220,7 @@ def make_schedule(
     if stages not in (1, S):
         raise UserError(
             f"stage_blocks={tuple(blocks)} gives {S} stages, but stages={stages}: set "
-            "only one of the two"
+            "only one of the two (--stages=1 or --stage_blocks=None)"
         )
     if blocks[0] < 0 or blocks[-1] != n_layer or blocks != sorted(blocks):
         raise UserError(
@@ -244,14 +247,16 @@ def make_schedule(
             continue
         stage, kind = 1 + i // len(kinds), kinds[i % len(kinds)]
         n_blocks = blocks[stage - 1]
+        existing = phases[-1].n_blocks if phases else n_blocks
+        if pretrained and not phases and stage > 1:
+            existing = blocks[stage - 2]  # of a stage without steps: the initial weights
         trains, new = tuple(range(n_blocks)), tuple[int, ...]()
-        if phases and n_blocks > phases[-1].n_blocks:
+        if n_blocks > existing:
             # Report an operator that cannot grow the model before training starts.
-            sources = growth.source_map(growth_operator, phases[-1].n_blocks, n_blocks)
-            new = growth.new_blocks(sources)
-        if kind == "new_blocks" and phases:  # phases[-1] belongs to the stage before
-            trains = new if freezing == "all_but_new" else tuple(range(min(new), n_blocks))
-        fixed = kind == "new_blocks" and bool(phases) and phase1 == "paper"
+            new = growth.new_blocks(growth.source_map(growth_operator, existing, n_blocks))
+            if kind == "new_blocks":
+                trains = new if freezing == "all_but_new" else tuple(range(min(new), n_blocks))
+        fixed = kind == "new_blocks" and bool(new) and phase1 == "paper"
         phases.append(
             Phase(
                 name=_phase_name(S, stage, kind, len(kinds)),
@@ -324,7 +329,10 @@ def _boundaries(steps, stages, per_stage, fractions, alpha):
     if fractions is None:
         fractions = [(1 + i // per_stage) ** alpha for i in range(n)]
     elif alpha:
-        raise UserError("phase_fractions and stage_alpha both set lengths of stages: set only one")
+        raise UserError(
+            f"phase_fractions={tuple(fractions)} and stage_alpha={alpha} both set the lengths of "
+            "phases: use --phase_fractions=None or --stage_alpha=0"
+        )
     elif len(fractions) == per_stage == 2:
         fractions = list(fractions) * stages
     if (
@@ -369,6 +377,7 @@ def schedule_from_config(config, continual_steps: int) -> Schedule:
         rewarmup_steps=config.rewarmup_steps,
         context_length=config.block_size,
         tokens_per_step=config.tokens_per_step,
+        pretrained=bool(config.init_weights),
     )
     block_size = config.block_size
     at_growth: dict[str, Any] = dict(
@@ -510,10 +519,12 @@ def with_freezeout(schedule: Schedule, t_0: float) -> Schedule:
         UserError: if the schedule is not a single phase before continual training.
     """
     first = schedule.phases[0]
-    if first.stop != schedule.stage_steps or not 0 < t_0 <= 1:
+    if not 0 < t_0 <= 1:
+        raise UserError(f"freezeout={t_0} must be above 0 and at most 1")
+    if first.stop != schedule.stage_steps:
         raise UserError(
-            f"freezeout={t_0} must be above 0 and at most 1, and needs stages=1, because it "
-            "freezes a model that does not grow"
+            f"freezeout={t_0} cannot be used with several stages: use --stages=1 "
+            "--stage_blocks=None, or --freezeout=0"
         )
     freezeout = FreezeOut(t_0, first.n_steps)
     phases = [replace(first, freezeout=freezeout), *schedule.phases[1:]]

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import growth
 import hellaswag
-from cost import COST_METRICS, cumulative_cost, make_schedules, summarize, summary_table
+from cost import COST_METRICS, NAMES, cumulative_cost, make_schedules, summarize, summary_table
 from model import GPT, GPTConfig
 from schedule import Phase, Schedule, begun, learning_rate
 from stagewise.checkpoint import (
@@ -88,6 +88,7 @@ from stagewise.distributed import (
 )
 from stagewise.errors import UserError, file_errors, report_user_errors
 from stagewise.fileio import FolderLock, atomic_write, convert, decode_json, encode_json
+from stagewise.hf import SIZES
 from stagewise.metrics import MetricsWriter
 from stagewise.monitor import EXIT_STOPPED, LossMonitor, StopSignals
 from stagewise.seeding import derived_seed
@@ -112,6 +113,12 @@ def main() -> None:
         grad_accum_steps(config, phase.tokens_per_step, ranks.world_size)
     summary = summarize(schedule, baseline, model_config)
     summary["is_baseline"] &= not config.init_weights
+    named = config.init_weights in ("", *SIZES) or os.path.exists(config.init_weights)
+    if config.dry_run and not named:  # a resumed run does not need them any more
+        raise UserError(
+            f"init_weights={config.init_weights} does not exist: name a run, a checkpoint, or one "
+            f"of {', '.join(SIZES)}"
+        )
     add_parameter_counts(summary, schedule, model_config)
     if config.dry_run and ranks.master:
         print_dry_run(out_dir, summary, model_config, config.data_dir, no_corpus)
@@ -185,7 +192,7 @@ def main() -> None:
         del checkpoint
     else:
         model, initial_cost = initial_model(
-            config, model_config, schedule.phases[0], meta["tokenizer"], device
+            config, model_config, schedule.phases[0], meta["tokenizer"], device, ranks.master
         )
         optimizer_state, step, seconds, history = {}, 0, 0.0, {}
     monitor = LossMonitor(history, quiet=not ranks.master)
@@ -365,17 +372,22 @@ def enter_phase(
     """
     if begins and phase.optimizer_state == "reset":
         optimizer_state = {}
-    if begins and (phase.shrink, phase.perturb) != (1, 0):
-        model.shrink_and_perturb(phase.shrink, phase.perturb, config.seed)
-    if phase.growth and model.n_blocks < phase.n_blocks:
-        source_map = growth.source_map(phase.growth, model.n_blocks, phase.n_blocks)
-        copies_state = phase.optimizer_state == "copy"
-        model.grow(source_map, config.seed, optimizer_state if copies_state else None)
-        if phase.optimizer_state == "zero":
-            add_zero_state(optimizer_state, model)
+    if model.n_blocks < phase.n_blocks:
+        grow(model, optimizer_state, phase, config.seed)
     model.set_trainable(phase.trained_blocks, phase.train_embeddings, phase.train_head)
     per_block = config.freezeout > 0 or config.rewarmup == "new_blocks"
     return make_optimizer(model, config, optimizer_state, per_block)
+
+
+def grow(model: GPT, optimizer_state: dict, phase: Phase, seed: int) -> None:
+    """Add the blocks that a phase has and the model does not."""
+    assert phase.growth
+    if (phase.shrink, phase.perturb) != (1, 0):
+        model.shrink_and_perturb(phase.shrink, phase.perturb, seed)
+    source_map = growth.source_map(phase.growth, model.n_blocks, phase.n_blocks)
+    model.grow(source_map, seed, optimizer_state if phase.optimizer_state == "copy" else None)
+    if phase.optimizer_state == "zero":
+        add_zero_state(optimizer_state, model)
 
 
 def add_zero_state(optimizer_state: dict, model: GPT) -> None:
@@ -826,11 +838,16 @@ def check_compiler(option: str) -> None:
 
 
 def initial_model(
-    config: Config, model_config: GPTConfig, phase: Phase, tokenizer: str, device: torch.device
+    config: Config,
+    model_config: GPTConfig,
+    phase: Phase,
+    tokenizer: str,
+    device: torch.device,
+    verbose: bool,
 ) -> tuple[GPT, dict[str, int]]:
     """Return the model of a new run, newly initialized or with the weights of `init_weights`.
 
-    Also return the cost of these weights by metric, if it is known.
+    Also return the cost of these weights by metric, if it is known. With `verbose`, print it.
 
     Raises:
         UserError: if the weights of `init_weights` do not match this model.
@@ -854,13 +871,20 @@ def initial_model(
     if checkpoint["n_blocks"] > phase.n_blocks:
         raise UserError(
             f"{where}: the model has {checkpoint['n_blocks']} blocks, but the first phase has "
-            f"{phase.n_blocks}: use a schedule that starts with more blocks"
+            f"{phase.n_blocks}: use a schedule that starts with more blocks, for example "
+            f"--stages=1 --stage_blocks {checkpoint['n_blocks']} {model_config.n_layer}"
         )
-    if checkpoint["n_blocks"] < phase.n_blocks and phase.kind == "new_blocks":
+    n, existing = checkpoint["n_blocks"], phase.n_blocks - len(phase.new_blocks)
+    if phase.new_blocks and n != existing:
         raise UserError(
-            f"{where}: has {checkpoint['n_blocks']} blocks, but phase 1 of the first stage would "
-            f"train all {phase.n_blocks}: give the first stage {checkpoint['n_blocks']} blocks, or "
-            "use --freezing=none"
+            f"{where}: the model has {n} blocks, but the schedule starts by growing a model with "
+            f"{existing}: change stage_blocks, for example to {n} {phase.n_blocks}"
+        )
+    if n < phase.n_blocks and phase.kind == "new_blocks" and not phase.new_blocks:
+        raise UserError(
+            f"{where}: has {n} blocks, but phase 1 of the first stage would train all "
+            f"{phase.n_blocks}: use --stage_blocks {n} {model_config.n_layer} --phase_fractions "
+            "0 0 1 1 to train only the new blocks first, or --freezing=none"
         )
     for name in ("lm_head.weight", "transformer.wte.weight"):  # OpenAI's are not padded
         w = checkpoint["model"][name]
@@ -868,12 +892,16 @@ def initial_model(
         checkpoint["model"][name] = torch.nn.functional.pad(w, (0, 0, 0, rows))
     model = GPT.from_weights(model_config, checkpoint["model"], device)
     if model.n_blocks < phase.n_blocks:
-        assert phase.growth  # the first phase always has an operator
-        model.grow(growth.source_map(phase.growth, model.n_blocks, phase.n_blocks), config.seed)
+        grow(model, {}, phase, config.seed)
     try:
-        return model, cost_of_checkpoint(checkpoint)
+        cost = cost_of_checkpoint(checkpoint)
     except ValueError as error:
         raise UserError(f"{where}: the schedule of the run is corrupted ({error})") from None
+    if verbose:
+        grown = f", grown to {phase.n_blocks} by {phase.growth}" if n < phase.n_blocks else ""
+        costs = ", ".join(f"{NAMES[m]} {cost[m]:.4g}" for m in cost) or "unknown"
+        print(f"initial weights: {config.init_weights}, {n} blocks{grown}; their cost: {costs}")
+    return model, cost
 
 
 def cost_of_checkpoint(checkpoint: dict[str, Any]) -> dict[str, int]:

@@ -54,9 +54,9 @@ class Config:
     init_weights: str = ""
     """Initial weights: a run, a checkpoint, or gpt2. The growth operator adds missing blocks."""
     dry_run: bool = False
-    """Print the schedule and its cost, and exit. Needs no data and no GPU."""
+    """Print the schedule and its cost, write schedule.json, and exit. Needs no data or GPU."""
     calibrate: bool = False
-    """With dry_run: measure a few steps of every phase, and forecast the time and memory needed."""
+    """With dry_run: measure a few steps of every phase, forecast time and memory: forecast.json."""
     log_interval: Positive = 10
     """Steps between rows of metrics.jsonl. Logging synchronizes the CPU with the GPU."""
     eval_interval: Positive = 250

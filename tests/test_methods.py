@@ -343,6 +343,43 @@ def test_a_run_starts_from_the_weights_of_another(run_train, corpus):
     assert metrics(out)[-1]["flops"] > rows[-1]["flops"]
 
 
+def test_pretrained_blocks_are_frozen_from_the_start(run_train):
+    """LLaMA-Pro: function-preserving growth of another run, then only the new blocks train."""
+    small = run_train("small", n_layer=2)
+    options = dict(n_layer=3, init_weights=small, steps=4, phase_fractions=(0, 0, 1, 0))
+    options |= dict(stage_blocks=(2, 3), weight_decay=0.5)
+    out = run_train("large", config_file("llama_pro"), **options)
+    rows = metrics(out)
+    assert rows[0]["val_loss"] == pytest.approx(metrics(small)[-1]["val_loss"], abs=1e-4)
+    (phase,) = json.loads((out / "schedule.json").read_text())["phases"]
+    assert phase["trained_blocks"] == phase["new_blocks"] == [2] and not phase["train_embeddings"]
+    before, after = load_checkpoint(small)["model"], load_checkpoint(out)["model"]
+    for name, tensor in before.items():  # the copy of block 1 is block 2
+        same = torch.equal(tensor, after[name])
+        assert same or name.startswith("transformer.ln_f"), name
+    new = [name for name in after if name.startswith("transformer.h.2.")]
+    assert len(new) == 12 and all(name not in before for name in new)
+    with pytest.raises(train.UserError, match="has 2 blocks, but the schedule starts by growing a"):
+        run_train("other", config_file("llama_pro"), **options | dict(stage_blocks=(1, 3)))
+
+
+@pytest.mark.parametrize("name", ["solar", "shrink_and_perturb", "msg"])
+def test_initial_weights_are_grown_as_the_method_says(name, run_train):
+    small = run_train("small", n_layer=2)
+    options = dict(n_layer=3, init_weights=small, steps=6, phase_fractions=(0, 1), fade_in_steps=3)
+    options |= dict(stage_blocks=(2, 3), learning_rate=0)
+    out = run_train("large", config_file(name), **options)
+    before, after = load_checkpoint(small)["model"], load_checkpoint(out)["model"]
+    key = "transformer.h.0.mlp.c_fc.weight"
+    if name == "shrink_and_perturb":  # once, before growth
+        noise = after[key] - 0.4 * before[key]
+        assert noise.std().item() == pytest.approx(0.02, rel=0.1)
+    else:
+        assert torch.equal(after[key], before[key])
+    losses = [row["loss"] for row in metrics(out)[1:]]
+    assert len(losses) == 6
+
+
 @pytest.mark.parametrize(
     "options, said",
     [

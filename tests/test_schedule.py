@@ -126,7 +126,7 @@ def test_the_lengths_of_stages_follow_prop_alpha():
         assert values(schedule, "stop") == stops
     two = make_schedule(12, 60, 2, stage_alpha=1)
     assert values(two, "stop") == [10, 20, 40, 60]
-    with pytest.raises(UserError, match="set only one"):
+    with pytest.raises(UserError, match="--stage_alpha=0"):
         make_schedule(12, 100, 4, freezing="none", stage_alpha=1, phase_fractions=(1, 1, 1, 1))
 
 

@@ -3,6 +3,7 @@
 # long before its learning rate decays. The large one gets a new optimizer and a new cosine with
 # warm-up, and nothing is frozen. The authors train the small model at a higher peak rate (1e-3
 # instead of 3e-4); here, both have the same.
-stage_blocks, phase_fractions, freezing = ("25%", "100%"), (5_000, 300_000), "none"
+stages, stage_blocks, stage_alpha = 1, ("25%", "100%"), 0.0
+phase_fractions, freezing = (5_000, 300_000), "none"
 growth, optimizer_state, lr_setback = "stack", "reset", 1.0
 lr_schedule = "cosine"

@@ -2,5 +2,6 @@
 # projections, so that the model's function is preserved. Then only the new blocks train. The
 # authors start from a pretrained model (--init_weights); without one, the first half of the steps
 # trains the smaller model.
-stage_blocks, phase_fractions = ("80%", "100%"), (0, 0.5, 0.5, 0)
+stages, stage_blocks, stage_alpha = 1, ("80%", "100%"), 0.0
+phase_fractions = (0, 0.5, 0.5, 0)
 growth, freezing = "zero_output", "all_but_new"

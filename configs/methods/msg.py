@@ -1,5 +1,6 @@
 # MSG (Yao et al. 2023, arXiv:2305.02869), for depth: the residual branches of new blocks are scaled
 # by a mask that rises from 0 to 1, so that growth preserves the function. From the authors' code
 # (cofe-ai/MSG): new blocks are copies on top, and the mask rises over 5,000 steps by default.
-stage_blocks, phase_fractions, freezing = ("50%", "100%"), (0.3, 0.7), "none"
+stages, stage_blocks, stage_alpha = 1, ("50%", "100%"), 0.0
+phase_fractions, freezing = (0.3, 0.7), "none"
 growth, fade_in_steps = "stack", 500

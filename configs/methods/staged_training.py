@@ -3,6 +3,7 @@
 # of its position and warms up for 150 steps. From the authors' code (allenai/staged-training),
 # whose option for loss preservation has no effect on the weights. The authors choose the time of
 # growth based on the slope of the loss; here it is fixed.
-stage_blocks, phase_fractions, freezing = ("25%", "50%", "100%"), (0.1, 0.2, 0.7), "none"
+stages, stage_blocks, stage_alpha = 1, ("25%", "50%", "100%"), 0.0
+phase_fractions, freezing = (0.1, 0.2, 0.7), "none"
 growth, optimizer_state = "interleave", "copy"
 lr_setback, rewarmup_steps, lr_schedule = 0.315, 150, "cosine"

@@ -1,6 +1,7 @@
 # Zero-layer growth (Bu 2025, arXiv:2511.04981): embeddings and head alone, then all blocks in one
 # step, at 80% of the steps, before the learning rate decays over the last 10%. New blocks are
 # random. The authors use Muon. What happens to the optimizer state is not known to us.
-stage_blocks, phase_fractions, freezing = (0, "100%"), (0.8, 0.2), "none"
+stages, stage_blocks, stage_alpha = 1, (0, "100%"), 0.0
+phase_fractions, freezing = (0.8, 0.2), "none"
 growth = "random"
 lr_schedule, decay_fraction, min_lr = "wsd", 0.1, 0.0
