@@ -269,7 +269,7 @@ class GPT(nn.Module):
         pos_emb = wpe[:T] if positions is None else F.embedding(positions, wpe)
         x = self.transformer.drop(F.embedding(idx, wte) + pos_emb)
         scales = [1.0] * self.n_blocks if residual_scales is None else residual_scales
-        depth_scale = self.config.base_depth / self.n_blocks if self.config.base_depth else 1
+        depth_scale = self.config.base_depth / max(1, self.n_blocks) or 1
         for block, scale in zip(self.transformer.h, scales, strict=True):
             if scale * depth_scale == 1:
                 x = block(x, mask)

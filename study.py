@@ -91,7 +91,7 @@ METHOD = CHANGEABLE | {
 # Additional keys that may differ between runs with different recipes.
 RECIPE = {
     "learning_rate", "lr_schedule", "warmup_steps", "min_lr", "decay_fraction", "weight_decay",
-    "beta1", "beta2", "grad_clip", "dropout", "seed",
+    "beta1", "beta2", "grad_clip", "dropout", "seed", "base_depth",
 }  # fmt: skip
 
 

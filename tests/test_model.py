@@ -497,6 +497,11 @@ def test_completep_is_that_of_the_published_code():
     assert {group["eps"] for group in optimizer.param_groups} == {1e-8 / 3}
 
 
+def test_completep_without_blocks():
+    model = GPT(GPTConfig(64, 320, 6, 2, 64, base_depth=2), n_blocks=0)
+    assert model(torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, 320)
+
+
 def test_parameter_groups_of_blocks_contain_all_parameters():
     model = GPT(GPTConfig(64, 320, 3, 2, 64))
     groups = model.param_groups(0.1, per_block=True)
