@@ -382,7 +382,7 @@ class GPT(nn.Module):
 
         The initial weights are those of a new model with another seed, which is derived from `seed`
         and the number of blocks. Biases and norms stay as they are (Ash & Adams 2020,
-        arXiv:1910.08475; for growth, Samuel et al. 2024, arXiv:2411.07340).
+        arXiv:1910.08475; for growth, Mallik et al. 2024, arXiv:2411.07340).
         """
         new_seed = derived_seed("perturb", seed, self.n_blocks)
         initial = GPT(self.config, self.n_blocks, new_seed)

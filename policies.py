@@ -30,14 +30,17 @@ class SkipPolicy:
         return SKIP_POLICIES[self.name](uniform, progress, self.rate)
 
 
+MIN_T_0 = 0.3  # below, the first block would start with more than 37 times the learning rate
+
+
 @dataclass(frozen=True)
 class FreezeOut:
     """Anneals the learning rate of each block to zero, from bottom to top, and then freezes it.
 
     Block i of L is annealed with a cosine until step t_i T, where t_i = (t_0 + (1 - t_0) i / L)^3,
-    and starts with 1/t_i times the learning rate, so that all blocks move equally far in total.
-    This is the variant that the authors recommend: cubic and scaled (Brock et al. 2017,
-    arXiv:1706.04983).
+    and starts with 1/t_i times the learning rate, so that all blocks move as far in total. The
+    other parameters are annealed over all T steps, as the authors' last layer. This is the variant
+    that the authors recommend: cubic and scaled (Brock et al. 2017, arXiv:1706.04983).
     """
 
     t_0: float
@@ -51,9 +54,9 @@ class FreezeOut:
         return (self.t_0 + (1 - self.t_0) * i / n_blocks) ** 3
 
     def rate_scales(self, n_blocks: int, step: int) -> tuple[float, ...]:
-        """Return the factor on the learning rate of every block."""
+        """Return the factors on the learning rates of the blocks and, last, of the others."""
         scales = []
-        for i in range(n_blocks):
+        for i in range(n_blocks + 1):
             annealed = 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.end(i, n_blocks))))
             scales.append(annealed / self._fraction(i, n_blocks))
         return tuple(scales)

@@ -13,12 +13,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import Any, Literal
 
 import growth
-from policies import SKIP_POLICIES, FreezeOut, SkipPolicy
+from policies import MIN_T_0, SKIP_POLICIES, FreezeOut, SkipPolicy
 from stagewise.errors import UserError, did_you_mean
 
 NUMBER = r"\d+(?:_\d+)*(?:\.\d+)?"
@@ -67,6 +67,12 @@ class Phase:
     def n_steps(self) -> int:
         return self.stop - self.start
 
+    def without_entry(self) -> "Phase":
+        """Return the same phase, but nothing happens on entry."""
+        entry: dict[str, Any] = dict(growth=None, optimizer_state="carry", new_blocks=())
+        entry |= dict(rewarmup_steps=0, rewarmup="all", lr_setback=0.0, fade_in_steps=0)
+        return replace(self, **entry, shrink=1.0, perturb=0.0)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -74,11 +80,14 @@ class Step:
 
     phase: Phase
     residual_scales: tuple[float, ...] | None  # one per block; None: all blocks run unscaled
+    # On the learning rate of each block and, last, of the other parameters; None: all 1.
     rate_scales: tuple[float, ...] | None = None  # on each block's learning rate; None: all 1
 
     def rate_scale(self, block: int | None) -> float:
         """Return the factor on the learning rate of a block, or of the other parameters (None)."""
-        return 1.0 if block is None or self.rate_scales is None else self.rate_scales[block]
+        if self.rate_scales is None:
+            return 1.0
+        return self.rate_scales[-1 if block is None else block]
 
     @property
     def running_blocks(self) -> tuple[int, ...]:
@@ -116,7 +125,7 @@ class Schedule:
             since = step - grown.start
             residual = _rise(residual, grown, since, grown.fade_in_steps)
             if grown.rewarmup == "new_blocks":
-                rates = _rise(rates, grown, since, grown.rewarmup_steps)
+                rates = _rise(rates, grown, since, grown.rewarmup_steps, extra=1)
         return Step(phase, residual, rates)
 
     def tokens(self, step: int) -> int:
@@ -140,12 +149,12 @@ class Schedule:
         )
 
 
-def _rise(scales, grown, step, n_steps):
+def _rise(scales, grown, step, n_steps, extra=0):
     """Return `scales`, with those of blocks added by `grown` increasing over `n_steps` steps."""
     if step >= n_steps:
         return scales
     factor = (step + 1) / (n_steps + 1)
-    scales = scales or (1.0,) * grown.n_blocks
+    scales = scales or (1.0,) * (grown.n_blocks + extra)
     return tuple(s * factor if i in grown.new_blocks else s for i, s in enumerate(scales))
 
 
@@ -195,8 +204,8 @@ def make_schedule(
         stages: number of stages S. 1 is the baseline, one phase that trains everything.
         continual_steps: number of steps after the stages that train all blocks.
         stage_blocks: number of blocks at the end of each stage, for example (2, 4, 12) or, as a
-            percentage of n_layer rounded down, ("25%", "100%"). Replaces `blocks_per_stage` and
-            determines S.
+            percentage of n_layer, ("25%", "100%"), rounded down but at least 1. Replaces
+            `blocks_per_stage` and determines S.
         phase_fractions: relative lengths of the phases. With freezing: 2 numbers (phases 1 and 2 of
             every stage) or 2S numbers. Without: S numbers. Default: equal lengths.
         stage_alpha: the length of stage s is proportional to s**stage_alpha (PROP-alpha of MIDAS,
@@ -307,12 +316,28 @@ def make_schedule(
     return Schedule(tuple(phases))
 
 
+def _check_rises(schedule):
+    """Check that new blocks have risen to full scale or rate when the model grows again or ends."""
+    grown = [p for p in schedule.phases if p.new_blocks]
+    stops = [*(p.start for p in grown[1:]), schedule.n_steps]
+    for p, stop in zip(grown, stops):
+        for name in ("fade_in_steps", "rewarmup_steps" if p.rewarmup == "new_blocks" else ""):
+            if name and getattr(p, name) > stop - p.start:
+                raise UserError(
+                    f"{name}={getattr(p, name)} exceeds the {stop - p.start} steps from the growth "
+                    f"in step {p.start} to the next growth or the end: use fewer"
+                )
+
+
 def _block_count(count, n_layer):
     """Return a number of blocks given as a number or as a percentage of n_layer."""
     match = re.fullmatch(rf"({NUMBER})(%?)", str(count))
     if not match or (not match[2] and "." in match[1]):
         raise UserError(f"stage_blocks: {count!r} must be a number of blocks, or for example 25%")
-    return math.floor(Fraction(match[1]) * n_layer / 100) if match[2] else int(match[1])
+    if not match[2]:
+        return int(match[1])
+    part = Fraction(match[1]) * n_layer / 100
+    return max(1, math.floor(part)) if part else 0
 
 
 def _phase_name(stages, stage, kind, per_stage):
@@ -387,9 +412,18 @@ def schedule_from_config(config, continual_steps: int) -> Schedule:
         shrink=config.shrink,
         perturb=config.perturb,
     )
+    grows = [p for p in schedule.phases if p.new_blocks]
+    defaults = {f.name: f.default for f in fields(Phase)}
+    for name, value in at_growth.items():
+        if value != defaults[name] and not grows:
+            raise UserError(
+                f"{name}={value} has no effect, because the model does not grow during training: "
+                "use stages or stage_blocks, or remove the option"
+            )
     schedule = Schedule(
         tuple(replace(p, **at_growth) if p.new_blocks else p for p in schedule.phases)
     )
+    _check_rises(schedule)
     if config.freezeout:
         schedule = with_freezeout(schedule, config.freezeout)
     schedule = with_ramp(schedule, "tokens_per_step", config.tokens_per_step_ramp)
@@ -472,11 +506,8 @@ def _cut(phases, step):
         if not p.start < step < p.stop:
             result.append(p)
             continue
-        after: dict[str, Any] = dict(start=step, growth=None, optimizer_state="carry")
-        after |= dict(rewarmup_steps=0, new_blocks=(), lr_setback=0.0, fade_in_steps=0)
-        after |= dict(shrink=1.0, perturb=0.0)
         result.append(replace(p, stop=step, milestone=False))
-        result.append(replace(p, **after))
+        result.append(replace(p.without_entry(), start=step))
     parts: Counter = Counter()
     for i, p in enumerate(result):
         name = p.name.partition(", part ")[0]
@@ -519,15 +550,15 @@ def with_freezeout(schedule: Schedule, t_0: float) -> Schedule:
         UserError: if the schedule is not a single phase before continual training.
     """
     first = schedule.phases[0]
-    if not 0 < t_0 <= 1:
-        raise UserError(f"freezeout={t_0} must be above 0 and at most 1")
-    if first.stop != schedule.stage_steps:
+    if not MIN_T_0 <= t_0 <= 1:
+        raise UserError(f"freezeout={t_0} must be between {MIN_T_0} and 1, or 0 to disable it")
+    if len(schedule.phases) > 1:
         raise UserError(
-            f"freezeout={t_0} cannot be used with several stages: use --stages=1 "
-            "--stage_blocks=None, or --freezeout=0"
+            f"freezeout={t_0} cannot be used with several stages or with continual_steps: use "
+            "--stages=1 --stage_blocks=None --continual_steps=0, or --freezeout=0"
         )
     freezeout = FreezeOut(t_0, first.n_steps)
-    phases = [replace(first, freezeout=freezeout), *schedule.phases[1:]]
+    phases = [replace(first, freezeout=freezeout)]
     # Rounded, so that 512.0000000001 steps are 512.
     ends = [math.ceil(round(freezeout.end(i, first.n_blocks), 6)) for i in range(first.n_blocks)]
     for i, end in enumerate(ends):
@@ -560,16 +591,18 @@ def learning_rate(step: int, schedule: Schedule, config) -> float:
     "constant" is used in the paper's released code, and "cosine" in nanoGPT. "wsd" (warm-up,
     stable, decay) decays linearly over the last `decay_fraction` of all steps (Hu et al. 2024,
     arXiv:2404.06395). All of them warm up linearly over `warmup_steps`, and again over the
-    `rewarmup_steps` of a phase. The position on this curve is the step minus the steps by which
-    the phases up to it have set it back (staged training, Shen et al. 2022; with `lr_setback` 1,
-    the curve restarts as in G_stack). The length of the curve is that of the run minus all
-    setbacks, so that it ends with the run.
+    `rewarmup_steps` of a phase.
+
+    The position in this curve is the step, minus what the phases up to it set it back by (staged
+    training, Shen et al. 2022; with `lr_setback` 1, the curve starts again as in G_stack). The
+    curve ends with the run. Before that, a part of training between two setbacks follows the same
+    curve, or, if that part is longer, a curve that ends with it.
 
     Args:
         config: an object with learning_rate (the peak), min_lr, lr_schedule, warmup_steps and
             decay_fraction.
     """
-    position, end = _lr_position(schedule, step), _lr_position(schedule, schedule.n_steps)
+    position, end = _lr_position(schedule, step)
     peak, floor, warmup = config.learning_rate, config.min_lr, config.warmup_steps
     if config.lr_schedule == "cosine":
         progress = min(1, max(0, position - warmup) / max(1, end - warmup))
@@ -587,11 +620,16 @@ def learning_rate(step: int, schedule: Schedule, config) -> float:
 
 
 def _lr_position(schedule, step):
-    back = 0
+    """Return the position in the learning-rate curve, and the length of the curve."""
+    back, position, ends = 0, step, []
     for p in schedule.phases:
-        if p.lr_setback and p.start <= step:
+        if p.lr_setback:
+            ends.append(p.start - back)
             back += round_half_up(p.lr_setback * (p.start - back))
-    return step - back
+        if p.start <= step:
+            position, cycle = step - back, len(ends)
+    ends.append(schedule.n_steps - back)
+    return position, max(ends[cycle], ends[-1])
 
 
 def round_half_up(x) -> int:

@@ -122,6 +122,8 @@ def main() -> None:
     add_parameter_counts(summary, schedule, model_config)
     if config.dry_run and ranks.master:
         print_dry_run(out_dir, summary, model_config, config.data_dir, no_corpus)
+        if config.init_weights:
+            print("The cost of the initial weights is not included here, but in metrics.jsonl.")
     if meta is None or (config.dry_run and not config.calibrate):
         return
 
@@ -665,9 +667,9 @@ def calibrate(
         optimizer = enter_phase(model, optimizer_state, phase, config)
         optimizer_state = optimizer.state
         # Only the fields that affect the speed. A policy for skipping blocks depends on the step.
-        unused: dict[str, Any] = dict(name="", stage=0, kind="all_blocks", growth=None)
-        unused |= dict(optimizer_state="carry", rewarmup_steps=0, milestone=False)
-        work = phase if phase.skip else dataclasses.replace(phase, start=0, stop=1, **unused)
+        unused: dict[str, Any] = dict(name="", stage=0, kind="all_blocks", milestone=False)
+        work = dataclasses.replace(phase.without_entry(), start=0, stop=1, **unused)
+        work = phase if phase.skip else work
         new = work not in measured
         if new:
             wrapped = wrap(model, phase, device) if ranks.world_size > 1 else model
@@ -875,6 +877,13 @@ def initial_model(
             f"--stages=1 --stage_blocks {checkpoint['n_blocks']} {model_config.n_layer}"
         )
     n, existing = checkpoint["n_blocks"], phase.n_blocks - len(phase.new_blocks)
+    at_growth = dict(shrink=1.0, perturb=0.0, fade_in_steps=0, rewarmup="all")
+    ignored = [name for name, default in at_growth.items() if getattr(config, name) != default]
+    if n < phase.n_blocks and not phase.new_blocks and ignored:
+        raise UserError(
+            f"{where}: {', '.join(ignored)} would not apply to the growth of the initial weights: "
+            f"use --stages=1 --stage_blocks {n} {phase.n_blocks} --phase_fractions 0 1"
+        )
     if phase.new_blocks and n != existing:
         raise UserError(
             f"{where}: the model has {n} blocks, but the schedule starts by growing a model with "
@@ -930,7 +939,7 @@ def check_resumable(
 
     The model, the seed, the data and the phases up to the checkpoint's step must be the same.
     Everything else may change, for example the number of processes, the micro-batch size, the
-    learning rate, the intervals and the length of the run.
+    learning rate, the intervals and the number of continual steps.
     """
     step, out_dir = checkpoint["step"], config.out_dir
     before = (
@@ -942,6 +951,8 @@ def check_resumable(
         }
     )
     now = dataclasses.asdict(model_config) | {"seed": config.seed, "windows of data": n_windows}
+    before["initial weights"] = "yes" if checkpoint["config"].get("init_weights") else "no"
+    now["initial weights"] = "yes" if config.init_weights else "no"
     if checkpoint["corpus"]:
         before["corpus"], now["corpus"] = checkpoint["corpus"][:12], fingerprint(meta)[:12]
     names = [k for k in now if k != "dropout"]

@@ -105,7 +105,7 @@ class Config:
     """Blocks at the end of each stage, for example 2 4 12 or 25% 100%. Default: even growth."""
     phase_fractions: tuple[float, ...] | None = None
     """Relative lengths of phases 1 and 2, or of all phases. Default: equal."""
-    stage_alpha: Real = 0.0
+    stage_alpha: Annotated[float, Meta(ge=0, le=100)] = 0.0
     """The length of stage s is proportional to s**stage_alpha (PROP-alpha of MIDAS)."""
     freezing: Literal["all_but_new", "preceding", "none"] = "all_but_new"
     """Blocks that phase 1 freezes. "none": no phase 1, each stage trains all its blocks."""
@@ -297,6 +297,11 @@ def check(c: Config) -> None:
         raise UserError(
             f"compile=model cannot be used with {name}={getattr(c, name)}, because it would "
             "compile the model again in many steps: use --compile=blocks"
+        )
+    if c.init_weights and isinstance(c.continual_steps, str):
+        raise UserError(
+            f"continual_steps={c.continual_steps} cannot be used with init_weights, whose cost is "
+            "not part of the schedule: use a number of steps"
         )
     if c.calibrate and not c.dry_run:
         raise UserError("calibrate requires dry_run: add --dry_run, or remove --calibrate")

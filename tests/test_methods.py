@@ -38,7 +38,7 @@ METHODS = {
     "lidas": (dict(steps=10), 3),
     "llama_pro": (dict(steps=12), 6),
     "midas": (dict(steps=10), 3),
-    "msg": (dict(steps=10, fade_in_steps=4), 3),
+    "msg": (dict(steps=12, fade_in_steps=4), 4),
     "one_layer": (dict(steps=10), 8),
     "one_shot_stacking": (dict(steps=20), 6),
     "progressive_layer_dropping": (dict(steps=16, skip_rate=0.9), 8),
@@ -109,7 +109,7 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_run(name, state, run
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_cost_of_every_step_matches_what_it_ran(name, run_train):
+def test_the_metrics_add_up_the_cost_of_every_step(name, run_train):
     options, _ = METHODS[name]
     out = run_train("run", config_file(name), **options)
     argv = [config_file(name), *arguments(out, **options)]
@@ -170,6 +170,44 @@ def test_compiled_blocks_match_eager_training_with_few_graphs(name, run_train):
 def test_skip_policies_with_compile_model_raise_an_error(run_train):
     with pytest.raises(train.UserError, match="skip_policy=layer_dropout, .* --compile=blocks"):
         run_train("run", skip_policy="layer_dropout", compile="model")
+
+
+def test_the_optimizer_uses_the_rates_of_the_blocks(run_train, monkeypatch):
+    """FreezeOut and re-warm-up of new blocks, as in policies.py; and the CompleteP model."""
+    seen = []
+    original = train.train_step
+
+    def spy(model, optimizer, *args):
+        by_part = {g["block"]: g["lr"] for g in optimizer.param_groups if g["params"]}
+        seen.append((by_part, {g["eps"] for g in optimizer.param_groups}, model.config.base_depth))
+        return original(model, optimizer, *args)
+
+    monkeypatch.setattr(train, "train_step", spy)
+    run_train("freezeout", config_file("freezeout"), steps=8, learning_rate=1e-3)
+    for step, (rates, _, _) in enumerate(seen):
+        for i in range(5):
+            ratio = (0.8 + 0.2 * i / 4) ** 3
+            scale = 0.5 / ratio * (1 + np.cos(np.pi * min(1, step / (8 * ratio))))
+            assert rates[i if i < 4 else None] == pytest.approx(1e-3 * scale, abs=1e-12)
+    seen.clear()
+    options = dict(steps=10, rewarmup_steps=3, rewarmup="new_blocks", base_depth=2)
+    run_train("grown", config_file("interleaved"), **options, learning_rate=1e-3)
+    assert seen[2] == ({None: 1e-3, 0: 1e-3, 1: 1e-3}, {1e-8}, 2)
+    for step, factor in ((3, 0.25), (5, 0.75), (6, 1)):
+        rates = {None: 1e-3, 0: 1e-3, 1: factor * 1e-3, 2: 1e-3, 3: factor * 1e-3}
+        assert seen[step] == (pytest.approx(rates), {5e-9}, 2)
+
+
+def test_shrink_and_perturb_happens_when_the_model_grows(run_train):
+    out = run_train(
+        "run", config_file("shrink_and_perturb"), **EVERY_STEP, steps=10, warmup_steps=5
+    )
+    before, after = (
+        load_checkpoint(out / "checkpoints" / f"step_{s:08d}")["model"] for s in (3, 4)
+    )
+    for name in ("transformer.h.0.mlp.c_fc.weight", "transformer.wpe.weight"):
+        noise = after[name] - 0.4 * before[name]  # and one small update
+        assert noise.std().item() == pytest.approx(0.02, rel=0.15)
 
 
 def test_skipped_blocks_do_not_change(run_train):
@@ -335,6 +373,11 @@ def test_a_run_starts_from_the_weights_of_another(run_train, corpus):
     assert metrics(third)[0]["flops"] == rows[-1]["flops"]
     weights = load_checkpoint(out)["model"]
     assert sum("h.3.attn.c_proj.weight" in name for name in weights) == 1
+    with pytest.raises(train.UserError, match="cannot resume with initial weights yes -> no"):
+        run_train("large", growth="zero_output", steps=4, init_from="auto")
+    with pytest.raises(train.UserError, match="fade_in_steps would not apply to the growth of the"):
+        options = dict(init_weights=small, stages=2, fade_in_steps=1)
+        run_train("other", **options, freezing="none", stage_blocks=(3, 4))
     # resuming does not need the small run
     shutil.rmtree(small)
     options = dict(init_weights=small, growth="zero_output", init_from="auto")

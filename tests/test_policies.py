@@ -113,28 +113,29 @@ def test_the_skip_rate_may_differ_between_stages():
 def test_freezeout_is_that_of_the_published_code():
     """ajbrock/FreezeOut 73beea1, utils.py: lr_ratio = (t_0 + (1 - t_0) i / L)^3, and the rate in
     iteration j is 0.5 * lr / lr_ratio * (1 + cos(pi j / max_j))."""
-    schedule = with_freezeout(make_schedule(4, 1000, continual_steps=10), 0.8)
+    schedule = with_freezeout(make_schedule(4, 1000), 0.8)
     for step in range(0, 1000, 7):
         at = schedule.at(step)
-        for i in range(4):
+        for i in range(5):  # the last one: ratio 1, for all parameters outside of the blocks
             ratio = (0.8 + 0.2 * i / 4) ** 3
             expected = 0.5 / ratio * (1 + math.cos(math.pi * step / (1000 * ratio)))
             frozen = step >= 1000 * ratio
-            assert at.rate_scales[i] == pytest.approx(0 if frozen else expected, abs=1e-9)
-            assert (i in at.phase.trained_blocks) != frozen
+            block = i if i < 4 else None
+            assert at.rate_scale(block) == pytest.approx(0 if frozen else expected, abs=1e-9)
+            assert i == 4 or (i in at.phase.trained_blocks) != frozen
         assert at.phase.train_embeddings == (step < 512) and at.phase.train_head
-        assert at.rate_scale(None) == 1.0
     assert [(p.start, p.trained_blocks) for p in schedule.phases] == [
         (0, (0, 1, 2, 3)),
         (512, (1, 2, 3)),
         (615, (2, 3)),
         (729, (3,)),
         (858, ()),
-        (1000, (0, 1, 2, 3)),
     ]
-    assert schedule.at(1005).rate_scales is None
-    with pytest.raises(UserError, match="freezeout=0.8 cannot be used with several stages"):
-        with_freezeout(make_schedule(4, 1000, 2), 0.8)
+    for several in (make_schedule(4, 1000, 2), make_schedule(4, 1000, continual_steps=10)):
+        with pytest.raises(UserError, match="freezeout=0.8 cannot be used with several stages"):
+            with_freezeout(several, 0.8)
+    with pytest.raises(UserError, match="freezeout=0.01 must be between 0.3 and 1"):
+        with_freezeout(make_schedule(4, 1000), 0.01)
 
 
 def test_only_new_blocks_warm_up_again_and_fade_in():
@@ -143,8 +144,9 @@ def test_only_new_blocks_warm_up_again_and_fade_in():
     schedule = Schedule((phases[0], grown))
     assert grown.new_blocks == (1, 3)
     assert [schedule.at(s).rate_scales for s in (19, 23)] == [None, None]
-    assert schedule.at(20).rate_scales == (1.0, 0.25, 1.0, 0.25)
-    assert schedule.at(22).rate_scales == (1.0, 0.75, 1.0, 0.75)
+    assert schedule.at(20).rate_scales == (1.0, 0.25, 1.0, 0.25, 1.0)
+    assert schedule.at(22).rate_scales == (1.0, 0.75, 1.0, 0.75, 1.0)
+    assert schedule.at(20).rate_scale(None) == 1.0 and schedule.at(20).rate_scale(1) == 0.25
     assert schedule.at(20).residual_scales == (1.0, 0.5, 1.0, 0.5)
     assert schedule.at(20).running_blocks == (0, 1, 2, 3)
     assert schedule.at(21).residual_scales is None

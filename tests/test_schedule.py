@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 import schedule as schedules
+from cost import make_schedules
 from growth import source_map
+from model import GPTConfig
 from schedule import (
     Phase,
     begun,
@@ -17,6 +19,7 @@ from schedule import (
     with_ramp,
     with_skip_policy,
 )
+from stagewise.config import Config, load_config
 from stagewise.errors import UserError
 from stagewise.fileio import convert
 
@@ -138,6 +141,7 @@ def test_stage_blocks_may_be_percentages():
     assert blocks(12, "25%", "50%", "100%") == [3, 6, 12]
     assert blocks(12, 0, "33.3%", 12) == [0, 3, 12] and blocks(32, "67%", "100%") == [21, 32]
     assert blocks(4, "100%", "100%") == [4, 4]
+    assert blocks(3, "25%", "100%") == [1, 3] and blocks(3, "0%", "100%") == [0, 3]
     for bad in (("a", 12), ("1.5", 12), ("50%", "120%"), ("-1", 12), ("50%", 3, 12)):
         with pytest.raises(UserError, match="stage_blocks"):
             make_schedule(12, 100, stage_blocks=bad, freezing="none")
@@ -378,6 +382,15 @@ def test_the_learning_rate_schedule_starts_again_with_a_setback_of_1(lr_schedule
     assert r[20:] == alone and r[:20] == alone[:20]
 
 
+def test_a_long_part_before_a_setback_decays_at_its_own_end():
+    schedule = make_schedule(4, 100, 2, freezing="none", phase_fractions=(4, 1))
+    first, second = schedule.phases
+    restarted = schedules.Schedule((first, dataclasses.replace(second, lr_setback=1.0)))
+    r = rates(restarted, lr_schedule="cosine")
+    assert r[:80] == rates(make_schedule(4, 80), lr_schedule="cosine")
+    assert r[80:] == rates(make_schedule(4, 20), lr_schedule="cosine")
+
+
 def test_a_setback_repeats_part_of_the_learning_rate_schedule():
     """As in staged training, whose schedule goes back from step 6,499 to 4,449."""
     schedule = make_schedule(4, 100, 2, freezing="none")
@@ -393,3 +406,49 @@ def test_parts_of_a_phase_have_different_names_with_two_ramps():
         schedule = with_ramp(schedule, "context_length", ramp)
     names = [p.name for p in schedule.phases]
     assert len(set(names)) == len(names) and "stage 1 phase 1, part 4" in names
+
+
+# --- options
+
+
+def from_options(*options):
+    return make_schedules(load_config([*options], Config()), GPTConfig())[0]
+
+
+def test_options_for_growth_reach_the_phases_that_grow():
+    schedule = from_options(
+        "--stages=4", "--steps=1000", "--freezing=none", "--stage_alpha=1", "--shrink=0.5",
+        "--perturb=0.1", "--fade_in_steps=7", "--rewarmup=new_blocks", "--lr_setback=0.25",
+    )  # fmt: skip
+    assert values(schedule, "stop") == [100, 300, 600, 1000]
+    expected = (0.5, 0.1, 7, "new_blocks", 0.25)
+    names = ("shrink", "perturb", "fade_in_steps", "rewarmup", "lr_setback")
+    first, *others = values(schedule, *names)
+    assert first == (1.0, 0.0, 0, "all", 0.0) and others == [expected] * 3
+    (phase, *_) = from_options("--freezeout=0.8").phases
+    assert phase.freezeout.t_0 == 0.8
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--shrink=0.5"], "shrink=0.5 has no effect, because the model does not grow"),
+        (["--rewarmup=new_blocks"], "rewarmup=new_blocks has no effect"),
+        (["--stages=2", "--stage_alpha=101"], "stage_alpha=101.0 must be"),
+        (
+            ["--stages=4", "--steps=100", "--freezing=none", "--fade_in_steps=26"],
+            "fade_in_steps=26 exceeds the 25 steps from the growth in step 25 to the next growth",
+        ),
+        (
+            ["--stages=2", "--steps=100", "--rewarmup=new_blocks", "--rewarmup_steps=51"],
+            "rewarmup_steps=51 exceeds the 50 steps",
+        ),
+        (
+            ["--init_weights=gpt2", "--continual_steps=match_flops"],
+            "cannot be used with init_weights",
+        ),
+    ],
+)
+def test_options_without_effect_or_end_are_errors(options, said):
+    with pytest.raises(UserError, match=said):
+        from_options(*options)
