@@ -280,13 +280,6 @@ def methods(work: Path, rng: random.Random) -> None:
         steps=rng.choice((8, 9, 40, 4000, 1)),
         continual_steps=rng.choice((0, 0, 3, "match_flops", "match_paper_cost")),
         freezing=rng.choice(("all_but_new", "preceding", "none", "none")),
-        stage_alpha=rng.choice((0, 0, 0, 1, 2.5)),
-        shrink=rng.choice((1, 1, 0.4, 0)),
-        perturb=rng.choice((0, 0, 0.1, 1)),
-        fade_in_steps=rng.choice((0, 0, 3)),
-        rewarmup=rng.choice(("all", "new_blocks")),
-        lr_setback=rng.choice((0, 0, 0.3, 1)),
-        freezeout=rng.choice((0, 0, 0, 0.5, 1)),
         phase1=rng.choice(("paper", "released_code")),
         growth=rng.choice(list(OPERATORS)),
         optimizer_state=rng.choice(("carry", "copy", "zero", "reset")),
@@ -297,6 +290,17 @@ def methods(work: Path, rng: random.Random) -> None:
         context_ramp="",
         tokens_per_step_ramp="",
     )
+    if stages > 1 or rng.random() < 0.05:
+        options |= dict(
+            stage_alpha=rng.choice((0, 0, 0, 1, 2.5)),
+            shrink=rng.choice((1, 1, 0.4, 0)),
+            perturb=rng.choice((0, 0, 0.1, 1)),
+            fade_in_steps=rng.choice((0, 0, 0, 1, 3)),
+            rewarmup=rng.choice(("all", "all", "new_blocks")),
+            lr_setback=rng.choice((0, 0, 0.3, 1)),
+        )
+    elif rng.random() < 0.5:
+        options |= dict(freezeout=rng.choice((0.5, 0.8, 1, 0.01)))
     if rng.random() < 0.01:
         options["growth"] = "stacks"
     if rng.random() < 0.01:
@@ -405,7 +409,7 @@ def init_weights(work: Path, rng: random.Random) -> None:
     model_config = train.make_model_config(config, 320)
     (phase, *_), _ = (s.phases for s in make_schedules(config, model_config))
     device = torch.device("cpu")
-    model = train.initial_model(config, model_config, phase, "bytes", device)
+    model, _ = train.initial_model(config, model_config, phase, "bytes", device, verbose=False)
     optimizer = train.enter_phase(model, {}, phase, config)
     batch = torch.zeros(1, 8, dtype=torch.long)
     train.train_step(model, optimizer, iter([(batch, batch)]), 1, PRECISION)
