@@ -31,14 +31,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 FOLDER = ROOT / "out" / "bench" / "growth"
-GROWTH, STEPS = 400, 700  # the step of growth, and all steps
+GROWTH, STEPS = 400, 600  # the step of growth, and all steps
 SHOWN = 30  # steps before growth in the figure
 WINDOW = 10  # steps of the moving average in the figure, except in the first steps after growth
 STATES = ("copy", "zero", "carry", "reset")
 OPTIONS = [
     *("configs/demo.py", "--stage_blocks", "50%", "100%", "--freezing=none", f"--steps={STEPS}"),
     *("--phase_fractions", str(GROWTH), str(STEPS - GROWTH), "--lr_schedule=constant"),
-    *("--eval_interval=700", "--hellaswag_data=none", "--compile=none", "--log_interval=1"),
+    *("--eval_interval=600", "--hellaswag_data=none", "--compile=none", "--log_interval=1"),
 ]
 
 
