@@ -67,6 +67,12 @@ class Phase:
     def n_steps(self) -> int:
         return self.stop - self.start
 
+    def work(self) -> tuple:
+        """Return what determines how long the steps take; equal for phases with the same work."""
+        same = ("n_blocks", "trained_blocks", "train_embeddings", "train_head", "context_length")
+        skipped = (self.skip, self.start, self.stop) if self.skip else None
+        return *(getattr(self, name) for name in same), self.tokens_per_step, skipped
+
     def without_entry(self) -> "Phase":
         """Return the same phase, but nothing happens on entry."""
         entry: dict[str, Any] = dict(growth=None, optimizer_state="carry", new_blocks=())

@@ -661,15 +661,12 @@ def calibrate(
     if config.compile != "none":
         model.compile_regions(whole=config.compile == "model")
     rows = []
-    measured: dict[Phase, dict[str, float]] = {}
+    measured: dict[tuple, dict[str, float]] = {}  # by the work of a phase
     optimizer_state: dict = {}
     for phase in tqdm(schedule.phases, desc="calibration", disable=not ranks.master, leave=False):
         optimizer = enter_phase(model, optimizer_state, phase, config)
         optimizer_state = optimizer.state
-        # Only the fields that affect the speed. A policy for skipping blocks depends on the step.
-        unused: dict[str, Any] = dict(name="", stage=0, kind="all_blocks", milestone=False)
-        work = dataclasses.replace(phase.without_entry(), start=0, stop=1, **unused)
-        work = phase if phase.skip else work
+        work = phase.work()
         new = work not in measured
         if new:
             wrapped = wrap(model, phase, device) if ranks.world_size > 1 else model

@@ -332,18 +332,11 @@ def phase_candidates(bench: Benchmark, phases: dict[str, Phase]) -> dict[str, Ca
     distinct: dict[tuple, Candidate] = {}
     result = {}
     for name, phase in phases.items():
-        key = work(phase)
+        key = phase.work()
         if key not in distinct:
             distinct[key] = bench.candidate(phase, functools.partial(enter, phase))
         result[name] = distinct[key]
     return result
-
-
-def work(phase: Phase) -> tuple:
-    """Return what decides the work of a phase's steps."""
-    same = ("n_blocks", "trained_blocks", "train_embeddings", "train_head", "context_length")
-    skipped = (phase.skip, phase.start, phase.stop) if phase.skip else None
-    return *(getattr(phase, name) for name in same), phase.tokens_per_step, skipped
 
 
 def variant(bench: Benchmark, name: str, phase: Phase) -> Candidate:

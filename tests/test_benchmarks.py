@@ -112,11 +112,12 @@ def test_only_phases_with_the_same_work_share_a_candidate():
         dict(skip=dataclasses.replace(skip, rate=0.4)),
         dict(skip=skip, start=10),
     ]
-    keys = {benchmark.work(dataclasses.replace(phase, **change)) for change in different}
-    assert len(keys | {benchmark.work(phase)}) == len(different) + 1
+    keys = {dataclasses.replace(phase, **change).work() for change in different}
+    assert len(keys | {phase.work()}) == len(different) + 1
     same = dict(name="x", stage=2, kind="continual", start=3, growth="stack", rewarmup_steps=2)
-    same |= dict(optimizer_state="reset", milestone=False)
-    assert benchmark.work(dataclasses.replace(phase, **same)) == benchmark.work(phase)
+    same |= dict(optimizer_state="reset", milestone=False, new_blocks=(3,), rewarmup="new_blocks")
+    same |= dict(lr_setback=1.0, fade_in_steps=2, shrink=0.5, perturb=0.1, freezeout=None)
+    assert dataclasses.replace(phase, **same).work() == phase.work()
     assert set(same).union(*different) | {"stop"} == {f.name for f in dataclasses.fields(phase)}
 
 

@@ -801,7 +801,7 @@ def test_a_report_that_cannot_be_written_is_an_error(copy):
 @pytest.mark.parametrize(
     "line, named",
     [
-        ("seeds = [1, 1]", "runs.s4: seeds: a seed is listed more than once"),
+        ("seeds = [1, 1]", "runs.s4: seeds: a value is listed more than once"),
         ("seeds = [-1]", "runs.s4: .*expected `int` >= 0"),
         ('options = ["--seed=3"]', "runs.s4: options: the study sets --seed=3 itself"),
         ('options = ["--help"]', "runs.s4: options: the study sets --help itself"),
