@@ -94,13 +94,15 @@ def draw(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
     with plt.style.context(plot.STYLE):
         fig, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
         for ax, prefix in zip(axes, ("growth=", "optimizer_state=")):
-            names = [name for name in curves if name.startswith(prefix)]
-            for name, color in zip(names, plt.get_cmap("tab10").colors):
-                ax.plot(*zip(*curves[name]), color=color, label=name.removeprefix(prefix))
+            labels: dict[tuple, list[str]] = {}  # operators with the same map have the same curve
+            for name in (n for n in curves if n.startswith(prefix)):
+                labels.setdefault(tuple(map(tuple, curves[name])), []).append(name)
+            for (curve, names), color in zip(labels.items(), plt.get_cmap("tab10").colors):
+                label = ", ".join(name.removeprefix(prefix) for name in names)
+                ax.plot(*zip(*curve), color=color, label=label)
             ax.axhline(0, color="black", linestyle=":", label="never grown")
             ax.axvline(0, color="#888888", linewidth=0.8)
             ax.set_xlabel("steps since growth")
-            ax.set_ylim(-0.5, 1.5)
             ax.legend(fontsize=8)
         axes[0].set_ylabel("training loss, minus that of\na model that was never grown")
         axes[0].set_title("growth operator (optimizer_state=copy)", loc="left")
