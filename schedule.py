@@ -424,7 +424,7 @@ def schedule_from_config(config, continual_steps: int) -> Schedule:
         if value != defaults[name] and not grows:
             raise UserError(
                 f"{name}={value} has no effect, because the model does not grow during training: "
-                "use stages or stage_blocks, or remove the option"
+                "use stages or stage_blocks, enough steps for the first stage, or remove the option"
             )
     schedule = Schedule(
         tuple(replace(p, **at_growth) if p.new_blocks else p for p in schedule.phases)

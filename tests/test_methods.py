@@ -136,9 +136,9 @@ def test_two_processes_match_one(name, corpus, tmp_path):
     options, _ = METHODS[name]
     options = options | dict(data_dir=corpus, grad_clip=1.0)
     one, two = tmp_path / "one", tmp_path / "two"
-    script("train.py", *arguments(one, **options), config_file(name))
+    script("train.py", config_file(name), *arguments(one, **options))
     half = {"batch_size": options.get("batch_size", 8) // 2 or 1}
-    torchrun(2, "train.py", *arguments(two, **options | half), config_file(name))
+    torchrun(2, "train.py", config_file(name), *arguments(two, **options | half))
     for row, other in zip(metrics(one), metrics(two), strict=True):
         for key in ("loss", "val_loss", "grad_norm"):
             assert (key in row) == (key in other)
