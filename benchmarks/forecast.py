@@ -3,7 +3,7 @@
     python benchmarks/forecast.py [configs/A.py configs/B.py ...] [--key=value ...]
 
 Makes the forecast, then the run, both with train.py and the given options, and compares the seconds
-of every phase. The wall time of the run is measured from its first row of metrics.jsonl, because a
+of every phase. The wall time of the run is measured from when it writes config.json, because a
 forecast does not include the start of the process.
 """
 
