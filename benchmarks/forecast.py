@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from tabulate import tabulate
 
@@ -44,11 +45,13 @@ def main(options: list[str]) -> None:
         ended = time.time()
         rows = read_rows(folder)
         started = (folder / "config.json").stat().st_mtime
-    seconds = {row["step"]: row["seconds"] for row in rows}
+    steps, seconds = ([row[key] for row in rows] for key in ("step", "seconds"))
     report, step = [], 0
     for phase in forecast:
         start, step = step, step + phase["steps"]
-        measured = seconds[step] - seconds.get(start, 0)
+        # A phase may end between two rows.
+        before, after = np.interp([start, step], steps, seconds)
+        measured = float(after - before)
         expected = phase["training_seconds"] + phase["compile_seconds"]
         report.append({"phase": phase["phase"], "forecast": expected, "run": measured})
     columns = ("training_seconds", "compile_seconds", "evaluation_seconds")
