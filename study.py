@@ -168,8 +168,9 @@ class PlannedRun:
 def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
     """Return the contents of study.toml and the runs of the study.
 
-    The first seed of every run comes first, in the order of the file, then the second seed of every
-    run, and so on.
+    Runs with fewer steps come first, as far as entries list numbers of steps. Among runs with the
+    same number, the first seed of every run comes first, in the order of the file, then the second
+    seed of every run, and so on.
 
     Raises:
         UserError: if the file is missing or is not a valid study.
@@ -205,23 +206,24 @@ def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
             suffix = "" if steps is None else f"_{steps}"
             words = options if steps is None else (*options, f"--steps={steps}")
             against = entry.against + suffix
-            planned.append(
-                [
-                    PlannedRun(label + suffix, seed, (*words, f"--seed={seed}"), against, label)
-                    for seed in entry.seeds
-                ]
-            )
-    runs = {run.name for seeds in planned for run in seeds}
-    if len(runs) < sum(map(len, planned)):
+            planned += [
+                (
+                    (steps or 0, i),
+                    PlannedRun(label + suffix, seed, (*words, f"--seed={seed}"), against, label),
+                )
+                for i, seed in enumerate(entry.seeds)
+            ]
+    runs = [run for _, run in sorted(planned, key=lambda item: item[0])]
+    names = {run.name for run in runs}
+    if len(names) < len(runs):
         raise UserError(f"{path}: two runs have the same name: rename one of them")
-    for run in (run for seeds in planned for run in seeds):
-        if f"{run.against}_seed{run.seed}" not in runs:
+    for run in runs:
+        if f"{run.against}_seed{run.seed}" not in names:
             raise UserError(
                 f"{path}, runs.{run.entry}: {run.against} has no run with seed {run.seed} to "
                 f"compare with: add it to runs.{study.runs[run.entry].get('against', 'baseline')}"
             )
-    most = max(map(len, planned))
-    return study, [seeds[i] for i in range(most) for seeds in planned if i < len(seeds)]
+    return study, runs
 
 
 # --------------------------------------------------------------------------------------------------
