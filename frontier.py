@@ -33,7 +33,7 @@ import tyro
 
 import plot
 import study
-from plot import Run
+from plot import COLORS, Run
 from stagewise.errors import UserError, file_errors, report_user_errors
 from study import PlannedRun
 
@@ -41,6 +41,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 BASELINE = "baseline"
+# Lines of Markdown between which --readme writes.
+BEGIN, END = "<!-- written by frontier.py -->", "<!-- end -->"
 METRICS = ("flops", "paper_cost", "seconds")
 # 97.5% quantiles of Student's t distribution, by degrees of freedom.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -52,6 +54,9 @@ class Args:
 
     folder: tyro.conf.Positional[Path]
     """Folder with a study.toml and finished runs."""
+    readme: Path | None = None
+    """Also write the figure and the finding to this file, between the lines
+    "<!-- written by frontier.py -->" and "<!-- end -->"."""
 
 
 @dataclass
@@ -118,6 +123,13 @@ class Estimate:
             return cls(known[0], math.nan, 1)
         t = T_QUANTILES[n - 2] if n - 2 < len(T_QUANTILES) else 2.0
         return cls(statistics.fmean(known), t * statistics.stdev(known) / math.sqrt(n), n)
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 if the interval is above or below zero, otherwise 0."""
+        if math.isnan(self.half_width) or abs(self.mean) <= self.half_width:
+            return 0
+        return 1 if self.mean > 0 else -1
 
     def __str__(self) -> str:
         if math.isnan(self.mean):
@@ -210,29 +222,78 @@ def load_points(folder: Path) -> tuple[study.Study, dict[str, list[Point]], list
     )
 
 
-def draw(points: dict[str, list[Point]], path: Path) -> None:
-    """Draw the gain at equal FLOPs over the budget, with intervals, one line per method."""
+def draw(groups: dict[str, dict[str, list[Point]]], path: Path) -> None:
+    """Draw the gain at equal FLOPs over the budget: a panel per group, a line per method."""
+    columns = min(2, len(groups))
+    rows = -(-len(groups) // columns)
     with plt.style.context(plot.STYLE):
-        fig, ax = plt.subplots(figsize=(9.5, 5.2), layout="constrained")
-        ax.axhline(0, color="black", linewidth=1)
-        colors = plt.get_cmap("tab20").colors
-        for i, (name, series) in enumerate(points.items()):
-            rows = sorted((p.tokens_per_parameter(), p.gain("flops")) for p in series)
-            rows = [(x, g) for x, g in rows if not math.isnan(g.mean)]
-            if not rows:
-                continue
-            x = np.array([x for x, _ in rows])
-            y = np.array([g.mean for _, g in rows])
-            error = np.array([0 if math.isnan(g.half_width) else g.half_width for _, g in rows])
-            style = dict(color=colors[i % 20], marker="os^Dv"[i // 20 % 5], markersize=4)
-            ax.errorbar(x, y, error, label=name, capsize=2, linewidth=1.4, **style)
-        ax.set_xscale("log")
-        ax.set_xlabel("tokens per non-embedding parameter of a baseline with the same FLOPs")
-        ax.set_ylabel("gain over the baseline at equal FLOPs (nats)")
-        ax.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-        fig.legend(loc="outside right upper", fontsize=8)
+        size = (5.0 * columns if columns > 1 else 8.6, 3.3 * rows + 0.4)
+        fig, axes = plt.subplots(
+            rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False,
+            layout="constrained",
+        )  # fmt: skip
+        for ax, (group, points) in zip(axes.flat, groups.items()):
+            ax.axhline(0, color="black", linewidth=1)
+            for i, (name, series) in enumerate(points.items()):
+                known = sorted(
+                    (p.tokens_per_parameter(), gain.mean, gain.half_width)
+                    for p in series
+                    if not math.isnan((gain := p.gain("flops")).mean)
+                )
+                if not known:
+                    continue
+                x, y, error = np.array(known).T
+                style = dict(color=COLORS[i % len(COLORS)], marker="os^Dv"[i % 5], markersize=4)
+                # Shifts of a few percent keep the intervals of different methods apart.
+                x = x * 1.02 ** (i - len(points) / 2)
+                error = np.nan_to_num(error)
+                ax.errorbar(x, y, error, label=name, capsize=2, linewidth=1.4, **style)
+            ax.set_title(group, fontsize=10)
+            ax.set_xscale("log")
+            ax.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+            ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+            ax.tick_params(labelbottom=True)
+            ax.legend(fontsize=7.5)
+        for ax in axes.flat[len(groups) :]:
+            ax.remove()
+        fig.supxlabel(
+            "tokens per non-embedding parameter, of a baseline with the same FLOPs", size=10
+        )
+        fig.supylabel("gain over the baseline at equal FLOPs (nats)", size=10)
         plot.save(fig, path)
         plt.close(fig)
+
+
+def by_budget(points: dict[str, list[Point]]) -> dict[int, dict[str, Point]]:
+    """Return the points of every number of steps that several methods have, by method."""
+    budgets: dict[int, dict[str, Point]] = {}
+    for name, series in points.items():
+        for p in series:
+            budgets.setdefault(p.steps, {})[name] = p
+    return {steps: budgets[steps] for steps in sorted(budgets)}
+
+
+def overview(points: dict[str, list[Point]], metric: str) -> str:
+    """Return a table with a row per method and a column per budget. Bold: not zero."""
+    budgets = by_budget(points)
+    rows = []
+    for name in points:
+        row = [name]
+        for at in budgets.values():
+            gain = at[name].gain(metric) if name in at else Estimate(math.nan, math.nan, 0)
+            row.append(f"**{gain}**" if gain.sign else str(gain))
+        rows.append(row)
+    header = ["method"]
+    for steps, at in budgets.items():
+        header.append(f"{steps:,} steps ({nominal(at):.0f})")
+    return study.markdown(header, rows)
+
+
+def nominal(at: dict[str, Point]) -> float:
+    """Return the tokens per non-embedding parameter of a baseline with as many steps."""
+    run = next(iter(at.values())).runs[0].run
+    return run.schedule.baseline.tokens / block_parameters(run)
 
 
 def table(points: dict[str, list[Point]]) -> str:
@@ -256,27 +317,43 @@ def table(points: dict[str, list[Point]]) -> str:
     return study.markdown(header, rows)
 
 
-def summary(points: dict[str, list[Point]]) -> str:
-    """Return a paragraph: how many comparisons there are, and how many intervals exclude zero."""
-    gains = [(name, p, p.gain("flops")) for name, series in points.items() for p in series]
-    known = [(name, p, g) for name, p, g in gains if g.n > 1 and not math.isnan(g.mean)]
-    better = [x for x in known if x[2].mean - x[2].half_width > 0]
-    worse = [x for x in known if x[2].mean + x[2].half_width < 0]
-    parts = [
-        f"Of {len(known)} comparisons with several seeds, {len(better)} have a 95% interval above "
-        f"zero and {len(worse)} below. By chance, one in twenty would exclude zero on either side."
-    ]
-    for text, chosen in (("largest gains", known), ("largest losses", known)):
-        sign = -1 if text == "largest gains" else 1
-        best = sorted(chosen, key=lambda x: sign * x[2].mean)[:3]
-        named = [
-            f"{n} at {p.tokens_per_parameter():.0f} tokens per parameter ({g})" for n, p, g in best
-        ]
-        if named:
-            parts.append(f"The {text}, with tokens per parameter: {'; '.join(named)}.")
-    return " ".join(parts)
+def finding(points: dict[str, list[Point]]) -> str:
+    """Return a paragraph: at every budget, how many methods are better, and the best of them."""
+    sentences = []
+    compared = 0
+    for at in by_budget(points).values():
+        gains = {name: p.gain("flops") for name, p in at.items()}
+        gains = {name: g for name, g in gains.items() if g.n > 1 and not math.isnan(g.mean)}
+        if not gains:
+            continue
+        compared += len(gains)
+        signs = [g.sign for g in gains.values()]
+        best = max(gains, key=lambda name: gains[name].mean)
+        saving = at[best].saving("flops")
+        means = (
+            f"; a baseline needs {saving.mean:.2f} times its FLOPs for the same loss"
+            if not math.isnan(saving.mean)
+            else ""
+        )
+        sentences.append(
+            f"With the steps of a baseline that reads **{nominal(at):.0f} tokens per parameter**, "
+            f"{signs.count(1)} of {len(gains)} methods have a lower loss than a baseline with the "
+            f"same FLOPs, and {signs.count(-1)} have a higher one. The highest gain is that of "
+            f"{best} ({gains[best]} nats{means})."
+        )
+    if not compared:
+        return "No method has been trained with several seeds yet."
+    return " ".join(sentences) + (
+        f" These are {compared} comparisons; one counts if its 95% interval over paired seeds "
+        "does not contain zero, which happens by chance in one of twenty."
+    )
 
 
+OVERVIEW = (
+    "Nats per token, mean and 95% interval; bold if the interval does not contain zero. In "
+    "parentheses: the tokens per non-embedding parameter of a baseline with as many steps. The "
+    "methods have fewer FLOPs than that baseline, and are compared at their own."
+)
 HOW_TO_READ = (
     "*Gain*: the loss of the baseline's frontier at the compute of the run, minus the loss of the "
     "run, in nats per token; positive if the method is better. Mean and 95% interval (Student's t) "
@@ -287,27 +364,66 @@ HOW_TO_READ = (
 )
 
 
+def conditions(points: dict[str, list[Point]]) -> str:
+    """Describe the model, the data and the hardware in a few sentences."""
+    runs = [r.run for series in points.values() for p in series for r in p.runs]
+    c, schedule = runs[0].config, runs[0].schedule
+    dates = sorted({run.config.date for run in runs})
+    return (
+        f"GPT-2 with {c.n_layer} blocks of width {c.n_embd}, {c.n_head} heads, context "
+        f"{c.block_size:,}: {block_parameters(runs[0]):,} parameters in the blocks, "
+        f"{schedule.phases[-1].trained_parameters:,} with embeddings. {c.tokens_per_step:,} tokens "
+        f"of `{c.data_dir}` per step. Trained on {study.machine(c)} with torch {c.torch_version}, "
+        f"{dates[0] if len(dates) == 1 else f'{dates[0]} to {dates[-1]}'}."
+    )
+
+
+def write_finding(readme: Path, folder: Path, text: str) -> None:
+    """Replace the lines between BEGIN and END in a Markdown file.
+
+    Raises:
+        UserError: if the file is not readable, or does not have both lines.
+    """
+    with file_errors(readme, "specify a Markdown file"):
+        page = readme.read_text()
+    before, begin, rest = page.partition(f"{BEGIN}\n")
+    _, end, after = rest.partition(f"{END}\n")
+    if not begin or not end:
+        raise UserError(f"{readme}: has no lines {BEGIN} and {END}: add them")
+    link = Path(os.path.relpath(folder, readme.absolute().parent)).as_posix()
+    image = f"![gain over the baseline at equal FLOPs]({link}/gain.png)"
+    study.write(readme, f"{before}{begin}{image}\n\n{text}\n{end}{after}")
+
+
 def main(args: Args) -> None:
-    folder = args.folder.absolute() if args.folder.exists() else args.folder
+    folder, readme = (path and path.absolute() for path in (args.folder, args.readme))
+    assert folder is not None
     os.chdir(study.ROOT)
     folder = folder.relative_to(study.ROOT) if folder.is_relative_to(study.ROOT) else folder
     described, points, missing = load_points(folder)
+    groups: dict[str, dict[str, list[Point]]] = {}
+    for name, series in points.items():
+        groups.setdefault(described.runs[name].get("group", ""), {})[name] = series
     with file_errors(folder, "make the folder writable"):
-        draw(points, folder / "gain")
-    first = next(iter(points.values()))[0].runs[0].run if points else None
+        draw(groups, folder / "gain")
+    text = finding(points)
+    if readme:
+        write_finding(readme, folder, text)
     page = [
         f"# {described.title}",
         f"*Written by `python frontier.py {folder.as_posix()}` from the run folders next to this "
         "file. Each config.json contains the command of its run.*",
-        summary(points),
+        text,
         "![gain over the baseline at equal FLOPs](gain.png)",
         described.about.strip(),
-        *([f"**Not finished yet:** {len(missing)} runs."] if missing else []),
-        table(points),
-        HOW_TO_READ,
     ]
-    if first:
-        page.insert(2, f"{first.config.n_layer} blocks of width {first.config.n_embd}.")
+    if missing:
+        page.append(f"**Not finished yet:** {len(missing)} runs.")
+    for metric in ("flops", "paper_cost"):
+        page += [f"## Gain at equal {study.LABELS[metric]}", overview(points, metric)]
+        if metric == "flops":
+            page.append(OVERVIEW)
+    page += ["## All runs", table(points), HOW_TO_READ, "## Conditions", conditions(points)]
     study.write(folder / "README.md", "\n\n".join(page) + "\n")
     print(f"{folder / 'README.md'}: {sum(map(len, points.values()))} points")
 

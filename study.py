@@ -138,6 +138,7 @@ class RunEntry(Struct, forbid_unknown_fields=True):
     # Numbers of steps, for a run LABEL_STEPS each; default: one run LABEL, as the options say.
     steps: tuple[Annotated[int, Meta(ge=1)], ...] = ()
     against: str = "baseline"  # label of the run to compare with, of the same number of steps
+    group: str = ""  # entries with the same group share a panel in the figure of frontier.py
 
 
 class Study(Struct, forbid_unknown_fields=True):

@@ -108,10 +108,38 @@ def test_the_page_has_a_row_for_every_method_and_budget(tiny, tmp_path, capsys):
     shutil.copytree(tiny, folder)
     frontier.main(frontier.Args(folder))
     page = (folder / "README.md").read_text()
-    assert len(re.findall(r"^\| stacked +\|", page, re.MULTILINE)) == 2
-    assert "Of 2 comparisons with several seeds" in page and "1 runs" in page
+    gain = frontier.load_points(folder)[1]["stacked"][1].gain("flops")
+    # two rows of all runs, and a row in each overview
+    assert len(re.findall(r"^\| stacked +\|", page, re.MULTILINE)) == 4
+    assert page.count(str(gain)) >= 3 and "1 runs" in page
     assert (folder / "gain.png").exists() and (folder / "gain.svg").exists()
     shutil.rmtree(folder / "baseline_16_seed1"), shutil.rmtree(folder / "baseline_32_seed1")
     shutil.rmtree(folder / "baseline_16_seed2"), shutil.rmtree(folder / "baseline_32_seed2")
     with pytest.raises(UserError, match="no seed has two finished runs of 'baseline'"):
         frontier.main(frontier.Args(folder))
+
+
+def test_the_finding_counts_the_methods_on_either_side_of_the_baseline(tiny):
+    points = frontier.load_points(tiny)[1]
+    text = frontier.finding(points)
+    better = sum(p.gain("flops").sign == 1 for p in points["stacked"])
+    assert len(re.findall("1 of 1 methods have a lower loss", text)) == better
+    assert "These are 2 comparisons" in text
+    above, around = Estimate(0.2, 0.1, 3), Estimate(0.1, 0.1, 3)
+    assert above.sign == 1 and Estimate(-0.2, 0.1, 3).sign == -1 and around.sign == 0
+    assert Estimate(0.2, math.nan, 1).sign == 0  # one seed shows nothing
+
+
+def test_the_finding_is_written_between_the_marks(tiny, tmp_path):
+    folder, page = tmp_path / "copy", tmp_path / "page.md"
+    shutil.copytree(tiny, folder)
+    page.write_text(f"before\n{frontier.BEGIN}\nold\n{frontier.END}\nafter\n")
+    frontier.main(frontier.Args(folder, readme=page))
+    text = page.read_text()
+    assert text.startswith(f"before\n{frontier.BEGIN}\n![") and "old" not in text
+    assert text.endswith(f"{frontier.END}\nafter\n") and "](copy/gain.png)" in text
+    assert "These are 2 comparisons" in text
+    page.write_text("nothing\n")
+    with pytest.raises(UserError, match="has no lines <!-- written by frontier.py -->"):
+        frontier.main(frontier.Args(folder, readme=page))
+    assert page.read_text() == "nothing\n"
