@@ -1,8 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUNS := out/demo/baseline out/demo/s4
+STUDY := out/study_small/results
 
-.PHONY: setup demo test test-all lint fuzz soak clean
+.PHONY: setup demo study-small test test-all lint fuzz soak clean
 
 setup: .venv/installed
 
@@ -24,6 +25,14 @@ demo: setup
 	@echo "This trained a baseline and an S=4 incremental run, compute-matched in the paper's unit, and drew the"
 	@echo "paper's figures 1 and 2. The model has 0.4M parameters and reads a few million bytes. It shows that the"
 	@echo "experiment runs end to end, not which schedule is better for a language model of useful size."
+
+# A study from training to its page, with two runs at a time; continues if it was stopped.
+study-small: setup
+	test -f data/stdlib/meta.json || $(BIN)/python fineweb.py --source stdlib --out data/stdlib
+	mkdir -p $(STUDY)
+	cp configs/study_small.toml $(STUDY)/study.toml
+	$(BIN)/python study.py run $(STUDY) --out out/study_small/runs --jobs 2
+	$(BIN)/python frontier.py $(STUDY)
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow"
@@ -47,4 +56,4 @@ soak: setup
 	$(BIN)/python tests/soak.py
 
 clean:
-	rm -rf .venv out/demo data/stdlib
+	rm -rf .venv out/demo out/study_small data/stdlib
