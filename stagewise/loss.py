@@ -87,6 +87,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                     _matmul_into(dx[rows], gradient, w)
                 if dw is not None:
                     _matmul_into(dw, gradient.T, x_chunk, add=True)
+                del gradient  # before the next logits are allocated
         ctx.save_for_backward(dx, dw)
         ctx.N = len(x)
         return loss / len(x)
