@@ -32,11 +32,12 @@ import torch
 import torch.distributed as dist
 import tyro
 from msgspec import Meta
+from torch.nn.attention import sdpa_kernel
 from tqdm import tqdm
 
-from model import GPT
+from model import ATTENTION_OF_ANY_SHAPE, GPT
 from stagewise.checkpoint import load_checkpoint
-from stagewise.data import check_tokenizer, encode, get_tokenizer
+from stagewise.data import Prefetch, check_tokenizer, encode, get_tokenizer
 from stagewise.device import autocast, pick_device
 from stagewise.errors import UserError, file_errors, first_line, report_user_errors
 from stagewise.fileio import atomic_file, decode_json, read_bytes, sha256
@@ -51,7 +52,9 @@ ALTERNATIVE = (
 )
 DEFAULT_PATH = Path(__file__).parent / "data" / "hellaswag_val.jsonl"
 # Positions per forward pass. The value for CPUs is based on measurements, the one for GPUs is not.
-BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
+BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}
+# Rows are padded to a multiple of this length. GPU kernels need aligned rows of the mask.
+LENGTH_MULTIPLE = {"cpu": 1, "cuda": 32}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -214,7 +217,7 @@ def pack(
     Args:
         rows: (context, endings, id of the first ending) for each row. Endings are numbered
             consecutively within a row.
-        T: length of the longest row.
+        T: length of the batch, at least that of the longest row.
         width: maximum number of endings in a row.
 
     Returns:
@@ -257,6 +260,7 @@ def pack(
 
 
 @torch.no_grad()
+@sdpa_kernel(ATTENTION_OF_ANY_SHAPE)
 def ending_losses(
     model: GPT,
     examples: list[Example],
@@ -299,21 +303,27 @@ def ending_losses(
         return len(context) + sum(map(len, endings)) - len(endings)
 
     rows = sorted(rows, key=length, reverse=True)[rank::world_size]
-    sums = torch.zeros(len(examples) * width, dtype=torch.float64, device=device)
-    start = 0
-    with tqdm(total=len(rows), unit="row", desc="HellaSwag", disable=not progress) as bar:
+
+    def batches():
+        start, multiple = 0, LENGTH_MULTIPLE[device.type]
         while start < len(rows):
-            T = length(rows[start])
+            T = -(-length(rows[start]) // multiple) * multiple
             batch = rows[start : start + max(1, batch_tokens // T)]
             start += len(batch)
-            arrays = (torch.from_numpy(array).to(device) for array in pack(batch, T, width))
-            idx, positions, visible_until, predict_at, targets, *places, ending_ids = arrays
-            t = torch.arange(T, device=device)
+            tensors = map(torch.from_numpy, pack(batch, T, width))
+            yield [t.pin_memory() if device.type == "cuda" else t for t in tensors]
+
+    sums = torch.zeros(len(examples) * width, dtype=torch.float64, device=device)
+    with tqdm(total=len(rows), unit="row", desc="HellaSwag", disable=not progress) as bar:
+        for batch in Prefetch(batches()):
+            tensors = (t.to(device, non_blocking=True) for t in batch)
+            idx, positions, visible_until, predict_at, targets, *places, ending_ids = tensors
+            t = torch.arange(idx.shape[1], device=device)
             mask = (t[:, None] >= t) & (t[:, None] < visible_until[:, None, None])  # (B, 1, T, T)
             x = model.hidden(idx, positions, mask).flatten(0, 1)[predict_at]
             losses = token_losses(x, model.lm_head.weight, targets)[*places]
             sums.index_add_(0, ending_ids, losses.double())
-            bar.update(len(batch))
+            bar.update(len(idx))
     if world_size > 1:
         dist.all_reduce(sums)
     result = sums.view(len(examples), width).cpu().numpy()

@@ -16,12 +16,21 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from growth import FRESH, Source
 from stagewise.errors import UserError
 from stagewise.fileio import convert
 from stagewise.loss import ChunkedCrossEntropy, SoftmaxLoss, token_losses
 from stagewise.seeding import derived_seed
+
+# Backends of attention for inputs of many shapes. cuDNN's, the default on recent GPUs, builds an
+# execution plan for each new shape, which takes far longer than the attention itself.
+ATTENTION_OF_ANY_SHAPE = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 @dataclass(frozen=True)
@@ -184,7 +193,7 @@ class GPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight
         self.softmax_loss = SoftmaxLoss()
         self._embeddings_train = self._head_trains = True
-        self._compile_new_blocks = False
+        self.blocks_compiled = False
         generator = torch.Generator().manual_seed(derived_seed("weights", seed, 0))
         with torch.no_grad():
             for name in ("wte", "wpe", "ln_f"):
@@ -294,11 +303,14 @@ class GPT(nn.Module):
         """
         # By default, Dynamo silently falls back to eager execution after 8 recompilations.
         torch._dynamo.config.recompile_limit = 1000
+        # By default, Dynamo cuts graphs at the bounds of DistributedDataParallel's buckets, so that
+        # their reduction overlaps with the backward pass. That of whole blocks overlaps anyway.
+        torch._dynamo.config.optimize_ddp = False
         self.softmax_loss.compile()
         if whole:
             self.hidden = torch.compile(self.hidden)  # type: ignore[method-assign]
             return
-        self._compile_new_blocks = True
+        self.blocks_compiled = True
         for block in self.transformer.h:
             _compile(block)
 
@@ -354,7 +366,7 @@ class GPT(nn.Module):
         with torch.device("meta"):
             block = Block(self.config).to(weight.dtype)
         block.to_empty(device=weight.device)
-        if self._compile_new_blocks:
+        if self.blocks_compiled:
             _compile(block)
         return block
 
@@ -464,6 +476,7 @@ class GPT(nn.Module):
     # --- sampling
 
     @torch.no_grad()
+    @sdpa_kernel(ATTENTION_OF_ANY_SHAPE)
     def generate(
         self, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None, generator=None
     ) -> torch.Tensor:

@@ -36,6 +36,7 @@ def machine(device: torch.device) -> dict[str, str]:
         "device": device_name(device),
         "cpu": cpu_name(),
         "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none",
         "python": platform.python_version(),
         "commit": commit.stdout.strip(),
     }

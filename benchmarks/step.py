@@ -61,6 +61,7 @@ from stagewise.errors import UserError, did_you_mean, report_user_errors
 
 MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}  # of the square matrices whose product is timed
 COMPILE = ("none", "blocks", "model")
+PROFILED = 50  # kernels, those that take the longest
 MIN_SKIPPING_STEPS = 8  # in a trial of a phase that skips blocks, whose steps differ
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -96,6 +97,8 @@ class BenchmarkConfig(Config):
     variant: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Changes of the baseline: none, blocks or model, as for compile; erf, nanoGPT's GELU; flash,
     cudnn or efficient, the backend of attention."""
+    profile: bool = False
+    """Also profile a step of the baseline, and list its operators and kernels by time."""
     json: Path = Path("out/bench/step.json")
     """File of the results."""
 
@@ -170,8 +173,9 @@ def main() -> None:
                 candidates[name] = peer(sized, option, phases["baseline"])
         matmul = matrix_product(bench)
         time_candidates([*candidates.values(), matmul], config.rounds, config.min_seconds, device)
-
-    report = summarize(bench, phases, candidates, matmul, first)
+        report = summarize(bench, phases, candidates, matmul, first)
+        if config.profile:
+            report["profile"] = profile_step(candidates["baseline"], device)
     print(table(report))
     write_report(config.json, report)
 
@@ -478,6 +482,23 @@ def trial(c: Candidate, device: torch.device) -> None:
     c.waits.append((c.batches.waited - waited) / elapsed if c.batches else 0.0)
 
 
+def profile_step(c: Candidate, device: torch.device) -> list[dict[str, Any]]:
+    """Return the kernels of a step, or the operators on a CPU, the longest first."""
+    step = c.enter()
+    step(0)
+    synchronize(device)
+    kind = device.type
+    with torch.profiler.profile() as profiled:
+        step(0)
+        synchronize(device)
+    rows = []
+    for event in profiled.key_averages():
+        if event.device_type.name.lower() == kind:
+            time = event.self_device_time_total if kind == "cuda" else event.self_cpu_time_total
+            rows.append({"name": event.key, "calls": event.count, "seconds": time / 1e6})
+    return sorted(rows, key=lambda row: -row["seconds"])[:PROFILED]
+
+
 def summarize(
     bench: Benchmark,
     phases: dict[str, Phase],
@@ -556,8 +577,15 @@ def table(report: dict) -> str:
             "timed in the same rounds.",
             "wait: for data. compile: seconds. time, FLOPs: per token, relative to the baseline.",
             "time/FLOPs is 1 if a phase saves as much time as FLOPs.",
+            *profile_lines(report),
         ]
     )
+
+
+def profile_lines(report: dict) -> list[str]:
+    """Return the longest of the kernels that were profiled, if any, as text."""
+    rows = report.get("profile", [])[:15]
+    return [f"{r['seconds'] * 1000:10.2f} ms {r['calls']:6d} x  {r['name'][:70]}" for r in rows]
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from stagewise.device import pin
 from stagewise.errors import UserError, file_errors, first_line
 from stagewise.fileio import decode_json, encode_json, fsync, read_bytes, sha256
 from stagewise.hf import SIZES, load_pretrained
@@ -31,6 +32,8 @@ FOLDER = "checkpoints"
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 SUMS = "SHA256SUMS"
 TIED = {"lm_head.weight": "transformer.wte.weight"}  # safetensors does not store shared tensors
+
+ALIGNMENT = 64  # of the buffers of a `CheckpointWriter`, in bytes
 
 Count = Annotated[int, Meta(ge=0, lt=2**53)]
 
@@ -230,6 +233,7 @@ class CheckpointWriter:
         self.folder, self.keep, self.milestones = Path(run_dir, FOLDER), keep, milestones
         self.failure: str | None = None
         self._host: dict[tuple[str, str], torch.Tensor] = {}  # buffers reused by all checkpoints
+        self._memory: list[torch.Tensor] = []  # that the buffers are parts of
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future | None = None
 
@@ -249,11 +253,14 @@ class CheckpointWriter:
             for key, t in entry.items()
         }
         weights = {name: t for name, t in model.state_dict().items() if name not in TIED}
+        sources = {MODEL: weights, OPTIMIZER: optimizer_tensors}
+        self._allocate({(f, name): t for f, group in sources.items() for name, t in group.items()})
         tensors = {
-            MODEL: {name: self._copy(MODEL, name, t) for name, t in weights.items()},
-            OPTIMIZER: {
-                name: self._copy(OPTIMIZER, name, t) for name, t in optimizer_tensors.items()
-            },
+            f: {
+                name: self._host[f, name].copy_(t.detach(), non_blocking=True)
+                for name, t in group.items()
+            }
+            for f, group in sources.items()
         }
         on_gpu = next(model.parameters()).is_cuda
         copied = torch.cuda.current_stream().record_event() if on_gpu else None
@@ -270,13 +277,24 @@ class CheckpointWriter:
         self.wait()
         self._thread.shutdown()
         self._host.clear()
+        self._memory.clear()
 
-    def _copy(self, file, name, tensor):
-        buffer = self._host.get((file, name))
-        if buffer is None or buffer.shape != tensor.shape:
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._host[file, name] = buffer
-        return buffer.copy_(tensor.detach(), non_blocking=True)
+    def _allocate(self, tensors):
+        """Allocate a buffer for each tensor that has none, pinned if the tensor is on a GPU."""
+        new = {
+            key: t
+            for key, t in tensors.items()
+            if key not in self._host or self._host[key].shape != t.shape
+        }
+        if not new:
+            return
+        sizes = [-(-t.nbytes // ALIGNMENT) * ALIGNMENT for t in new.values()]
+        memory = torch.empty(sum(sizes), dtype=torch.uint8)
+        if any(t.is_cuda for t in new.values()):
+            pin(memory)
+        self._memory.append(memory)
+        for (key, t), part in zip(new.items(), memory.split(sizes)):
+            self._host[key] = part[: t.nbytes].view(t.dtype).view(t.shape)
 
     def _write(self, tensors, state, copied):
         final = self.folder / f"step_{state['step']:08d}"

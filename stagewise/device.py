@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import sys
+import weakref
 from pathlib import Path
 
 import torch
@@ -183,6 +184,16 @@ def peak_memory(device: torch.device) -> int:
     status = Path("/proc/self/status").read_text()
     peak = re.search(r"VmHWM:\s+(\d+) kB", status)
     return int(peak[1]) * 1024 if peak else 0
+
+
+def pin(tensor: torch.Tensor) -> None:
+    """Pin the memory of a CPU tensor for as long as the tensor exists.
+
+    Unlike this, `torch.empty(..., pin_memory=True)` rounds sizes up to powers of two.
+    """
+    cudart, address = torch.cuda.cudart(), tensor.data_ptr()
+    torch.cuda.check_error(int(cudart.cudaHostRegister(address, tensor.nbytes, 0)))
+    weakref.finalize(tensor, cudart.cudaHostUnregister, address).atexit = False
 
 
 def compile_seconds() -> float:

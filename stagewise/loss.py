@@ -10,14 +10,21 @@ import torch
 from torch import nn
 
 # Maximum size in bytes of the fp32 logits of a chunk. In training, every chunk updates the full
-# weight gradient, so small chunks are slow. Tuned on a CPU; the GPU values are not tuned.
-LOGITS_BYTES = {"cpu": 192 * 2**20, "cuda": 2 * 2**30}
+# weight gradient, so small chunks are slow. Tuned on a CPU; the GPU values are not tuned: 16,384
+# rows of GPT-2's vocabulary in training.
+LOGITS_BYTES = {"cpu": 192 * 2**20, "cuda": 4 * 2**30}
 LOGITS_BYTES_EVAL = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}
 
 
-def _chunk_size(n_rows: int, n_vocab: int, limit: int) -> int:
-    """Return the rows per chunk, for the fewest equal chunks of at most `limit` bytes of logits."""
+def _chunk_size(n_rows: int, n_vocab: int, limit: int, kind: str) -> int:
+    """Return the rows per chunk, for the fewest equal chunks of at most `limit` bytes of logits.
+
+    On a GPU, the number of chunks is a power of two. Micro-batches have few odd factors, so all
+    chunks have the same size and use the same compiled graph.
+    """
     n_chunks = max(1, math.ceil(4 * n_rows * n_vocab / limit))
+    if kind == "cuda":
+        n_chunks = 1 << (n_chunks - 1).bit_length()
     return math.ceil(n_rows / n_chunks)
 
 
@@ -42,6 +49,8 @@ def _matmul_into(out, a, b, add=False):
     """Compute out = a @ b, or out += a @ b. `out` may have a wider dtype than a and b."""
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=int(add), out=out)
+    elif out.is_cuda and out.dtype == torch.float32:  # CPUs have no kernel with another dtype
+        torch.addmm(out, a, b, beta=int(add), out_dtype=out.dtype, out=out)
     else:
         out.add_(a @ b) if add else out.copy_(a @ b)
 
@@ -68,7 +77,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         with torch.autocast(kind, enabled=False):
             w = weight.to(dtype)
-            size = _chunk_size(len(x), len(weight), LOGITS_BYTES[kind])
+            size = _chunk_size(len(x), len(weight), LOGITS_BYTES[kind], kind)
             for start in range(0, len(x), size):
                 rows = slice(start, start + size)
                 x_chunk = x[rows].to(dtype)
@@ -78,6 +87,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                     _matmul_into(dx[rows], gradient, w)
                 if dw is not None:
                     _matmul_into(dw, gradient.T, x_chunk, add=True)
+                del gradient  # before the next logits are allocated
         ctx.save_for_backward(dx, dw)
         ctx.N = len(x)
         return loss / len(x)
@@ -97,7 +107,7 @@ def token_losses(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -
     of `ChunkedCrossEntropy`.
     """
     kind, dtype = x.device.type, _autocast_dtype(x)
-    size = _chunk_size(len(x), len(weight), LOGITS_BYTES_EVAL[kind])
+    size = _chunk_size(len(x), len(weight), LOGITS_BYTES_EVAL[kind], kind)
     # Buffers are reused by all chunks. On a CPU, page faults of new allocations would take a fifth
     # of the time.
     wide = torch.promote_types(x.dtype, torch.float32)

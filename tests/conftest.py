@@ -100,6 +100,14 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def float32_matmul_precision():
+    """A test on a GPU does not change the precision of the tests after it."""
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """The built-in corpus, written by fineweb.py."""

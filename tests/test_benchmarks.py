@@ -11,10 +11,12 @@ import torch
 from conftest import TINY, script
 from torch.nn.attention import SDPBackend
 
+from benchmarks import gpu
 from benchmarks import step as benchmark
 from cost import cost_per_token, flops_per_token, make_schedules
 from model import GPTConfig
 from schedule import SkipPolicy, Step, make_schedule
+from stagewise.config import load_config
 from stagewise.errors import UserError
 
 SMALL = ["--n_layer=4", "--n_embd=32", "--n_head=2", "--block_size=32", "--tokens_per_step=256"]
@@ -61,6 +63,7 @@ def run_step(tmp_path, *options):
 def test_every_phase_and_peer_is_timed_and_compared_with_its_flops(tmp_path):
     (tmp_path / "train_gpt2.py").write_text(PEER)
     peers = ["--peer", f"build_nanogpt={tmp_path}", "--peer", "hf", "--variant", "erf"]
+    peers += ["--profile=True"]
     report, rows, output = run_step(tmp_path, "--stages=2", *peers)
     phases = [f"stage {s} phase {p}" for s in (1, 2) for p in (1, 2)]
     assert list(rows) == ["baseline", *phases, "erf", "build_nanogpt", "hf"]
@@ -76,6 +79,9 @@ def test_every_phase_and_peer_is_timed_and_compared_with_its_flops(tmp_path):
         assert 0 <= row["data_wait"] < 1
     assert all(rows[p]["peak_memory"] > 2**20 and rows[p]["graphs"] == 0 for p in phases)
     assert report["machine"]["torch"] in output and report["matmul_flops_per_second"] > 1e9
+    longest = report["profile"][0]
+    assert longest["name"] in output and longest["calls"] >= 1 and longest["seconds"] > 0
+    assert any("mm" in row["name"] for row in report["profile"])
 
 
 def test_phases_that_differ_in_context_or_tokens_per_step_are_timed_apart(tmp_path):
@@ -254,6 +260,46 @@ def test_bad_options_are_named(monkeypatch, options, named):
     monkeypatch.setattr(sys, "argv", ["step.py", *QUICK, *options])
     with pytest.raises(UserError, match=re.escape(named)):
         benchmark.main()
+
+
+def test_a_series_continues_after_an_interruption(tmp_path, monkeypatch, capsys):
+    commands = {
+        "good": ["-c", "print(1)"],
+        "slow": ["-c", "import time; time.sleep(60)"],
+        "bad": ["-c", "raise SystemExit(3)"],
+    }
+    monkeypatch.setattr(gpu, "steps", lambda args: commands)
+    args = gpu.Args(rehearsal=True, minutes=0.05, out=tmp_path)
+    with pytest.raises(UserError, match="failed: slow, bad: the same command tries them again"):
+        gpu.main(args)
+    output = capsys.readouterr().out
+    assert "slow: failed: stopped after 0.05 minutes" in output
+    assert "bad: failed: exit 3" in output
+    assert [path.name for path in tmp_path.iterdir()] == ["good_gpu.json"]
+    done = json.loads((tmp_path / "good_gpu.json").read_text())
+    assert done["machine"]["command"] == "python -c 'print(1)'" and done["machine"]["date"]
+    commands["slow"] = commands["bad"] = commands["good"]
+    gpu.main(args)
+    assert "good_gpu.json exists" in capsys.readouterr().out
+    assert len(list(tmp_path.iterdir())) == 3
+    with pytest.raises(UserError, match="--only=x is unknown: use good, slow, bad"):
+        gpu.main(dataclasses.replace(args, only=("x",)))
+
+
+@pytest.mark.parametrize("rehearsal", [False, True])
+def test_the_options_of_the_series_are_valid(tmp_path, rehearsal):
+    (tmp_path / "model.py").touch()
+    commands = gpu.steps(gpu.Args(nanogpt=tmp_path, rehearsal=rehearsal))
+    checked = 0
+    for command in commands.values():
+        assert command[0] == "-m" or (gpu.ROOT / command[0]).exists()
+        if command[0] == "benchmarks/step.py":
+            config = load_config(command[1:], benchmark.defaults(on_gpu=not rehearsal))
+            # On a GPU that this machine does not have.
+            device = torch.device("cpu" if rehearsal else "cuda")
+            benchmark.check_options(config, device)
+            checked += 1
+    assert checked >= 6 and "step_micro_32_peers" in commands or rehearsal
 
 
 def test_bad_options_end_in_one_line():

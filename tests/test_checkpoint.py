@@ -99,6 +99,19 @@ def test_what_is_read_is_what_was_written(tmp_path, trained):
             assert torch.equal(optimizer.state[p][key], new.state[q][key])
 
 
+def test_buffers_are_as_large_as_the_tensors_and_reused(tmp_path, trained):
+    model, optimizer = trained
+    writer = CheckpointWriter(tmp_path, 10, set())
+    for step in (1, 2):
+        writer.save(model, optimizer, STATE | {"step": step})
+    n_tensors = 4 * len(list(model.parameters()))  # weights, two moments and step counts
+    needed = 3 * 4 * model.num_params()
+    (memory,) = writer._memory
+    assert needed < memory.nbytes <= needed + checkpoint.ALIGNMENT * n_tensors
+    writer.close()
+    assert writer._memory == [] and writer.failure is None
+
+
 def test_other_tools_can_read_it(tmp_path, trained):
     """The weights with safetensors alone, the checksums with sha256sum."""
     write(tmp_path, trained, 7)

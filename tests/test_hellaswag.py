@@ -88,6 +88,35 @@ def test_scores_do_not_depend_on_the_batch_size(model, examples, batch_tokens):
     np.testing.assert_allclose(sums, ending_losses(model, examples)[0], rtol=1e-5)
 
 
+def test_scores_do_not_depend_on_padding(model, examples, monkeypatch):
+    expected, shapes = ending_losses(model, examples)[0], []
+    monkeypatch.setitem(hellaswag.LENGTH_MULTIPLE, "cpu", 32)
+    hidden = model.hidden
+    monkeypatch.setattr(
+        model, "hidden", lambda *args: (shapes.append(args[0].shape), hidden(*args))[1]
+    )
+    np.testing.assert_allclose(ending_losses(model, examples)[0], expected, rtol=1e-5)
+    assert all(T % 32 == 0 and B * T <= 1024 for B, T in shapes) and len(shapes) > 3
+
+
+def test_scoring_and_sampling_exclude_cudnn_attention(model, examples):
+    """It is the default on recent GPUs, but slow for inputs of many shapes."""
+    enabled, idx = [], torch.zeros(1, 3, dtype=torch.long)
+
+    def record(*args):
+        backends = torch.backends.cuda
+        enabled.append((backends.cudnn_sdp_enabled(), backends.flash_sdp_enabled()))
+
+    hook = model.transformer.h[0].attn.register_forward_pre_hook(record)
+    for function in (lambda: ending_losses(model, examples), lambda: model.generate(idx, 2)):
+        function()
+        assert set(enabled) == {(False, True)}
+        enabled.clear()
+    model(idx)
+    hook.remove()
+    assert enabled == [(True, True)]
+
+
 def test_ranks_share_the_rows(model, examples, monkeypatch):
     # Leaves each rank with its own part of the sums.
     monkeypatch.setattr(hellaswag.dist, "all_reduce", lambda tensor: None)

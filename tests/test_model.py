@@ -130,7 +130,24 @@ def test_a_step_never_materializes_all_logits(monkeypatch):
         return peak_bytes(model, torch.zeros(1, T, dtype=torch.long))
 
     monkeypatch.setitem(losses.LOGITS_BYTES, "cpu", 4 * 16384 * 16)
-    assert peak(256) - peak(64) < 0.05 * (256 - 64) * 16384 * 4
+    assert peak(256) - peak(16) < 0.05 * (256 - 16) * 16384 * 4  # peak(16) is that of one chunk
+
+
+@pytest.mark.parametrize(
+    "kind, n_rows, n_chunks",
+    [
+        ("cpu", 49_000, 5),
+        ("cuda", 16 * 1024, 1),
+        ("cuda", 12 * 1024, 1),
+        ("cuda", 64 * 1024, 4),
+        ("cuda", 96 * 1024, 8),  # not 6, with smaller last chunks for other micro-batches
+        ("cuda", 100 * 1024, 8),
+    ],
+)
+def test_chunks_of_the_loss_are_equal_and_fit_into_the_limit(kind, n_rows, n_chunks):
+    limit = losses.LOGITS_BYTES["cuda"] if kind == "cuda" else 4 * 50304 * 9_800
+    size = losses._chunk_size(n_rows, 50304, limit, kind)
+    assert size * n_chunks == n_rows and 4 * 50304 * size <= limit
 
 
 def test_parameter_names_and_counts_match_gpt2():

@@ -412,6 +412,32 @@ def test_compiled_regions_match_eager_training_with_few_graphs(run_train, phase1
 
 @pytest.mark.slow
 @needs_compiler
+def test_distributed_training_compiles_whole_blocks():
+    """A block is larger than the first bucket of gradients, 1 MiB, at which Dynamo cuts graphs."""
+    config = GPTConfig(block_size=16, vocab_size=320, n_layer=1, n_head=4, n_embd=192)
+    tokens, cpu = torch.zeros(2, 16, dtype=torch.long), torch.device("cpu")
+    graphs = []
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        for distributed in (False, True):
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            model = GPT(config)
+            model.compile_regions()
+            phase = make_schedule(1, 1).phases[0]
+            optimizer = train.enter_phase(model, {}, phase, Config())
+            wrapped = train.wrap(model, phase, cpu) if distributed else model
+            precision = autocast(cpu, "float32", 192)
+            train.train_step(wrapped, optimizer, iter([(tokens, tokens)]), 1, precision)
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    finally:
+        torch.distributed.destroy_process_group()
+    assert graphs == [2, 2]  # of the block and of the loss
+
+
+@pytest.mark.slow
+@needs_compiler
 @torch._dynamo.config.patch(recompile_limit=1)
 def test_the_compiled_model_matches_eager_training(run_train):
     """Even beyond the recompile limit (here 1), after which torch falls back to eager execution."""
@@ -430,15 +456,25 @@ def test_the_compiled_model_matches_eager_training(run_train):
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-3)])
-def test_the_fast_path_matches_the_reference_over_200_steps(corpus, monkeypatch, dtype, tolerance):
+@pytest.mark.parametrize(
+    "device, dtype, tolerance",
+    [
+        ("cpu", "float32", 1e-5),
+        ("cpu", "bfloat16", 2e-3),
+        pytest.param("cuda", "bfloat16", 5e-3, marks=ON_A_GPU),
+    ],
+)
+def test_the_fast_path_matches_the_reference_over_200_steps(
+    corpus, monkeypatch, device, dtype, tolerance
+):
     """The fast path uses compiled regions, chunked cross-entropy, micro-batches and fused AdamW."""
-    # A micro-batch has 256 rows, so this gives three chunks.
-    monkeypatch.setitem(stagewise.loss.LOGITS_BYTES, "cpu", 100 * 4 * TINY["vocab_size"])
+    torch._dynamo.reset()
+    # A micro-batch has 256 rows, so this gives three chunks, or four on a GPU.
+    monkeypatch.setitem(stagewise.loss.LOGITS_BYTES, device, 100 * 4 * TINY["vocab_size"])
     data = Shards(corpus, "train", 64, load_meta(corpus))
     order = TrainOrder(len(data), 1337)
     schedule = make_schedule(4, 160, stages=2, continual_steps=40)
-    plain, fast = GPT(GPTConfig(**TINY), n_blocks=2), GPT(GPTConfig(**TINY), n_blocks=2)
+    plain, fast = (GPT(GPTConfig(**TINY), n_blocks=2, device=device) for _ in range(2))
     fast.compile_regions()
     config = Config(learning_rate=1e-3)
     batches = (
@@ -460,9 +496,10 @@ def test_the_fast_path_matches_the_reference_over_200_steps(corpus, monkeypatch,
         plain_optimizer.state.update(former)
         for step in range(phase.start, phase.stop):
             loss, _ = train.train_step(
-                fast, optimizer, batches, 2, autocast(torch.device("cpu"), dtype, 1), grad_clip=1.0
+                fast, optimizer, batches, 2, autocast(torch.device(device), dtype, 1), grad_clip=1.0
             )
-            x, y = map(torch.from_numpy, data.read(order.windows(8 * step, 8 * step + 8)))
+            tokens = data.read(order.windows(8 * step, 8 * step + 8))
+            x, y = (torch.from_numpy(t).to(device) for t in tokens)
             expected = F.cross_entropy(plain(x).flatten(0, 1), y.flatten())
             expected.backward()
             torch.nn.utils.clip_grad_norm_(
