@@ -40,7 +40,6 @@ from stagewise.data import check_tokenizer, encode, get_tokenizer
 from stagewise.device import autocast, pick_device
 from stagewise.errors import UserError, file_errors, first_line, report_user_errors
 from stagewise.fileio import atomic_file, decode_json, read_bytes, sha256
-from stagewise.loss import token_losses
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # 10,042 examples
@@ -298,21 +297,31 @@ def ending_losses(
         context, endings, _ = row
         return len(context) + sum(map(len, endings)) - len(endings)
 
-    rows = sorted(rows, key=length, reverse=True)[rank::world_size]
-    sums = torch.zeros(len(examples) * width, dtype=torch.float64, device=device)
-    start = 0
-    with tqdm(total=len(rows), unit="row", desc="HellaSwag", disable=not progress) as bar:
+    def batches(rows):
+        result, start = [], 0
         while start < len(rows):
-            T = length(rows[start])
-            batch = rows[start : start + max(1, batch_tokens // T)]
-            start += len(batch)
-            arrays = (torch.from_numpy(array).to(device) for array in pack(batch, T, width))
+            stop = start + max(1, batch_tokens // length(rows[start]))
+            result.append(rows[start:stop])
+            start = stop
+        return result
+
+    rows = sorted(rows, key=length, reverse=True)
+    # With sharded parameters, every rank must run the same number of forward passes.
+    n_batches = max(len(batches(rows[r::world_size])) for r in range(world_size))
+    own = batches(rows[rank::world_size])
+    own += [[]] * (n_batches - len(own))
+    sums = torch.zeros(len(examples) * width, dtype=torch.float64, device=device)
+    with tqdm(total=sum(map(len, own)), unit="row", desc="HellaSwag", disable=not progress) as bar:
+        for batch in own:
+            run = batch or rows[-1:]
+            T = length(run[0])
+            arrays = (torch.from_numpy(array).to(device) for array in pack(run, T, width))
             idx, positions, visible_until, predict_at, targets, *places, ending_ids = arrays
             t = torch.arange(T, device=device)
             mask = (t[:, None] >= t) & (t[:, None] < visible_until[:, None, None])  # (B, 1, T, T)
-            x = model.hidden(idx, positions, mask).flatten(0, 1)[predict_at]
-            losses = token_losses(x, model.lm_head.weight, targets)[*places]
-            sums.index_add_(0, ending_ids, losses.double())
+            losses = model(idx, targets, positions=positions, mask=mask, predict_at=predict_at)
+            if batch:
+                sums.index_add_(0, ending_ids, losses[*places].double())
             bar.update(len(batch))
     if world_size > 1:
         dist.all_reduce(sums)
