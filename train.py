@@ -39,6 +39,7 @@ from tqdm import tqdm
 import growth
 import hellaswag
 from cost import COST_METRICS, NAMES, cumulative_cost, make_schedules, summarize, summary_table
+from memory import memory_table
 from model import GPT, GPTConfig
 from schedule import Phase, Schedule, begun, learning_rate
 from stagewise.checkpoint import (
@@ -94,6 +95,7 @@ from stagewise.distributed import (
 from stagewise.errors import UserError, file_errors, report_user_errors
 from stagewise.fileio import FolderLock, atomic_write, convert, decode_json, encode_json
 from stagewise.hf import SIZES
+from stagewise.loss import LOGITS_BYTES
 from stagewise.metrics import MetricsWriter
 from stagewise.monitor import EXIT_STOPPED, LossMonitor, StopSignals
 from stagewise.seeding import derived_seed
@@ -114,8 +116,9 @@ def main() -> None:
     meta = None if no_corpus else load_meta(config.data_dir)
     model_config = make_model_config(config, padded_vocab_size(meta))
     schedule, baseline = make_schedules(config, model_config)
+    world_size = config.plan_processes or ranks.world_size
     for phase in schedule.phases:
-        grad_accum_steps(config, phase.tokens_per_step, ranks.world_size)
+        grad_accum_steps(config, phase.tokens_per_step, world_size)
     summary = summarize(schedule, baseline, model_config)
     summary["is_baseline"] &= not config.init_weights
     named = config.init_weights in ("", *SIZES) or os.path.exists(config.init_weights)
@@ -127,6 +130,7 @@ def main() -> None:
     add_parameter_counts(summary, schedule, model_config)
     if config.dry_run and ranks.master:
         print_dry_run(out_dir, summary, model_config, config.data_dir, no_corpus)
+        print_memory(schedule, model_config, config, world_size)
         if config.init_weights:
             print("The cost of the initial weights is not included here, but in metrics.jsonl.")
     if meta is None or (config.dry_run and not config.calibrate):
@@ -1039,6 +1043,23 @@ def print_dry_run(
         )
     if not any((out_dir / name).exists() for name in ("metrics.jsonl", FOLDER)):
         write_json(out_dir, "schedule.json", summary)
+
+
+def print_memory(
+    schedule: Schedule, model_config: GPTConfig, config: Config, world_size: int
+) -> None:
+    """Print the estimated memory per process in every phase. Without device=cpu, plan for GPUs."""
+    kind = "cpu" if config.device == "cpu" else "cuda"
+    bf16 = config.dtype != "float32"
+    if kind == "cpu":
+        bf16 = matmul_dtype(torch.device("cpu"), config.dtype, config.n_embd) == "bfloat16"
+    print(
+        memory_table(
+            schedule, model_config, config.batch_size, world_size,
+            reduce_every_micro_batch=config.reduce_every_micro_batch,
+            bf16=bf16, logits_bytes=LOGITS_BYTES[kind],
+        )
+    )  # fmt: skip
 
 
 def write_json(out_dir: Path, name: str, value: dict) -> None:

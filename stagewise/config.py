@@ -55,6 +55,8 @@ class Config:
     """Initial weights: a run, a checkpoint, or gpt2. The growth operator adds missing blocks."""
     dry_run: bool = False
     """Print the schedule and its cost, write schedule.json, and exit. Needs no data or GPU."""
+    plan_processes: NotNegative = 0
+    """With dry_run: estimate the memory for this many processes. 0: those of this command."""
     calibrate: bool = False
     """With dry_run: measure a few steps of every phase, forecast time and memory: forecast.json."""
     log_interval: Positive = 10
@@ -319,6 +321,11 @@ def check(c: Config) -> None:
         )
     if c.calibrate and not c.dry_run:
         raise UserError("calibrate requires dry_run: add --dry_run, or remove --calibrate")
+    if c.plan_processes and (c.calibrate or not c.dry_run):
+        raise UserError(
+            "plan_processes requires dry_run without calibrate: add --dry_run, or start this many "
+            "processes with torchrun"
+        )
     if c.n_embd % c.n_head:
         raise UserError(f"n_embd={c.n_embd} must be a multiple of n_head={c.n_head}")
 
