@@ -41,7 +41,6 @@ from stagewise.data import Prefetch, check_tokenizer, encode, get_tokenizer
 from stagewise.device import autocast, pick_device
 from stagewise.errors import UserError, file_errors, first_line, report_user_errors
 from stagewise.fileio import atomic_file, decode_json, read_bytes, sha256
-from stagewise.loss import token_losses
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # 10,042 examples
@@ -302,28 +301,41 @@ def ending_losses(
         context, endings, _ = row
         return len(context) + sum(map(len, endings)) - len(endings)
 
-    rows = sorted(rows, key=length, reverse=True)[rank::world_size]
+    def row_length(row):
+        multiple = LENGTH_MULTIPLE[device.type]
+        return -(-length(row) // multiple) * multiple
+
+    def split(rows):
+        result, start = [], 0
+        while start < len(rows):
+            stop = start + max(1, batch_tokens // row_length(rows[start]))
+            result.append(rows[start:stop])
+            start = stop
+        return result
+
+    rows = sorted(rows, key=length, reverse=True)
+    # With sharded parameters, every rank must run the same number of forward passes.
+    n_batches = max(len(split(rows[r::world_size])) for r in range(world_size))
+    own = split(rows[rank::world_size])
+    own += [[]] * (n_batches - len(own))
 
     def batches():
-        start, multiple = 0, LENGTH_MULTIPLE[device.type]
-        while start < len(rows):
-            T = -(-length(rows[start]) // multiple) * multiple
-            batch = rows[start : start + max(1, batch_tokens // T)]
-            start += len(batch)
-            tensors = map(torch.from_numpy, pack(batch, T, width))
-            yield [t.pin_memory() if device.type == "cuda" else t for t in tensors]
+        for batch in own:
+            run = batch or rows[-1:]
+            tensors = map(torch.from_numpy, pack(run, row_length(run[0]), width))
+            yield len(batch), [t.pin_memory() if device.type == "cuda" else t for t in tensors]
 
     sums = torch.zeros(len(examples) * width, dtype=torch.float64, device=device)
-    with tqdm(total=len(rows), unit="row", desc="HellaSwag", disable=not progress) as bar:
-        for batch in Prefetch(batches()):
+    with tqdm(total=sum(map(len, own)), unit="row", desc="HellaSwag", disable=not progress) as bar:
+        for n, batch in Prefetch(batches()):
             tensors = (t.to(device, non_blocking=True) for t in batch)
             idx, positions, visible_until, predict_at, targets, *places, ending_ids = tensors
             t = torch.arange(idx.shape[1], device=device)
             mask = (t[:, None] >= t) & (t[:, None] < visible_until[:, None, None])  # (B, 1, T, T)
-            x = model.hidden(idx, positions, mask).flatten(0, 1)[predict_at]
-            losses = token_losses(x, model.lm_head.weight, targets)[*places]
-            sums.index_add_(0, ending_ids, losses.double())
-            bar.update(len(idx))
+            losses = model(idx, targets, positions=positions, mask=mask, predict_at=predict_at)
+            if n:
+                sums.index_add_(0, ending_ids, losses[*places].double())
+            bar.update(n)
     if world_size > 1:
         dist.all_reduce(sums)
     result = sums.view(len(examples), width).cpu().numpy()

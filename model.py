@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from growth import FRESH, Source
+from stagewise.distributed import allocate, mesh_of, shard, shard_like
 from stagewise.errors import UserError
 from stagewise.fileio import convert
 from stagewise.loss import ChunkedCrossEntropy, SoftmaxLoss, token_losses
@@ -154,7 +155,7 @@ def _init(p, name, std, generator):
     if p.is_meta:
         return
     if p.dim() >= 2:  # sampled on the CPU, so that the weights do not depend on the device
-        p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
+        p.copy_(shard_like(torch.empty(p.shape).normal_(0.0, std, generator=generator), p))
     else:
         p.fill_(0.0 if name.endswith("bias") else 1.0)
 
@@ -163,14 +164,20 @@ class GPT(nn.Module):
     """GPT-2 with `n_blocks` of `config.n_layer` blocks (default: all), all parameters trainable.
 
     The initial weights depend only on `seed`, not on the device or on when a block is added. On
-    device "meta" the model has shapes but no weights.
+    device "meta" the model has shapes but no weights. With a `mesh`, every parameter is sharded
+    over it; to run such a model, see `stagewise.distributed.fully_shard`.
 
     Raises:
         ValueError: if n_head does not divide n_embd.
     """
 
     def __init__(
-        self, config: GPTConfig, n_blocks: int | None = None, seed: int = 1337, device="cpu"
+        self,
+        config: GPTConfig,
+        n_blocks: int | None = None,
+        seed: int = 1337,
+        device="cpu",
+        mesh=None,
     ):
         super().__init__()
         self.transformer: Any  # the entries of a ModuleDict have no static types
@@ -189,7 +196,7 @@ class GPT(nn.Module):
                 )
             )
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.to_empty(device=device)
+        allocate(self, device, mesh)
         self.transformer.wte.weight = self.lm_head.weight
         self.softmax_loss = SoftmaxLoss()
         self._embeddings_train = self._head_trains = True
@@ -207,8 +214,11 @@ class GPT(nn.Module):
         config: GPTConfig | dict[str, Any],
         weights: dict[str, torch.Tensor],
         device: torch.device | str = "cpu",
+        mesh=None,
     ) -> "GPT":
         """Return a model with the state dict `weights`, which determines the number of blocks.
+
+        With a `mesh`, the weights are full tensors, of which each rank keeps its shard.
 
         Raises:
             UserError: if the weights do not match `config`.
@@ -216,9 +226,9 @@ class GPT(nn.Module):
         try:
             n_blocks = len({name.split(".")[2] for name in weights if ".h." in name})
             model = cls(convert(config, GPTConfig), n_blocks=n_blocks, device="meta")
-            model.to_empty(device=device)
-            model.transformer.wte.weight = model.lm_head.weight  # to_empty unties them
-            model.load_state_dict(weights)
+            allocate(model, device, mesh)
+            model.transformer.wte.weight = model.lm_head.weight  # allocate unties them
+            model.load_state_dict({name: shard(w, mesh) for name, w in weights.items()})
         except (ValueError, RuntimeError, ArithmeticError) as error:
             last_line = str(error).splitlines()[-1].strip()
             raise UserError(f"the weights do not fit the model's sizes: {last_line}") from None
@@ -231,19 +241,30 @@ class GPT(nn.Module):
         idx: torch.Tensor,
         targets: torch.Tensor | None = None,
         residual_scales: Sequence[float] | None = None,
+        positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        predict_at: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the logits (B, T, V) for token ids `idx` (B, T), or the loss given `targets`.
 
-        The loss is the mean cross-entropy in nats against `targets` (B, T). See `hidden` for
-        `residual_scales`.
+        The loss is the mean cross-entropy in nats against `targets` (B, T). See `hidden` for the
+        other arguments.
+
+        Args:
+            predict_at: (M,), positions in the flattened batch. If given, `targets` is (M, K), and
+                the result are the cross-entropies (M, K) of K targets for each position, without
+                gradients.
 
         Raises:
             ValueError: if T > block_size.
         """
-        x = self.hidden(idx, residual_scales=residual_scales)
+        x = self.hidden(idx, positions, mask, residual_scales)
         if targets is None:
             return self.head(x)
-        x, targets = x.flatten(0, 1), targets.flatten()
+        x = x.flatten(0, 1)
+        if predict_at is not None:
+            return token_losses(x[predict_at], self.lm_head.weight, targets)
+        targets = targets.flatten()
         if not torch.is_grad_enabled():
             return token_losses(x, self.lm_head.weight, targets[:, None]).mean()
         return ChunkedCrossEntropy.apply(x, self._head_weight(), targets, self.softmax_loss)
@@ -365,7 +386,7 @@ class GPT(nn.Module):
         weight = self.lm_head.weight
         with torch.device("meta"):
             block = Block(self.config).to(weight.dtype)
-        block.to_empty(device=weight.device)
+        allocate(block, weight.device, mesh_of(weight))
         if self.blocks_compiled:
             _compile(block)
         return block
@@ -397,10 +418,10 @@ class GPT(nn.Module):
         arXiv:1910.08475; for growth, Mallik et al. 2024, arXiv:2411.07340).
         """
         new_seed = derived_seed("perturb", seed, self.n_blocks)
-        initial = GPT(self.config, self.n_blocks, new_seed)
+        initial = GPT(self.config, self.n_blocks, new_seed, mesh=mesh_of(self.lm_head.weight))
         for p, other in zip(self.parameters(), initial.parameters(), strict=True):
             if p.dim() >= 2:
-                p.mul_(shrink).add_(other.to(p), alpha=perturb)
+                p.mul_(shrink).add_(other.to(p.device, p.dtype), alpha=perturb)
 
     # --- freezing
 

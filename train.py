@@ -39,6 +39,7 @@ from tqdm import tqdm
 import growth
 import hellaswag
 from cost import COST_METRICS, NAMES, cumulative_cost, make_schedules, summarize, summary_table
+from memory import memory_table
 from model import GPT, GPTConfig
 from schedule import Phase, Schedule, begun, learning_rate
 from stagewise.checkpoint import (
@@ -83,12 +84,18 @@ from stagewise.distributed import (
     Ranks,
     any_rank_stopping,
     check_replicas,
+    full_tensor,
+    fully_shard,
     init_process_group,
+    make_mesh,
+    mean_over_ranks,
     ranks_from_environment,
+    set_gradient_sync,
 )
 from stagewise.errors import UserError, file_errors, report_user_errors
 from stagewise.fileio import FolderLock, atomic_write, convert, decode_json, encode_json
 from stagewise.hf import SIZES
+from stagewise.loss import LOGITS_BYTES
 from stagewise.metrics import MetricsWriter
 from stagewise.monitor import EXIT_STOPPED, LossMonitor, StopSignals
 from stagewise.seeding import derived_seed
@@ -109,8 +116,9 @@ def main() -> None:
     meta = None if no_corpus else load_meta(config.data_dir)
     model_config = make_model_config(config, padded_vocab_size(meta))
     schedule, baseline = make_schedules(config, model_config)
+    world_size = config.plan_processes or ranks.world_size
     for phase in schedule.phases:
-        grad_accum_steps(config, phase.tokens_per_step, ranks.world_size)
+        grad_accum_steps(config, phase.tokens_per_step, world_size)
     summary = summarize(schedule, baseline, model_config)
     summary["is_baseline"] &= not config.init_weights
     named = config.init_weights in ("", *SIZES) or os.path.exists(config.init_weights)
@@ -122,6 +130,7 @@ def main() -> None:
     add_parameter_counts(summary, schedule, model_config)
     if config.dry_run and ranks.master:
         print_dry_run(out_dir, summary, model_config, config.data_dir, no_corpus)
+        print_memory(schedule, model_config, config, world_size)
         if config.init_weights:
             print("The cost of the initial weights is not included here, but in metrics.jsonl.")
     if meta is None or (config.dry_run and not config.calibrate):
@@ -147,6 +156,7 @@ def main() -> None:
         hellaswag.download()
     # All ranks synchronize here: the download is complete.
     gloo_group = init_process_group(device, ranks, config.timeout) if ranks.launched else None
+    mesh = make_mesh(device, ranks) if config.sharding == "fsdp" else None
     examples = []
     if task:
         encoding = get_tokenizer(meta["tokenizer"])
@@ -154,7 +164,7 @@ def main() -> None:
         limit = config.hellaswag_limit
         examples = hellaswag.load_examples(task, encoding, config.block_size, limit)
 
-    check_memory(summary["parameters"], device)
+    check_memory(summary["parameters"], device, shards=mesh.size() if mesh else 1)
     if config.calibrate:
         new_batches = functools.partial(
             train_batches, train_data, order, step=0, config=config, ranks=ranks, device=device
@@ -164,7 +174,7 @@ def main() -> None:
             precision=precision, batch_size=config.batch_size, ranks=ranks,
         )  # fmt: skip
         forecast = calibrate(
-            schedule, model_config, config, ranks, device, precision,
+            schedule, model_config, config, ranks, device, mesh, precision,
             new_batches, evaluation_seconds,
         )  # fmt: skip
         if ranks.master:
@@ -186,7 +196,7 @@ def main() -> None:
     if newest[0]:
         checkpoint = load_checkpoint(newest[0], optimizer=True)
         check_resumable(checkpoint, config, model_config, schedule, len(train_data), meta)
-        model = GPT.from_weights(model_config, checkpoint["model"], device)
+        model = GPT.from_weights(model_config, checkpoint["model"], device, mesh)
         params = dict(model.named_parameters())
         optimizer_state = optimizer_state_from(checkpoint["optimizer"], params)
         step, seconds, history = (checkpoint[key] for key in ("step", "seconds", "loss_history"))
@@ -194,7 +204,7 @@ def main() -> None:
         del checkpoint
     else:
         model, initial_cost = initial_model(
-            config, model_config, schedule.phases[0], meta["tokenizer"], device, ranks.master
+            config, model_config, schedule.phases[0], meta["tokenizer"], device, mesh, ranks.master
         )
         optimizer_state, step, seconds, history = {}, 0, 0.0, {}
     monitor = LossMonitor(history, quiet=not ranks.master)
@@ -214,7 +224,6 @@ def main() -> None:
             run_config["starts"].append(describe_start(step, ranks, device))
             write_json(out_dir, "config.json", run_config)
         metrics = MetricsWriter(out_dir / "metrics.jsonl", step if resumed else None)
-        writer = CheckpointWriter(out_dir, config.keep_checkpoints, milestones)
         print(summary_table(summary))
         epochs = schedule.tokens(schedule.n_steps) / train_tokens
         micro = grad_accum_steps(config, config.tokens_per_step, ranks.world_size)
@@ -225,13 +234,15 @@ def main() -> None:
         )
     if ranks.world_size > 1:
         dist.barrier()  # training starts only after rank 0 has created the output files
+    writer = CheckpointWriter(out_dir, config.keep_checkpoints, milestones, ranks.master)
     run = run_state(config, model_config, schedule, len(train_data), meta)
     run["initial_cost"] = initial_cost
     total_flops = summary["total"]["flops"] + initial_cost.get("flops", 0)
     cost_at = functools.partial(cost_columns, schedule, model_config, initial_cost)
     evaluation = functools.partial(
-        evaluate, model, val_data, val_windows, examples, precision, config.batch_size, ranks
-    )
+        evaluate, data=val_data, windows=val_windows, examples=examples,
+        precision=precision, batch_size=config.batch_size, ranks=ranks,
+    )  # fmt: skip
     batches = Prefetch(train_batches(train_data, order, schedule, step, config, ranks, device))
     signals = StopSignals()
     peak = (peak_flops(device) or math.nan) * ranks.world_size
@@ -244,12 +255,6 @@ def main() -> None:
         mininterval=refresh,
         desc="evaluation",
     )
-    if step == 0:
-        row = evaluation()
-        if ranks.master:
-            row = cost_at(step) | {"seconds": round(seconds, 3)} | row
-            log(metrics, row, schedule.phases[0])
-
     # --- training
     stopping = False
     for phase in schedule.phases:
@@ -261,8 +266,13 @@ def main() -> None:
         check_replicas(model, step, gloo_group)  # before DDP silently broadcasts rank 0's weights
         # DDP fixes the set of trainable parameters at construction. The previous wrapper must be
         # deleted first, together with the hooks that it registered on the parameters.
-        wrapped = None
-        wrapped = wrap(model, phase, device) if ranks.world_size > 1 else model
+        wrapped = unwrapped = None
+        wrapped = wrap(model, phase, config, device, ranks)
+        unwrapped = unwrap(wrapped)
+        if step == 0:
+            row = evaluation(unwrapped)
+            if ranks.master:
+                log(metrics, cost_at(step) | {"seconds": round(seconds, 3)} | row, phase)
         accum_steps = grad_accum_steps(config, phase.tokens_per_step, ranks.world_size)
         bar.set_description(phase.name)
         reset_peak_memory(device)
@@ -279,7 +289,7 @@ def main() -> None:
             pending_losses.append(
                 train_step(
                     wrapped, optimizer, batches, accum_steps, precision, config.grad_clip,
-                    now.residual_scales,
+                    now.residual_scales, config.reduce_every_micro_batch,
                 )
             )  # fmt: skip
             step += 1
@@ -314,11 +324,12 @@ def main() -> None:
                 bar.set_postfix_str(progress(row, total_flops))
                 if evaluates:
                     check_replicas(model, step, gloo_group)
-                    row |= evaluation()
+                    row |= evaluation(unwrapped)
                 if ranks.master:
                     log(metrics, row, phase)
-            if ranks.master and (saves or stopping):
-                metrics.sync()
+            if saves or stopping:
+                if ranks.master:
+                    metrics.sync()
                 position = dict(step=step, n_blocks=model.n_blocks, seconds=seconds)
                 position["loss_history"] = monitor.state()
                 writer.save(model, optimizer, run | position)
@@ -424,14 +435,29 @@ def make_optimizer(
     return optimizer
 
 
-def wrap(model: GPT, phase: Phase, device: torch.device) -> DDP:
-    """Wrap the model in DistributedDataParallel. Skipped blocks receive no gradients."""
-    return DDP(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        find_unused_parameters=phase.skip is not None,
-    )
+def wrap(
+    model: GPT, phase: Phase, config: Config, device: torch.device, ranks: Ranks
+) -> torch.nn.Module:
+    """Return a module with the model's parameters that synchronizes gradients in a phase."""
+    if ranks.world_size == 1:
+        return model
+    if config.sharding == "ddp":
+        return DDP(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=phase.skip is not None,  # skipped blocks get no gradients
+        )
+    template = GPT(model.config, model.n_blocks, device="meta")
+    template.set_trainable(phase.trained_blocks, phase.train_embeddings, phase.train_head)
+    if config.compile != "none":
+        template.compile_regions()
+    return fully_shard(template, template.transformer.h, model)
+
+
+def unwrap(model: torch.nn.Module) -> GPT:
+    """Return the module for evaluations: without DDP, but with the hooks of FSDP2."""
+    return model.module if isinstance(model, DDP) else model  # type: ignore[return-value]
 
 
 def train_step(
@@ -442,6 +468,7 @@ def train_step(
     precision: torch.autocast,
     grad_clip: float = 0.0,
     residual_scales: Sequence[float] | None = None,
+    reduce_every_micro_batch: bool = False,
 ) -> torch.Tensor:
     """Perform one optimizer step on the mean loss over `grad_accum_steps` micro-batches.
 
@@ -449,11 +476,11 @@ def train_step(
     the device.
 
     Args:
-        model: a GPT, possibly wrapped in DistributedDataParallel, which then reduces gradients on
-            the last micro-batch only.
+        model: a GPT, possibly wrapped; see `wrap`.
         batches: yields (inputs, targets), each (B, T).
         grad_clip: maximum gradient norm; 0 disables clipping.
         residual_scales: see `GPT.hidden`.
+        reduce_every_micro_batch: if False, the ranks reduce gradients on the last one only.
 
     Returns:
         A tensor (2,) on the model's device: loss and gradient norm over all ranks.
@@ -463,21 +490,18 @@ def train_step(
     loss = torch.zeros((), device=device)
     for micro_step in range(grad_accum_steps):
         x, y = (t.to(device, non_blocking=True) for t in next(batches))
-        if isinstance(model, DDP):
-            model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
+        set_gradient_sync(model, reduce_every_micro_batch or micro_step == grad_accum_steps - 1)
         with precision:
             micro_loss = model(x, y, **kwargs) / grad_accum_steps
         micro_loss.backward()
         loss += micro_loss.detach()
-    if isinstance(model, DDP):
-        dist.all_reduce(loss)
-        loss /= dist.get_world_size()
+    loss = mean_over_ranks(loss)
     trained = [p for p in model.parameters() if p.grad is not None]
     if grad_clip:
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip)
     else:
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
-    result = torch.stack((loss, grad_norm))
+    result = torch.stack((loss, full_tensor(grad_norm)))
     # If this is 1, fused AdamW leaves parameters and state unchanged, as with a GradScaler.
     optimizer.found_inf = result.isfinite().all().logical_not().float()  # type: ignore[attr-defined]
     optimizer.step()
@@ -531,8 +555,14 @@ def evaluate(
     """
     result = {}
     device, start = model.lm_head.weight.device, time.perf_counter()
-    starts = range(ranks.rank * batch_size, len(windows), ranks.world_size * batch_size)
-    batches = Prefetch(read_batch(data, windows[i : i + batch_size], device) for i in starts)
+
+    def own_batches():
+        for i in range(0, len(windows), ranks.world_size * batch_size):
+            own = windows[i + ranks.rank * batch_size :][:batch_size]
+            # With sharded parameters, every rank must run the same number of forward passes.
+            yield len(own), *read_batch(data, own if len(own) else windows[:1], device)
+
+    batches = Prefetch(own_batches())
     # On a GPU, full micro-batches of validation data run in compiled blocks, which need one more
     # shape. To compile HellaSwag's shapes, or the whole model in every phase, would take longer
     # than it saves.
@@ -540,11 +570,11 @@ def evaluate(
     model.eval()
     with torch.no_grad(), precision:
         total = torch.zeros((), dtype=torch.float64, device=device)
-        for x, y in batches:
+        for n, x, y in batches:
             full = len(x) == batch_size
             with torch.compiler.set_stance("default" if compiles and full else "force_eager"):
                 x, y = (t.to(device, non_blocking=True) for t in (x, y))
-                total += model(x, y).double() * len(x)
+                total += model(x, y).double() * n
         if ranks.world_size > 1:
             dist.all_reduce(total)
         result["val_loss"] = finite(total.item() / len(windows))
@@ -651,6 +681,7 @@ def calibrate(
     config: Config,
     ranks: Ranks,
     device: torch.device,
+    mesh,
     precision: torch.autocast,
     new_batches: Callable[[Schedule], Iterator],
     evaluation_seconds: Callable[[GPT], float],
@@ -664,7 +695,7 @@ def calibrate(
         new_batches: returns the micro-batches of a schedule.
         evaluation_seconds: returns how long an evaluation of the model takes.
     """
-    model = GPT(model_config, schedule.phases[0].n_blocks, config.seed, device)
+    model = GPT(model_config, schedule.phases[0].n_blocks, config.seed, device, mesh)
     if config.compile != "none":
         model.compile_regions(whole=config.compile == "model")
     rows = []
@@ -676,7 +707,7 @@ def calibrate(
         work = phase.work()
         new = work not in measured
         if new:
-            wrapped = wrap(model, phase, device) if ranks.world_size > 1 else model
+            wrapped = wrap(model, phase, config, device, ranks)
             endless = Schedule((dataclasses.replace(phase, start=0, stop=2**40),))
             batches = Prefetch(new_batches(endless))
             reset_peak_memory(device)
@@ -684,8 +715,9 @@ def calibrate(
                 wrapped, optimizer, batches, phase, schedule, config, ranks, precision
             )
             measured[work]["peak_memory"] = peak_memory(device)
-            measured[work]["evaluation"] = evaluation_seconds(model)
-            del wrapped
+            unwrapped = unwrap(wrapped)
+            measured[work]["evaluation"] = evaluation_seconds(unwrapped)
+            del wrapped, unwrapped
         m, every = measured[work], config.eval_interval
         evaluations = phase.stop // every - phase.start // every + (phase.start == 0)
         evaluations += phase.stop == schedule.n_steps and phase.stop % every > 0
@@ -724,7 +756,10 @@ def measure_steps(
         """Perform a step with n micro-batches, at a position in [0, 1) of the phase."""
         scales = schedule.at(phase.start + int(position * phase.n_steps)).residual_scales
         start = time.perf_counter()
-        losses = train_step(model, optimizer, batches, n, precision, config.grad_clip, scales)
+        losses = train_step(
+            model, optimizer, batches, n, precision, config.grad_clip, scales,
+            config.reduce_every_micro_batch,
+        )  # fmt: skip
         losses.tolist()  # synchronizes with the device
         elapsed = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
         if ranks.world_size > 1:  # all ranks must perform the same number of steps
@@ -849,6 +884,7 @@ def initial_model(
     phase: Phase,
     tokenizer: str,
     device: torch.device,
+    mesh,
     verbose: bool,
 ) -> tuple[GPT, dict[str, int]]:
     """Return the model of a new run, newly initialized or with the weights of `init_weights`.
@@ -859,7 +895,7 @@ def initial_model(
         UserError: if the weights of `init_weights` do not match this model.
     """
     if not config.init_weights:
-        return GPT(model_config, n_blocks=phase.n_blocks, seed=config.seed, device=device), {}
+        return GPT(model_config, phase.n_blocks, config.seed, device, mesh), {}
     checkpoint = load_checkpoint(Path(config.init_weights))
     where = f"init_weights={config.init_weights}"
     theirs, ours = checkpoint["model_config"], dataclasses.asdict(model_config)
@@ -903,7 +939,7 @@ def initial_model(
         w = checkpoint["model"][name]
         rows = max(0, model_config.vocab_size - len(w))
         checkpoint["model"][name] = torch.nn.functional.pad(w, (0, 0, 0, rows))
-    model = GPT.from_weights(model_config, checkpoint["model"], device)
+    model = GPT.from_weights(model_config, checkpoint["model"], device, mesh)
     if model.n_blocks < phase.n_blocks:
         grow(model, {}, phase, config.seed)
     try:
@@ -1018,6 +1054,23 @@ def print_dry_run(
         )
     if not any((out_dir / name).exists() for name in ("metrics.jsonl", FOLDER)):
         write_json(out_dir, "schedule.json", summary)
+
+
+def print_memory(
+    schedule: Schedule, model_config: GPTConfig, config: Config, world_size: int
+) -> None:
+    """Print the estimated memory per process in every phase. Without device=cpu, plan for GPUs."""
+    kind = "cpu" if config.device == "cpu" else "cuda"
+    bf16 = config.dtype != "float32"
+    if kind == "cpu":
+        bf16 = matmul_dtype(torch.device("cpu"), config.dtype, config.n_embd) == "bfloat16"
+    print(
+        memory_table(
+            schedule, model_config, config.batch_size, world_size,
+            reduce_every_micro_batch=config.reduce_every_micro_batch,
+            bf16=bf16, logits_bytes=LOGITS_BYTES[kind],
+        )
+    )  # fmt: skip
 
 
 def write_json(out_dir: Path, name: str, value: dict) -> None:

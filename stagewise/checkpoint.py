@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from stagewise.device import pin
+from stagewise.distributed import full_tensor, shard_like
 from stagewise.errors import UserError, file_errors, first_line
 from stagewise.fileio import decode_json, encode_json, fsync, read_bytes, sha256
 from stagewise.hf import SIZES, load_pretrained
@@ -190,7 +191,7 @@ def _load_checkpoint(path, optimizer):
 def optimizer_state_from(
     tensors: dict[str, torch.Tensor], params: dict[str, torch.nn.Parameter]
 ) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return a checkpoint's optimizer state by parameter, on the parameter's device.
+    """Return a checkpoint's optimizer state by parameter, placed and sharded like the parameter.
 
     Raises:
         UserError: if names, shapes or types do not match `params`, or a step count is not valid.
@@ -211,8 +212,8 @@ def optimizer_state_from(
                 f"{OPTIMIZER}: {name}: the optimizer state does not match the model: the file is "
                 "corrupted, use an earlier checkpoint"
             )
-        device = params[name].device
-        result[params[name]] = {key: tensor.to(device) for key, tensor in state.items()}
+        p = params[name]
+        result[p] = {key: shard_like(tensor, p) for key, tensor in state.items()}
     return result
 
 
@@ -227,10 +228,18 @@ class CheckpointWriter:
     checkpoints are removed, except the `keep` newest and those at the steps in `milestones`. If a
     checkpoint cannot be written, or its weights are not finite, it is skipped with a warning, and
     `failure` holds the reason until another checkpoint succeeds.
+
+    Sharded tensors are gathered one at a time, and rank 0 writes them. The files do not depend on
+    whether or how a run was sharded.
+
+    Args:
+        keep, milestones: see above.
+        master: True on rank 0. The writers of all other ranks only take part in gathering.
     """
 
-    def __init__(self, run_dir: Path, keep: int, milestones: set[int]):
+    def __init__(self, run_dir: Path, keep: int, milestones: set[int], master: bool = True):
         self.folder, self.keep, self.milestones = Path(run_dir, FOLDER), keep, milestones
+        self.master = master
         self.failure: str | None = None
         self._host: dict[tuple[str, str], torch.Tensor] = {}  # buffers reused by all checkpoints
         self._memory: list[torch.Tensor] = []  # that the buffers are parts of
@@ -241,6 +250,8 @@ class CheckpointWriter:
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
     ) -> None:
         """Start writing a checkpoint, after waiting for the previous one.
+
+        Collective if the model is sharded: all ranks must call it.
 
         Args:
             state: the fields of `State` except format_version.
@@ -254,14 +265,16 @@ class CheckpointWriter:
         }
         weights = {name: t for name, t in model.state_dict().items() if name not in TIED}
         sources = {MODEL: weights, OPTIMIZER: optimizer_tensors}
-        self._allocate({(f, name): t for f, group in sources.items() for name, t in group.items()})
+        if self.master:
+            self._allocate(
+                {(f, name): t for f, group in sources.items() for name, t in group.items()}
+            )
         tensors = {
-            f: {
-                name: self._host[f, name].copy_(t.detach(), non_blocking=True)
-                for name, t in group.items()
-            }
+            f: {name: self._copy((f, name), t) for name, t in group.items()}
             for f, group in sources.items()
         }
+        if not self.master:
+            return
         on_gpu = next(model.parameters()).is_cuda
         copied = torch.cuda.current_stream().record_event() if on_gpu else None
         self._writing = self._thread.submit(self._write, tensors, state, copied)
@@ -295,6 +308,10 @@ class CheckpointWriter:
         self._memory.append(memory)
         for (key, t), part in zip(new.items(), memory.split(sizes)):
             self._host[key] = part[: t.nbytes].view(t.dtype).view(t.shape)
+
+    def _copy(self, key, tensor):
+        tensor = full_tensor(tensor.detach())
+        return self._host[key].copy_(tensor, non_blocking=True) if self.master else None
 
     def _write(self, tensors, state, copied):
         final = self.folder / f"step_{state['step']:08d}"

@@ -55,6 +55,8 @@ class Config:
     """Initial weights: a run, a checkpoint, or gpt2. The growth operator adds missing blocks."""
     dry_run: bool = False
     """Print the schedule and its cost, write schedule.json, and exit. Needs no data or GPU."""
+    plan_processes: NotNegative = 0
+    """With dry_run: estimate the memory for this many processes. 0: those of this command."""
     calibrate: bool = False
     """With dry_run: measure a few steps of every phase, forecast time and memory: forecast.json."""
     log_interval: Positive = 10
@@ -175,6 +177,10 @@ class Config:
     """torch.compile each block ("blocks"), or the whole model in every phase ("model")."""
     seed: Annotated[int, Meta(ge=0, lt=2**32)] = 1337
     """Random seed for weights, data order, dropout and skipped blocks."""
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """Every process holds all weights and optimizer state ("ddp"), or a shard of each ("fsdp")."""
+    reduce_every_micro_batch: bool = False
+    """With fsdp, shard gradients after each micro-batch: less memory, more communication."""
     deterministic: bool = False
     """Use only deterministic kernels on a GPU. This can reduce speed."""
     timeout: Annotated[int, Meta(ge=1, le=10**7)] = 600
@@ -298,6 +304,16 @@ def check(c: Config) -> None:
             f"compile=model cannot be used with {name}={getattr(c, name)}, because it would "
             "compile the model again in many steps: use --compile=blocks"
         )
+    if c.compile == "model" and c.sharding == "fsdp":
+        raise UserError(
+            "compile=model cannot be used with sharding=fsdp, which gathers parameters block by "
+            "block: use --compile=blocks"
+        )
+    if c.reduce_every_micro_batch and c.sharding != "fsdp":
+        raise UserError(
+            f"reduce_every_micro_batch has no effect with sharding={c.sharding}: remove it, or use "
+            "--sharding=fsdp"
+        )
     if c.init_weights and isinstance(c.continual_steps, str):
         raise UserError(
             f"continual_steps={c.continual_steps} cannot be used with init_weights, whose cost is "
@@ -305,6 +321,11 @@ def check(c: Config) -> None:
         )
     if c.calibrate and not c.dry_run:
         raise UserError("calibrate requires dry_run: add --dry_run, or remove --calibrate")
+    if c.plan_processes and (c.calibrate or not c.dry_run):
+        raise UserError(
+            "plan_processes requires dry_run without calibrate: add --dry_run, or start this many "
+            "processes with torchrun"
+        )
     if c.n_embd % c.n_head:
         raise UserError(f"n_embd={c.n_embd} must be a multiple of n_head={c.n_head}")
 

@@ -124,15 +124,16 @@ def autocast(device: torch.device, dtype: str, n_embd: int) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
-def check_memory(parameters: int, device: torch.device) -> None:
+def check_memory(parameters: int, device: torch.device, shards: int = 1) -> None:
     """Check that the training state fits into memory: weights, gradients and AdamW's two moments.
 
-    They need 16 bytes per parameter. Activations, which depend on batch_size, are not included.
+    They need 16 bytes per parameter, divided by the number of processes that they are sharded over.
+    Activations, which depend on batch_size, are not included.
 
     Raises:
         UserError: if it does not fit.
     """
-    needed = 16 * parameters
+    needed = 16 * parameters / shards
     if device.type == "cuda":
         available = torch.cuda.mem_get_info(device)[1]
     else:
@@ -142,8 +143,10 @@ def check_memory(parameters: int, device: torch.device) -> None:
     if needed > available:
         raise UserError(
             f"a model of {parameters:,} parameters needs {needed / 2**30:,.1f} GiB for weights, "
-            f"gradients and optimizer state, but {device} has {available / 2**30:,.1f} GiB: lower "
-            "n_layer or n_embd"
+            f"gradients and optimizer state"
+            + (f" in each of {shards} processes" if shards > 1 else "")
+            + f", but {device} has {available / 2**30:,.1f} GiB: lower n_layer or n_embd, or use "
+            f"{'more processes' if shards > 1 else 'several GPUs with --sharding=fsdp'}"
         )
 
 

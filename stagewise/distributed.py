@@ -1,15 +1,27 @@
-"""torch.distributed: initialization, a collective stop flag, and checks for equal replicas."""
+"""torch.distributed: initialization, sharded parameters, checks that ranks agree.
+
+With --sharding=fsdp, every parameter and its optimizer state is a DTensor: each rank holds a chunk
+of its rows (`Shard(0)`). Growth, freezing and the optimizer work on these as on plain tensors. Only
+a training step or an evaluation needs full parameters; FSDP2 gathers them block by block.
+"""
 
 import datetime
+import gc
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from stagewise.errors import UserError
+
+if TYPE_CHECKING:  # importing it takes seconds, so this module does so only where it is needed
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -99,14 +111,15 @@ def any_rank_stopping(stopping: bool, gloo_group: dist.ProcessGroup | None) -> b
 
 @torch.no_grad()
 def check_replicas(model: torch.nn.Module, step: int, gloo_group: dist.ProcessGroup | None) -> None:
-    """Compare a checksum of every parameter across all ranks.
+    """Compare a checksum of every parameter across all ranks, except sharded parameters.
 
     Raises:
         UserError: if the checksums differ. The message names the first such parameter.
     """
-    if gloo_group is None:
+    replicated = {n: p for n, p in model.named_parameters() if not is_sharded(p)}
+    if gloo_group is None or not replicated:
         return
-    names, params = zip(*model.named_parameters())
+    names, params = list(replicated), list(replicated.values())
     sums = torch.stack([p.view(torch.int32).sum(dtype=torch.int64) for p in params]).cpu()
     all_sums = [torch.empty_like(sums) for _ in range(dist.get_world_size(gloo_group))]
     dist.all_gather(all_sums, sums, gloo_group)
@@ -117,3 +130,111 @@ def check_replicas(model: torch.nn.Module, step: int, gloo_group: dist.ProcessGr
                 f"step {step}: {name} on rank {rank} differs from rank 0; stopping. Resume from "
                 "the last checkpoint"
             )
+
+
+def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
+    """Replace `x` by its mean over all ranks, and return it."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+def set_gradient_sync(model: nn.Module, flag: bool) -> None:
+    """Select whether the next backward pass of a wrapped model reduces gradients over all ranks."""
+    if isinstance(model, DDP):
+        model.require_backward_grad_sync = flag
+    elif hasattr(model, "set_requires_gradient_sync"):  # an FSDPModule
+        model.set_requires_gradient_sync(flag)  # type: ignore[operator]
+
+
+# --------------------------------------------------------------------------------------------------
+# sharded parameters
+
+
+def make_mesh(device: torch.device, ranks: Ranks) -> "DeviceMesh | None":
+    """Return a one-dimensional mesh of all ranks, or None if there is only one process."""
+    if ranks.world_size == 1:
+        return None
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device.type, (ranks.world_size,))
+
+
+def mesh_of(tensor: torch.Tensor) -> "DeviceMesh | None":
+    """Return the mesh over which a tensor is sharded, or None if it is a plain tensor."""
+    return getattr(tensor, "device_mesh", None)
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    return mesh_of(tensor) is not None
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a sharded tensor as a plain one, and a plain tensor itself.
+
+    Collective if the tensor is sharded: all ranks must call it.
+    """
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore
+
+
+def shard(tensor: torch.Tensor, mesh: "DeviceMesh | None") -> torch.Tensor:
+    """Return this rank's rows of a tensor that all ranks have, as a DTensor on the mesh's device.
+
+    No communication is needed. Only these rows are read and copied to the device, so the tensor may
+    be a file that is mapped into memory, as safetensors returns. Tensors without dimensions and,
+    without a mesh, all tensors are returned as they are.
+    """
+    if mesh is None or tensor.dim() == 0:
+        return tensor
+    from torch.distributed.tensor import DTensor, Shard
+
+    chunk = -(-len(tensor) // mesh.size())  # as torch.chunk; the last ranks may have fewer rows
+    rows = tensor[mesh.get_local_rank() * chunk :][:chunk].to(mesh.device_type, copy=True)
+    return DTensor.from_local(
+        rows, mesh, [Shard(0)], run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def shard_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return `tensor` on the device of `other` and, if `other` is sharded, sharded like it."""
+    return shard(tensor, mesh_of(other)).to(other.device)
+
+
+def allocate(module: nn.Module, device: torch.device | str, mesh: "DeviceMesh | None") -> None:
+    """Allocate uninitialized parameters, sharded over `mesh`, for a module on the meta device.
+
+    Like `torch.nn.Module.to_empty`, this unties tied parameters.
+    """
+    if mesh is None:
+        module.to_empty(device=device)
+        return
+    from torch.distributed.tensor import Shard, empty
+
+    for part in module.modules():
+        for name, p in part.named_parameters(recurse=False):
+            sharded = empty(p.shape, dtype=p.dtype, device_mesh=mesh, placements=[Shard(0)])
+            setattr(part, name, nn.Parameter(sharded))
+
+
+def fully_shard(template: nn.Module, units: Iterable[nn.Module], model: nn.Module) -> nn.Module:
+    """Apply FSDP2 to `template`, and give it the sharded parameters of `model`.
+
+    FSDP2 changes a module for good: it cannot be grown afterwards. `model` therefore stays as it
+    is, and every phase gets a new template, which shares its parameters with `model`. No data is
+    copied or communicated.
+
+    Args:
+        template: the same model on the meta device, with the same parameters frozen.
+        units: the submodules that are gathered one at a time. All other parameters form a last
+            unit, which is gathered for the whole forward and backward pass.
+    """
+    from torch.distributed.fsdp import fully_shard as fsdp2
+
+    gc.collect()  # FSDP modules form reference cycles; the previous template holds gathered tensors
+    mesh = mesh_of(next(model.parameters()))
+    for unit in units:
+        fsdp2(unit, mesh=mesh)
+    fsdp2(template, mesh=mesh)
+    template.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+    return template

@@ -1,9 +1,13 @@
-"""Processes of torch.distributed: who they are, agreeing to stop, replicas that differ."""
+"""Processes of torch.distributed: ranks, agreeing to stop, replicas, sharded training."""
+
+import json
+import shutil
 
 import pytest
 import torch
-from conftest import ROOT, arguments, torchrun
+from conftest import ROOT, arguments, metrics, needs_compiler, script, torchrun, without_clock
 
+from stagewise.checkpoint import load_checkpoint
 from stagewise.distributed import (
     Ranks,
     any_rank_stopping,
@@ -114,3 +118,209 @@ def test_replicas_that_differ_end_the_run_at_the_next_phase_or_evaluation(corpus
         "error: step 4: transformer.h.0.mlp.c_fc.weight on rank 1 differs from rank 0"
         in result.stderr
     )
+
+
+# --------------------------------------------------------------------------------------------------
+# --sharding=fsdp
+
+# On three ranks, so that tensors are sharded unevenly: a sharded model and its optimizer state are
+# bit-identical to the full ones after every growth operator, and each rank holds only its share.
+GROW = """
+import sys; sys.path.insert(0, sys.argv[1])
+import torch
+import torch.distributed as dist
+import growth, memory, train
+from model import GPT, GPTConfig
+from stagewise.checkpoint import optimizer_state_from
+from stagewise.config import Config
+from stagewise.distributed import full_tensor, init_process_group, is_sharded, make_mesh
+from stagewise.distributed import ranks_from_environment, shard
+ranks, cpu = ranks_from_environment(), torch.device("cpu")
+init_process_group(cpu, ranks, timeout=60)
+mesh = make_mesh(cpu, ranks)
+for n in (1, 2, 3, 4, 7):
+    t = torch.arange(2.0 * n).view(n, 2)
+    assert torch.equal(full_tensor(shard(t, mesh)), t)
+config = GPTConfig(n_layer=6, n_head=2, n_embd=16, block_size=8, vocab_size=65)
+def same(full, sharded):
+    assert not is_sharded(full) and is_sharded(sharded) == (full.dim() > 0)
+    assert torch.equal(full, full_tensor(sharded))
+for name in growth.OPERATORS:
+    old = 4
+    sources = growth.source_map(name, old, 6)
+    weights = GPT(config, old, seed=3).state_dict()
+    models, states = [], []
+    for m in (None, mesh):
+        model = GPT.from_weights(config, weights, cpu, m)
+        moments = {}
+        generator = torch.Generator().manual_seed(1)
+        for key, p in model.named_parameters():
+            exp_avg = torch.randn(p.shape, generator=generator)
+            moments |= {f"{key}/exp_avg": exp_avg, f"{key}/exp_avg_sq": exp_avg**2}
+            moments[f"{key}/step"] = torch.tensor(5.0)
+        state = optimizer_state_from(moments, dict(model.named_parameters()))
+        model.shrink_and_perturb(0.5, 0.1, seed=4)
+        model.grow(sources, seed=3, optimizer_state=state)
+        train.add_zero_state(state, model)
+        models.append(model)
+        states.append(state)
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        same(p, q)
+        assert states[0][p].keys() == states[1][q].keys()
+        for key in states[0][p]:
+            same(states[0][p][key], states[1][q][key])
+rows = -(-65 // 3) * 16 + -(-8 // 3) * 16 + 6 * 2
+local = sum(p.to_local().numel() for p in models[1].parameters())
+full = models[0].num_params()
+assert full / 3 * 0.8 < local < full / 3 * 1.2, (local, full)
+print(f"rank {ranks.rank}: done", flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_sharded_model_grows_like_a_full_one(tmp_path):
+    program = tmp_path / "grow.py"
+    program.write_text(GROW)
+    result = torchrun(3, program, ROOT)
+    assert all(f"rank {rank}: done" in result.stdout for rank in range(3))
+
+
+METHODS = ROOT / "configs" / "methods"
+MIDAS = (METHODS / "midas.py", dict(steps=10))
+FSDP_RUNS = {
+    "baseline": ((), dict(steps=8)),
+    "paper": ((), dict(stages=4, steps=16, continual_steps=4, eval_interval=5)),
+    "released_code": ((), dict(stages=2, steps=8, phase1="released_code", dropout=0.1)),
+    "midas": (MIDAS[:1], MIDAS[1]),
+    "interpolation": ((METHODS / "interpolation.py",), dict(steps=10, optimizer_state="zero")),
+    "layer_dropout": ((METHODS / "layer_dropout.py",), dict(steps=16, skip_rate=0.9)),
+    "freezeout": ((METHODS / "freezeout.py",), dict(steps=16)),
+    "ramps": (
+        (),
+        dict(steps=8, context_ramp="0:32 50%:64", tokens_per_step_ramp="0:512 50%:1024"),
+    ),
+    "bfloat16": ((), dict(stages=2, steps=8, dtype="bfloat16")),
+}
+FSDP = dict(sharding="fsdp", batch_size=2)  # 4 micro-batches per step
+
+
+def assert_rows_match(out, expected, rel=2e-5):
+    for row, other in zip(metrics(out), metrics(expected), strict=True):
+        for key in ("loss", "val_loss", "grad_norm"):
+            assert (key in row) == (key in other)
+            if key in row:
+                assert row[key] == pytest.approx(other[key], rel=rel), (row["step"], key)
+        for key in ("step", "blocks", "tokens", "flops", "lr", "skipped_steps", "hellaswag_n"):
+            assert row.get(key) == other.get(key), (row["step"], key)
+
+
+def assert_checkpoints_match(out, expected, **tolerance):
+    a, b = (load_checkpoint(run, optimizer=True) for run in (out, expected))
+    for kind in ("model", "optimizer"):
+        assert a[kind].keys() == b[kind].keys()
+        for name, tensor in a[kind].items():
+            torch.testing.assert_close(
+                tensor, b[kind][name], **({"rtol": 0, "atol": 0} | tolerance), msg=name
+            )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FSDP_RUNS)
+def test_fsdp_matches_ddp(name, corpus, tmp_path):
+    files, options = FSDP_RUNS[name]
+    options = dict(data_dir=corpus, grad_clip=1.0) | FSDP | options
+    ddp, fsdp = tmp_path / "ddp", tmp_path / "fsdp"
+    torchrun(2, "train.py", *files, *arguments(ddp, **options | {"sharding": "ddp"}))
+    torchrun(2, "train.py", *files, *arguments(fsdp, **options))
+    assert_rows_match(fsdp, ddp)
+    assert_checkpoints_match(fsdp, ddp, rtol=1e-3, atol=1e-4)  # AdamW divides rounding by rounding
+
+
+def test_fsdp_with_one_process_shards_nothing(run_train):
+    plain, sharded = (run_train(kind, steps=2, sharding=kind) for kind in ("ddp", "fsdp"))
+    assert without_clock(metrics(plain)) == without_clock(metrics(sharded))
+    assert_checkpoints_match(sharded, plain)
+
+
+@pytest.mark.slow
+def test_sharded_runs_resume_bit_identically_and_with_other_processes(corpus, tmp_path):
+    """From before a growth step and after it: 2 -> 2 processes, then 2 -> 1 -> 2."""
+    file, options = MIDAS
+    options = dict(data_dir=corpus, grad_clip=1.0, checkpoint_interval=1) | FSDP | options
+    options["keep_checkpoints"] = 100
+    whole = tmp_path / "whole"
+    torchrun(2, "train.py", file, *arguments(whole, **options))
+    options["init_from"] = "resume"
+    folder = "checkpoints/step_{:08d}"
+
+    def part(name, source, step):
+        out = tmp_path / name
+        shutil.copytree(source / folder.format(step), out / folder.format(step))
+        shutil.copy(source / "metrics.jsonl", out)
+        return out
+
+    for step in (2, 4):  # the model grows at step 3
+        again = part(f"from_{step}", whole, step)
+        torchrun(2, "train.py", file, *arguments(again, **options))
+        assert_checkpoints_match(again, whole)
+        assert without_clock(metrics(again)) == without_clock(metrics(whole))
+    one = part("one", whole, 2)
+    script("train.py", file, *arguments(one, **options | {"sharding": "ddp"}))
+    two = part("two", one, 5)
+    torchrun(2, "train.py", file, *arguments(two, **options))
+    assert_rows_match(two, whole)
+    assert_checkpoints_match(two, whole, rtol=1e-3, atol=1e-4)
+
+
+SPY = f"""
+import json, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import torch.distributed as dist
+import train
+rank, counts, calls = os.environ["RANK"], [], 0
+reduce_scatter = dist.reduce_scatter_tensor
+train_step, forward = train.train_step, train.GPT.forward
+def counted(*args, **kwargs):
+    counts[-1] += 1
+    return reduce_scatter(*args, **kwargs)
+def step(*args):
+    counts.append(0)
+    return train_step(*args)
+def poisoned(self, *args, **kwargs):  # the loss of rank 1 is not finite in step 3
+    out = forward(self, *args, **kwargs)
+    return out * float("nan") if len(counts) == 3 and self.training and rank == "1" else out
+dist.reduce_scatter_tensor, train.train_step, train.GPT.forward = counted, step, poisoned
+train.main()
+stats = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+breaks = len(torch._dynamo.utils.counters["graph_break"])
+with open(sys.argv[1].removeprefix("--out_dir=") + "/spy" + rank, "w") as f:
+    json.dump([counts, stats, breaks], f)
+"""
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("every", [False, True])
+def test_compiled_sharded_blocks_reduce_on_the_last_micro_batch_and_skip_bad_steps(
+    every, corpus, tmp_path
+):
+    """All blocks share a graph, without graph breaks. A step with NaN on one rank is skipped."""
+    program = tmp_path / "spy.py"
+    program.write_text(SPY)
+    options = dict(data_dir=corpus, steps=4, hellaswag_data="none", compile="blocks") | FSDP
+    runs = tmp_path / "ddp", tmp_path / "fsdp"
+    torchrun(2, program, *arguments(runs[0], **options | {"sharding": "ddp"}))
+    torchrun(2, program, *arguments(runs[1], **options, reduce_every_micro_batch=every))
+    (_, ddp_graphs, _), (counts, graphs, breaks) = (
+        json.loads((run / "spy1").read_text()) for run in runs
+    )
+    units = 5  # 4 blocks, and the embeddings with the final norm
+    assert counts == [units * (4 if every else 1)] * 4
+    assert graphs == ddp_graphs and breaks == 0
+    rows, others = (metrics(run) for run in runs)
+    assert [row.get("skipped_steps") for row in rows[1:]] == [0, 0, 1, 1]
+    assert rows[3]["loss"] is None
+    for row, other in zip(rows[1:], others[1:]):
+        assert row["loss"] == (other["loss"] and pytest.approx(other["loss"], rel=2e-5))
