@@ -123,8 +123,8 @@ def test_replicas_that_differ_end_the_run_at_the_next_phase_or_evaluation(corpus
 # --------------------------------------------------------------------------------------------------
 # --sharding=fsdp
 
-# On three ranks, so that tensors are sharded unevenly: a sharded model and its optimizer state are
-# bit-identical to the full ones after every growth operator, and each rank holds only its share.
+# On three ranks, so that tensors are sharded unevenly. After every growth operator, a sharded model
+# and its optimizer state are bit-identical to the full ones, and each rank holds its share only.
 GROW = """
 import sys; sys.path.insert(0, sys.argv[1])
 import torch
@@ -169,7 +169,6 @@ for name in growth.OPERATORS:
         assert states[0][p].keys() == states[1][q].keys()
         for key in states[0][p]:
             same(states[0][p][key], states[1][q][key])
-rows = -(-65 // 3) * 16 + -(-8 // 3) * 16 + 6 * 2
 local = sum(p.to_local().numel() for p in models[1].parameters())
 full = models[0].num_params()
 assert full / 3 * 0.8 < local < full / 3 * 1.2, (local, full)
@@ -280,8 +279,8 @@ import torch
 import torch.distributed as dist
 import train
 rank, counts, calls = os.environ["RANK"], [], 0
-reduce_scatter = dist.reduce_scatter_tensor
-train_step, forward = train.train_step, train.GPT.forward
+reduce_scatter, train_step = dist.reduce_scatter_tensor, train.train_step
+forward = train.GPT.forward
 def counted(*args, **kwargs):
     counts[-1] += 1
     return reduce_scatter(*args, **kwargs)

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 # train, which runs them all, also evaluates
-SCIENCE = ("growth", "policies", "schedule", "cost", "model")
+SCIENCE = ("growth", "policies", "schedule", "cost", "memory", "model")
 COMMANDS = ("train", "fineweb", "hellaswag", "plot", "sample", "study", "frontier")
 
 
@@ -80,6 +80,7 @@ def test_stagewise_imports_nothing_from_the_root(name):
         ("growth", {"torch", "model", "schedule", "cost"}),
         ("schedule", {"torch", "model", "cost"}),
         ("cost", {"torch", "model"}),
+        ("memory", {"torch", "model", "cost"}),
         (
             "model",
             {"schedule", "cost", "stagewise.checkpoint", "stagewise.hf", "stagewise.config"},
