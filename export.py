@@ -233,8 +233,8 @@ def model_card(record: dict[str, Any]) -> str:
             "(CompleteP). Here, the output projections are multiplied by this factor."
         )
     if not record["phases"]:
-        texts += ["## Training", "The weights were not trained by a run of these scripts, or by "
-                  "one without steps. Their schedule and cost are not known."]  # fmt: skip
+        unknown = "The weights are not from a run. Their schedule and cost are not known."
+        texts += ["## Training", unknown]
         return "\n\n".join(texts) + "\n"
 
     header = ["phase", "steps", "blocks", "blocks that train", "embeddings, head", "growth"]

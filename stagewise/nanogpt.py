@@ -1,6 +1,5 @@
 """Weights of nanoGPT's checkpoints (ckpt.pt)."""
 
-import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,7 +46,9 @@ def load_nanogpt(path: Path) -> dict[str, Any]:
     try:
         with open_file(path) as f:
             checkpoint = torch.load(f, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # torch's unpickler raises many types for corrupted files
         raise UserError(
             f"{path}: not a checkpoint of nanoGPT that can be loaded without executing code "
             f"({first_line(error)}): name its ckpt.pt, or a run folder"
