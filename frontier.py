@@ -201,7 +201,7 @@ def load_points(folder: Path) -> tuple[study.Study, dict[str, list[Point]], list
     may_differ = study.METHOD | study.RECIPE | {"steps"}
     for finished in runs[1:]:
         study.check_comparable(folder, finished.run, runs[0].run, may_differ)
-    frontiers = {}
+    frontiers: dict[tuple[str, int], Frontier] = {}
     for seed in {r.planned.seed for r in runs}:
         own = [r for r in runs if r.planned.entry == BASELINE and r.planned.seed == seed]
         if len(own) > 1:

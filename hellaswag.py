@@ -1,12 +1,16 @@
 """Evaluate a model on HellaSwag (Zellers et al. 2019): which of four endings continues a context?
 
-    python hellaswag.py CHECKPOINT [--data FILE]
+    python hellaswag.py CHECKPOINT [--data FILE] [--protocol lm_eval]
 
-The metrics are build-nanogpt's (completion style). The context and " " + ending are tokenized
-separately. The loss of an ending is the cross-entropy of its tokens given all previous tokens.
+The loss of an ending is the cross-entropy of its tokens given all previous tokens.
 
     acc       fraction of examples whose correct ending has the lowest total loss
-    acc_norm  fraction of examples whose correct ending has the lowest mean loss per token
+    acc_norm  fraction of examples whose correct ending has the lowest mean loss per token, or, with
+              the protocol lm_eval, per character
+
+The protocol determines the text. `build_nanogpt` (default; completion style) tokenizes the context
+and " " + ending separately. `lm_eval` is the task `hellaswag` of EleutherAI's lm-evaluation-harness
+(0.4.13): see `lm_eval_texts`.
 
 Any file in HellaSwag's format works: JSON lines with `ctx`, `endings` (two or more) and `label`. If
 no file is specified, the official validation set is downloaded once.
@@ -22,6 +26,7 @@ import stagewise.console  # noqa: F401  (first: Ctrl-C during the other imports)
 
 import math
 import os
+import re
 import time
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -149,6 +154,10 @@ class _Line:
     ctx: NonEmpty
     endings: Annotated[list[NonEmpty], Meta(min_length=2, max_length=64)]  # a batch grows with it
     label: int | Annotated[str, Meta(pattern="^[0-9]{1,9}$")]  # a string in the Hub's copy
+    # Used by lm_eval. In the official file, ctx is ctx_a and ctx_b, joined by a space.
+    activity_label: str | None = None
+    ctx_a: str | None = None
+    ctx_b: str | None = None
 
 
 @dataclass(frozen=True)
@@ -158,10 +167,64 @@ class Example:
     context: list[int]
     endings: list[list[int]]
     label: int  # index of the correct ending
+    lengths: list[int] | None = None  # of the endings, for acc_norm; None: numbers of tokens
+
+
+def build_nanogpt_example(line: _Line, encoding: tiktoken.Encoding) -> Example:
+    """Tokenize an example as build-nanogpt does."""
+    endings = [encode(encoding, " " + ending).tolist() for ending in line.endings]
+    return Example(encode(encoding, line.ctx).tolist(), endings, int(line.label))
+
+
+def lm_eval_texts(line: _Line) -> tuple[str, list[str]]:
+    """Return the query and the choices of an example in lm-evaluation-harness.
+
+    The query is "activity: context". The second part of the context starts with a capital letter
+    and has no others. In a file without ctx_a and ctx_b, the context stays as it is. WikiHow's
+    markers in brackets are removed. The source is lm_eval/tasks/hellaswag/utils.py.
+
+    Raises:
+        ValueError: if the line has no activity_label.
+    """
+
+    def clean(text: str) -> str:
+        text = text.strip().replace(" [title]", ". ")
+        return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+    if not line.activity_label:
+        raise ValueError("activity_label: missing or empty, but the protocol lm_eval needs it")
+    context = line.ctx
+    if line.ctx_a is not None and line.ctx_b is not None:
+        context = line.ctx_a + " " + line.ctx_b.capitalize()
+    return clean(f"{line.activity_label}: {context}"), [clean(ending) for ending in line.endings]
+
+
+def lm_eval_example(line: _Line, encoding: tiktoken.Encoding) -> Example:
+    """Tokenize an example as lm-evaluation-harness does.
+
+    The query and " " + choice are tokenized together. The tokens of a choice are those after as
+    many tokens as the query alone has. White space at the end of the query belongs to the choice.
+    acc_norm uses the number of characters of a choice.
+    """
+    query, choices = lm_eval_texts(line)
+    context = encode(encoding, query.rstrip()).tolist()
+    whole = [encode(encoding, f"{query} {choice}").tolist() for choice in choices]
+    endings = [tokens[len(context) :] for tokens in whole]
+    if not context or not all(endings):
+        raise ValueError("has no text besides markers in brackets")
+    return Example(context, endings, int(line.label), list(map(len, choices)))
+
+
+Protocol = Literal["build_nanogpt", "lm_eval"]
+PROTOCOLS = {"build_nanogpt": build_nanogpt_example, "lm_eval": lm_eval_example}
 
 
 def load_examples(
-    path: str | Path, encoding: tiktoken.Encoding, block_size: int, limit: int = 0
+    path: str | Path,
+    encoding: tiktoken.Encoding,
+    block_size: int,
+    limit: int = 0,
+    protocol: Protocol = "build_nanogpt",
 ) -> list[Example]:
     """Return the tokenized examples of a file in HellaSwag's format.
 
@@ -170,7 +233,8 @@ def load_examples(
 
     Raises:
         UserError: if the file cannot be read, has no examples, has a line that is not in this
-            format, or has an ending of more than `block_size` tokens. The message names the line.
+            format, lacks what the protocol needs, or has an ending of more than `block_size`
+            tokens. The message names the line.
     """
     examples: list[Example] = []
     with file_errors(path, "specify a readable file in HellaSwag's format"):
@@ -183,6 +247,7 @@ def load_examples(
         where = f"{path}, line {number}"
         try:
             line = decode_json(text, _Line)
+            example = PROTOCOLS[protocol](line, encoding)
         except ValueError as error:
             raise UserError(f"{where}: {error}: fix the line") from None
         label = int(line.label)
@@ -191,14 +256,13 @@ def load_examples(
                 f"{where}: label: expected the index of an ending, 0 to {len(line.endings) - 1}, "
                 f"got {label}: fix the line"
             )
-        endings = [encode(encoding, " " + ending).tolist() for ending in line.endings]
-        longest = max(map(len, endings))
+        longest = max(map(len, example.endings))
         if longest > block_size:
             raise UserError(
                 f"{where}: an ending has {longest} tokens, more than block_size={block_size}: "
                 "shorten it, or use a model with a longer context"
             )
-        examples.append(Example(encode(encoding, line.ctx).tolist(), endings, label))
+        examples.append(example)
     if not examples:
         raise UserError(f"{path}: has no examples: specify a file in HellaSwag's format")
     return examples
@@ -268,7 +332,7 @@ def ending_losses(
     world_size: int = 1,
     progress: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the total loss in nats and the number of tokens of every ending.
+    """Return the total loss in nats and the length of every ending, for acc_norm.
 
     Each row of a batch contains one example: the context once, followed by its endings. Each ending
     attends to the context and to itself. The head runs only at the scored positions. If a context
@@ -281,16 +345,16 @@ def ending_losses(
 
     Returns:
         Two float64 arrays (number of examples, maximum number of endings). For missing endings, the
-        loss is inf and the count is 1.
+        loss is inf and the length is 1.
     """
     block_size, device = model.config.block_size, model.lm_head.weight.device
     batch_tokens = batch_tokens or BATCH_TOKENS[device.type]
     width = max(len(e.endings) for e in examples)
-    counts = np.ones((len(examples), width))
+    norms = np.ones((len(examples), width))
     rows = []
     for i, e in enumerate(examples):
         lengths = [len(ending) for ending in e.endings]
-        counts[i, : len(lengths)] = lengths
+        norms[i, : len(lengths)] = lengths if e.lengths is None else e.lengths
         if len(e.context) + max(lengths) <= block_size + 1:  # the last token is not an input
             rows.append((e.context, e.endings, i * width))
         else:  # the context is truncated differently for each ending
@@ -341,7 +405,7 @@ def ending_losses(
     result = sums.view(len(examples), width).cpu().numpy()
     for i, example in enumerate(examples):
         result[i, len(example.endings) :] = math.inf
-    return result, counts
+    return result, norms
 
 
 def evaluate(model: GPT, examples: list[Example], **options: Any) -> dict[str, float]:
@@ -350,12 +414,14 @@ def evaluate(model: GPT, examples: list[Example], **options: Any) -> dict[str, f
     The standard errors of the mean use the sample variance. If a loss is not finite, which a
     diverged model can cause, all scores are NaN. See `ending_losses` for the options.
     """
-    sums, counts = ending_losses(model, examples, **options)
+    sums, lengths = ending_losses(model, examples, **options)
     # Missing endings are inf, but -inf and NaN have no order.
     valid = sum(len(e.endings) for e in examples) == np.isfinite(sums).sum()
     labels = np.array([e.label for e in examples])
     result: dict[str, float] = {"n": len(examples)}
-    for name, losses in (("acc", sums), ("acc_norm", sums / counts)):
+    with np.errstate(divide="ignore"):  # a choice without brackets may be empty
+        means = sums / lengths
+    for name, losses in (("acc", sums), ("acc_norm", means)):
         accuracy = float((losses.argmin(1) == labels).mean()) if valid else math.nan
         result[name] = accuracy
         result[f"{name}_stderr"] = math.sqrt(accuracy * (1 - accuracy) / max(1, len(examples) - 1))
@@ -367,11 +433,13 @@ class Args:
     """Evaluate a checkpoint on HellaSwag."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A run folder, one of its checkpoints, or a model from the Hugging Face Hub:
-    gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
+    """A run folder, one of its checkpoints, a ckpt.pt of nanoGPT, or a model from the Hugging Face
+    Hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
     data: Path | None = None
     """File in HellaSwag's format.
     Default: the file that the run used, else the official validation set (downloaded once)."""
+    protocol: Protocol = "build_nanogpt"
+    """Text and metrics of build-nanogpt (completion style), or of lm-evaluation-harness."""
     limit: int = 0
     """Number of examples to evaluate, from the start of the file. 0 evaluates all."""
     device: str = "auto"
@@ -392,13 +460,14 @@ def main(args: Args) -> None:
     path = args.data or task_file(config["hellaswag_data"], config["data_dir"]) or DEFAULT_PATH
     if path == DEFAULT_PATH:
         download()
-    examples = load_examples(path, encoding, model.config.block_size, args.limit)
+    examples = load_examples(path, encoding, model.config.block_size, args.limit, args.protocol)
     with autocast(device, args.dtype, model.config.n_embd):
         scores = evaluate(model, examples, progress=True)
     if math.isnan(scores["acc"]):
         raise UserError(f"{args.checkpoint}: the losses are not finite: the model has diverged")
     model_name = f"step {checkpoint['step']}, {checkpoint['n_blocks']} blocks"
-    print(f"{model_name}, {len(examples)} examples of {path}")
+    protocol = ", protocol lm_eval" if args.protocol == "lm_eval" else ""
+    print(f"{model_name}, {len(examples)} examples of {path}{protocol}")
     for name in ("acc", "acc_norm"):
         print(f"{name:8s} {scores[name]:.4f} +- {scores[name + '_stderr']:.4f}")
 

@@ -29,8 +29,8 @@ class Args:
     """Generate text from a checkpoint."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A run folder, one of its checkpoints, or a model from the Hugging Face Hub:
-    gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
+    """A run folder, one of its checkpoints, a ckpt.pt of nanoGPT, or a model from the Hugging Face
+    Hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
     prompt: str = ""
     """Text to continue. If empty, start a new document."""
     num_samples: int = 3

@@ -124,8 +124,8 @@ def main() -> None:
     named = config.init_weights in ("", *SIZES) or os.path.exists(config.init_weights)
     if config.dry_run and not named:  # a resumed run does not need them any more
         raise UserError(
-            f"init_weights={config.init_weights} does not exist: name a run, a checkpoint, or one "
-            f"of {', '.join(SIZES)}"
+            f"init_weights={config.init_weights} does not exist: name a run, a checkpoint, a "
+            f"ckpt.pt of nanoGPT, or one of {', '.join(SIZES)}"
         )
     add_parameter_counts(summary, schedule, model_config)
     if config.dry_run and ranks.master:
@@ -239,9 +239,13 @@ def main() -> None:
     run["initial_cost"] = initial_cost
     total_flops = summary["total"]["flops"] + initial_cost.get("flops", 0)
     cost_at = functools.partial(cost_columns, schedule, model_config, initial_cost)
+    val_bytes_per_token = math.nan  # the other ranks do not write metrics
+    if ranks.master:
+        val_bytes_per_token = bytes_per_token(val_data, val_windows, meta["tokenizer"])
     evaluation = functools.partial(
         evaluate, data=val_data, windows=val_windows, examples=examples,
         precision=precision, batch_size=config.batch_size, ranks=ranks,
+        bytes_per_token=val_bytes_per_token,
     )  # fmt: skip
     batches = Prefetch(train_batches(train_data, order, schedule, step, config, ranks, device))
     signals = StopSignals()
@@ -548,10 +552,15 @@ def evaluate(
     precision: torch.autocast,
     batch_size: int,
     ranks: Ranks,
+    bytes_per_token: float = math.nan,
 ) -> dict[str, Any]:
     """Return the validation loss, and the HellaSwag scores if there are examples.
 
     Uses the full context length and all blocks. Every rank evaluates its share of the data.
+
+    Args:
+        bytes_per_token: mean over the targets. If given, the loss is also returned in bits per
+            byte, as val_bpb.
     """
     result = {}
     device, start = model.lm_head.weight.device, time.perf_counter()
@@ -577,7 +586,10 @@ def evaluate(
                 total += model(x, y).double() * n
         if ranks.world_size > 1:
             dist.all_reduce(total)
-        result["val_loss"] = finite(total.item() / len(windows))
+        val_loss = total.item() / len(windows)
+        result["val_loss"] = finite(val_loss)
+        if bytes_per_token > 0:  # not NaN
+            result["val_bpb"] = finite(val_loss / math.log(2) / bytes_per_token)
         if examples:
             with torch.compiler.set_stance("force_eager"):
                 scores = hellaswag.evaluate(
@@ -587,6 +599,16 @@ def evaluate(
     model.train()
     result["eval_seconds"] = round(time.perf_counter() - start, 3)
     return result
+
+
+def bytes_per_token(data: Shards, windows: np.ndarray, tokenizer: str) -> float:
+    """Return `Shards.bytes_per_token`, or NaN with a warning if the tokenizer is not available."""
+    try:
+        encoding = get_tokenizer(tokenizer)
+    except UserError as error:
+        print(f"warning: val_bpb is not computed: {error}", file=sys.stderr)
+        return math.nan
+    return data.bytes_per_token(windows, encoding)
 
 
 def cost_columns(

@@ -27,6 +27,7 @@ from stagewise.distributed import full_tensor, shard_like
 from stagewise.errors import UserError, file_errors, first_line
 from stagewise.fileio import decode_json, encode_json, fsync, read_bytes, sha256
 from stagewise.hf import SIZES, load_pretrained
+from stagewise.nanogpt import load_nanogpt
 
 FORMAT_VERSION = 1
 FOLDER = "checkpoints"
@@ -140,8 +141,9 @@ def load_checkpoint(path: Path, optimizer: bool = False) -> dict[str, Any]:
     """Return the fields of `State`, and the tensors by name in "model" and "optimizer".
 
     Args:
-        path: a checkpoint folder; a run folder, for its newest valid checkpoint; or gpt2,
-            gpt2-medium, gpt2-large or gpt2-xl, for weights from the Hugging Face Hub.
+        path: a checkpoint folder; a run folder, for its newest valid checkpoint; a ckpt.pt of
+            nanoGPT (see `nanogpt.load_nanogpt`); or gpt2, gpt2-medium, gpt2-large or gpt2-xl, for
+            weights from the Hugging Face Hub.
         optimizer: if False, "optimizer" is None.
 
     Raises:
@@ -154,6 +156,8 @@ def load_checkpoint(path: Path, optimizer: bool = False) -> dict[str, Any]:
 def _load_checkpoint(path, optimizer):
     if str(path) in SIZES and not path.exists():
         return load_pretrained(str(path))
+    if path.is_file():
+        return load_nanogpt(path)
     files = (MODEL, STATE, OPTIMIZER) if optimizer else (MODEL, STATE)
     if checkpoints(path):
         path = newest_checkpoint(path, files) or path

@@ -52,7 +52,7 @@ class Config:
     init_from: Literal["scratch", "resume", "auto"] = "scratch"
     """Start a new run ("scratch"), resume out_dir ("resume"), or resume if possible ("auto")."""
     init_weights: str = ""
-    """Initial weights: a run, a checkpoint, or gpt2. The growth operator adds missing blocks."""
+    """Initial weights: a run, a checkpoint, nanoGPT's ckpt.pt or gpt2. Missing blocks are added."""
     dry_run: bool = False
     """Print the schedule and its cost, write schedule.json, and exit. Needs no data or GPU."""
     plan_processes: NotNegative = 0

@@ -5,6 +5,7 @@ magic number 20240520, the version 1 and the token count, then uint16 tokens), a
 lists them. fineweb.py writes it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -203,6 +204,19 @@ def check_tokenizer(encoding: tiktoken.Encoding, vocab_size: int, where: object)
         )
 
 
+def token_bytes(encoding: tiktoken.Encoding, vocab_size: int) -> np.ndarray:
+    """Return the number of bytes of every token, (vocab_size,) int64.
+
+    Special tokens, such as <|endoftext|>, and ids without a token have none.
+    """
+    special = {encoding.encode_single_token(token) for token in encoding.special_tokens_set}
+    lengths = np.zeros(vocab_size, dtype=np.int64)
+    for i in range(min(encoding.n_vocab, vocab_size)):
+        with contextlib.suppress(KeyError):
+            lengths[i] = 0 if i in special else len(encoding.decode_single_token_bytes(i))
+    return lengths
+
+
 def verify_shards(data_dir: str | Path, meta: dict) -> None:
     """Compare the SHA-256 checksum of every shard with meta.json.
 
@@ -301,6 +315,16 @@ class Shards:
             self._check_vocabulary(self.paths[shard], tokens)
             row[:] = tokens
         return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
+
+    def bytes_per_token(self, windows: np.ndarray, encoding: tiktoken.Encoding) -> float:
+        """Return the mean number of bytes of the targets in these windows; see `token_bytes`.
+
+        A mean loss of x nats per token is x / (bytes_per_token * ln 2) bits per byte.
+        """
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for part in np.array_split(windows, -(-len(windows) // 256)):
+            counts += np.bincount(self.read(part)[1].ravel(), minlength=self.vocab_size)
+        return int(counts @ token_bytes(encoding, self.vocab_size)) / int(counts.sum())
 
     def files(self, windows: np.ndarray) -> list[str]:
         """Return the names of the shards that contain these windows."""

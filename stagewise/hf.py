@@ -1,11 +1,13 @@
-"""Conversion to and from Hugging Face's GPT2LMHeadModel, and OpenAI's GPT-2 from the Hub."""
+"""Conversion to and from Hugging Face's formats, and OpenAI's GPT-2 from the Hub."""
 
+import math
 import re
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import tiktoken
 import torch
 from safetensors.torch import load_file
 
@@ -18,6 +20,9 @@ SIZES = {
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
 }
+# The fields of model.GPTConfig that `to_hf` and `hf_config` express.
+EXPRESSED = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias"}
+EXPRESSED |= {"base_depth"}
 ENDPOINT = None  # the Hub
 PAUSES = (1, 2, 4, 8)  # seconds before each retry
 
@@ -25,6 +30,7 @@ PAUSES = (1, 2, 4, 8)  # seconds before each retry
 _CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _MASKS = (".attn.bias", ".attn.masked_bias")  # buffers in old checkpoints
 _EMBEDDINGS = ("transformer.wte.weight", "lm_head.weight")
+_NO_BIAS = (*_EMBEDDINGS, "transformer.wpe.weight")
 
 
 def from_hf(
@@ -46,19 +52,146 @@ def from_hf(
 
 
 def to_hf(
-    state_dict: dict[str, torch.Tensor], vocab_size: int | None = None
+    state_dict: dict[str, torch.Tensor],
+    vocab_size: int | None = None,
+    residual_scale: float = 1.0,
 ) -> dict[str, torch.Tensor]:
     """Convert a state dict of `GPT` to one of GPT2LMHeadModel.
 
+    GPT2LMHeadModel always has biases. Those that the model does not have become zeros.
+
     Args:
         vocab_size: if given, only this number of rows of wte is kept.
+        residual_scale: factor on all residual branches (`GPTConfig.base_depth`). GPT2LMHeadModel
+            has none, so the output projections and their biases are multiplied by it.
     """
     theirs = {}
     for name, w in state_dict.items():
         if name in _EMBEDDINGS:
             w = w[:vocab_size]
+        if ".c_proj." in name and residual_scale != 1:
+            w = w * residual_scale
         theirs[name] = w.t().contiguous() if name.endswith(_CONV1D) else w
+        bias = name.removesuffix("weight") + "bias"
+        if name not in _NO_BIAS and name.endswith("weight") and bias not in state_dict:
+            theirs[bias] = w.new_zeros(w.shape[0])
     return theirs
+
+
+def hf_config(
+    model_config: dict[str, Any], n_blocks: int, vocab_size: int, eos_token_id: int
+) -> dict[str, Any]:
+    """Return the contents of config.json for a model with `n_blocks` blocks.
+
+    Raises:
+        UserError: if `model_config` (of a checkpoint) has a field that GPT2LMHeadModel lacks.
+    """
+    if unknown := sorted(model_config.keys() - EXPRESSED):
+        raise UserError(
+            f"the model's option {unknown[0]}={model_config[unknown[0]]} has no counterpart in "
+            "transformers' GPT-2: a model with this option cannot be exported"
+        )
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": vocab_size,
+        "n_positions": model_config["block_size"],
+        "n_embd": model_config["n_embd"],
+        "n_layer": n_blocks,
+        "n_head": model_config["n_head"],
+        "activation_function": "gelu_new",  # with the tanh approximation
+        "layer_norm_epsilon": 1e-5,
+        **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), model_config["dropout"]),
+        "tie_word_embeddings": True,
+        "bos_token_id": eos_token_id,
+        "eos_token_id": eos_token_id,
+        "dtype": "float32",
+    }
+
+
+def hf_tokenizer(encoding: tiktoken.Encoding, block_size: int) -> dict[str, dict[str, Any]]:
+    """Return the contents of tokenizer.json and tokenizer_config.json, by file name.
+
+    The tokenizer is a byte-level BPE of the `tokenizers` library with the same ids. "bytes" is one
+    without merges. `tokenizers` needs the merges, which tiktoken does not have: see `_merge`.
+
+    Raises:
+        UserError: for a tokenizer other than "bytes" and "gpt2".
+    """
+    if encoding.name not in ("bytes", "gpt2"):
+        raise UserError(f"tokenizer {encoding.name!r} cannot be exported, only bytes and gpt2")
+    special = {name: encoding.encode_single_token(name) for name in encoding.special_tokens_set}
+    ranks = {
+        encoding.decode_single_token_bytes(i): i
+        for i in range(encoding.n_vocab)
+        if i not in special.values()
+    }
+    text = _byte_alphabet()
+
+    def spell(token: bytes) -> str:
+        return "".join(text[byte] for byte in token)
+
+    merges = [list(map(spell, _merge(ranks, token))) for token in ranks if len(token) > 1]
+    added = [
+        {"id": i, "content": name, "special": True, "normalized": False}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        for name, i in special.items()
+    ]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    split = encoding.name == "gpt2"  # with GPT-2's regular expression
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": byte_level | {"use_regex": split},
+        "post_processor": byte_level | {"trim_offsets": False, "use_regex": split},
+        "decoder": byte_level | {"use_regex": split},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {spell(token): i for token, i in ranks.items()} | special,
+            "merges": merges,
+        },
+    }
+    eot = encoding.decode([encoding.eot_token])
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": block_size,
+        "bos_token": eot,
+        "eos_token": eot,
+        "unk_token": eot,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        # Without token types, which GPT2LMHeadModel would add to the embeddings.
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
+
+
+def _byte_alphabet() -> list[str]:
+    """Return the character by which GPT-2's vocabulary files represent each byte (OpenAI)."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (byte for byte in range(256) if byte not in printable)
+    shifted = {byte: 256 + i for i, byte in enumerate(others)}
+    return [chr(shifted.get(byte, byte)) for byte in range(256)]
+
+
+def _merge(ranks: dict[bytes, int], token: bytes) -> list[bytes]:
+    """Return the two tokens that BPE merges into `token`: what the earlier merges make of it."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]
+        i = pairs.index(min(pairs))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
 
 
 def load_pretrained(name: str) -> dict[str, Any]:
@@ -71,9 +204,16 @@ def load_pretrained(name: str) -> dict[str, Any]:
     model_config = SIZES[name] | dict(block_size=1024, vocab_size=50257, dropout=0.0, bias=True)
     weights = {f"transformer.{key}": tensor for key, tensor in load_file(path).items()}
     weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    return not_from_a_run(model_config, from_hf(weights))
+
+
+def not_from_a_run(
+    model_config: dict[str, Any], weights: dict[str, torch.Tensor], step: int = 0
+) -> dict[str, Any]:
+    """Return weights in the format of `checkpoint.load_checkpoint`, with GPT-2's tokenizer."""
     return {
-        "step": 0,
-        "n_blocks": SIZES[name]["n_layer"],
+        "step": step,
+        "n_blocks": model_config["n_layer"],
         "model_config": model_config,
         "seconds": 0.0,
         "loss_history": {},
@@ -82,7 +222,7 @@ def load_pretrained(name: str) -> dict[str, Any]:
         "n_windows": 0,
         "tokenizer": "gpt2",
         "initial_cost": {},
-        "model": from_hf(weights),
+        "model": weights,
         "optimizer": None,
     }
 

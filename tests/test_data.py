@@ -23,6 +23,7 @@ from stagewise.data import (
     get_tokenizer,
     load_meta,
     open_shard,
+    token_bytes,
     verify_shards,
     write_shard,
 )
@@ -202,6 +203,38 @@ def test_gpt2_bpe(monkeypatch):
     encoding = get_tokenizer("gpt2")
     assert (encoding.n_vocab, encoding.eot_token) == (50257, 50256)
     assert encoding.encode_ordinary("Hello world") == [15496, 995]
+
+
+def test_bytes_of_tokens():
+    assert token_bytes(get_tokenizer("bytes"), 320).tolist() == [1] * 256 + [0] * 64
+
+
+@pytest.mark.skipif(
+    not (SHARED_DATA / "tiktoken_cache").exists(),
+    reason="needs GPT-2's vocabulary in shared/data/tiktoken_cache",
+)
+def test_bytes_of_gpt2_tokens(monkeypatch, tmp_path):
+    """The bytes of the targets are those of the decoded text; <|endoftext|> has none."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED_DATA / "tiktoken_cache"))
+    encoding = get_tokenizer("gpt2")
+    lengths = token_bytes(encoding, 50304)
+    assert lengths[:50256].min() == 1 and lengths[:50256].max() == 128
+    assert not lengths[50256:].any()
+    text = "Ein Café \U0001f600 mit 中文,   and spaces\n\n" * 30
+    tokens = [*encode(encoding, text), encoding.eot_token, *encode(encoding, text)]
+    write_shard(tmp_path / "x.bin", np.array(tokens, dtype=np.uint16))
+    shard = {"file": "x.bin", "split": "val", "tokens": len(tokens)}
+    meta = {"vocab_size": 50257, "shards": [shard]}
+    val = Shards(tmp_path, "val", 8, meta)
+    windows = np.arange(len(val))
+    targets = val.read(windows)[1].ravel().tolist()
+    assert targets.count(encoding.eot_token) == 1
+    text_tokens = [token for token in targets if token != encoding.eot_token]
+    expected = len(encoding.decode_bytes(text_tokens)) / len(targets)
+    assert val.bytes_per_token(windows, encoding) == expected
+    few = windows[3:5]
+    expected = len(encoding.decode_bytes(val.read(few)[1].ravel().tolist())) / 16
+    assert val.bytes_per_token(few, encoding) == expected
 
 
 def white_space_texts():

@@ -181,6 +181,40 @@ def test_any_file_in_the_format_is_read(tmp_path):
     assert load_examples(path, BYTES, 64)[0].context == list("A\u2028B\u0085".encode())
 
 
+def test_lm_eval_protocol(tmp_path):
+    """The text that lm-evaluation-harness makes of markers. tests/test_export.py runs it."""
+    parts = {"activity_label": "Café", "ctx_a": " A  man [step] sat.", "ctx_b": "the LADY [title]"}
+    endings = ["[step] sits [substeps]", "flies [title] Away", "é", "two  [x]words"]
+    path = write(
+        tmp_path / "x.jsonl",
+        {"ctx": "unused"} | parts | {"endings": endings, "label": 1},
+        GOOD | {"activity_label": "Sitting", "ctx": "A man. he"},
+    )
+    a, b = load_examples(path, BYTES, 64, protocol="lm_eval")
+    assert bytes(a.context) == "Café:  A man  sat. The lady.".encode()
+    assert [bytes(ending).decode() for ending in a.endings] == [
+        *("   sits ", "  flies. Away", "  é", "  two words")
+    ]  # the space at the end of the context belongs to the ending
+    assert a.lengths == [7, 11, 1, 9] and a.label == 1
+    assert bytes(b.context) == b"Sitting: A man. he" and bytes(b.endings[0]) == b" sits."
+    assert load_examples(path, BYTES, 64)[1].context == list(b"A man. he")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({}, "activity_label: missing or empty, but the protocol lm_eval needs it"),
+        ({"activity_label": ""}, "activity_label: missing or empty"),
+        ({"activity_label": 1}, "activity_label: expected `str | null`"),
+        ({"activity_label": "[x", "ctx": "y]"}, "has no text besides markers"),
+    ],
+)
+def test_lines_without_what_the_protocol_needs(tmp_path, changes, message):
+    path = write(tmp_path / "x.jsonl", GOOD | changes)
+    with pytest.raises(UserError, match=f"x.jsonl, line 1: .*{message}"):
+        load_examples(path, BYTES, 64, protocol="lm_eval")
+
+
 @pytest.mark.parametrize(
     "line, message",
     [

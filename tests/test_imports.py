@@ -10,7 +10,7 @@ from conftest import ROOT
 
 # train, which runs them all, also evaluates
 SCIENCE = ("growth", "policies", "schedule", "cost", "memory", "model")
-COMMANDS = ("train", "fineweb", "hellaswag", "plot", "sample", "study", "frontier")
+COMMANDS = ("train", "fineweb", "hellaswag", "plot", "sample", "export", "study", "frontier")
 
 
 def module_name(path):

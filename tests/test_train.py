@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -125,7 +126,7 @@ def test_two_processes_match_one_in_every_phase(corpus, tmp_path, phase1):
         len({(row["stage"], row["phase"]) for row in a}) == 9
     )  # 4 x 2 phases and the continual one
     for row, other in zip(a, b, strict=True):
-        for key in ("loss", "val_loss", "grad_norm"):
+        for key in ("loss", "val_loss", "val_bpb", "grad_norm"):
             assert (key in row) == (key in other)
             if key in row:
                 assert row[key] == pytest.approx(other[key], rel=2e-5), (row["step"], key)
@@ -152,6 +153,27 @@ def test_two_processes_match_one_in_every_phase(corpus, tmp_path, phase1):
     assert [row["loss"] for row in a[21:]] == pytest.approx(
         [row["loss"] for row in b[21:]], rel=1e-4
     )
+
+
+def test_bits_per_byte(run_train, corpus, capsys):
+    """The total loss of the validation tokens in bits, divided by the bytes of their text."""
+    out = run_train("run", steps=1, eval_tokens=100_000)
+    meta = json.loads((corpus / "meta.json").read_text())
+    targets = Shards(corpus, "val", 64, meta).read(np.arange(-(-100_000 // 64)))[1]
+    n_bytes = int((targets < 256).sum())  # 256 is <|endoftext|>
+    assert n_bytes < targets.size
+    for row in metrics(out):
+        bits = row["val_loss"] * targets.size / math.log(2)
+        assert row["val_bpb"] == pytest.approx(bits / n_bytes, rel=1e-12)
+    capsys.readouterr()
+
+    # A corpus with a tokenizer that is not available can still be trained on.
+    other = out.parent / "other"
+    shutil.copytree(corpus, other)
+    (other / "meta.json").write_text(json.dumps(meta | {"tokenizer": "mine"}))
+    out = run_train("other_run", steps=1, data_dir=other, hellaswag_data="none")
+    assert "val_bpb is not computed: tokenizer 'mine' is unknown" in capsys.readouterr().err
+    assert all("val_loss" in row and "val_bpb" not in row for row in metrics(out))
 
 
 def test_the_micro_batch_size_does_not_change_the_result(run_train):
