@@ -91,13 +91,13 @@ def steps(args: Args) -> dict[str, list[str]]:
     for stages in (2,) if args.rehearsal else (4, 12):
         size = [f"--stages={stages}", f"--batch_size={first}", "--rounds=3", "--steps=240"]
         result[f"phases_s{stages}"] = step(*size, baseline=False)
-    data = args.hellaswag or hellaswag.DEFAULT_PATH
-    result["scoring"] = ["benchmarks/scoring.py", f"--data={data}"]
-    result["scoring"].append(f"--limit={4 if args.rehearsal else 0}")
-    if args.build_nanogpt and not args.rehearsal:
-        result["scoring"].append(f"--peer={args.build_nanogpt}")
-    if args.rehearsal:
-        result["scoring"].append("--rounds=1")
+    if args.rehearsal:  # the demo's model and tokenizer, which need no download
+        scored = ["--data=data/stdlib/hellaswag.jsonl", f"--checkpoint={args.out}/demo_gpu"]
+        scored += ["--limit=4", "--rounds=1"]
+    else:
+        scored = [f"--data={args.hellaswag or hellaswag.DEFAULT_PATH}", "--limit=0"]
+        scored += [f"--peer={args.build_nanogpt}"] if args.build_nanogpt else []
+    result["scoring"] = ["benchmarks/scoring.py", *scored]
     sizes = ["--block_size=32", "--rounds=1"] if args.rehearsal else ["--sequences=16"]
     result["saving"] = ["benchmarks/saving.py", *sizes]
     for command in result.values():
@@ -145,7 +145,7 @@ def main(args: Args) -> None:
         if file.exists():
             print(f"--- {name}: {file} exists")
             continue
-        if name == "scoring" and not args.hellaswag:
+        if name == "scoring" and not (args.hellaswag or args.rehearsal):
             try:
                 hellaswag.download()
             except UserError as error:

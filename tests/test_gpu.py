@@ -219,6 +219,7 @@ def test_a_compiled_run_needs_few_graphs(run_train):
     assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
 
 
+@torch._functorch.config.patch(enable_autograd_cache=False)
 def test_distributed_training_needs_no_more_graphs():
     """The blocks are larger than the first of the buckets in which gradients are reduced."""
     config = GPTConfig(block_size=64, vocab_size=1024, n_layer=12, n_head=4, n_embd=256)
@@ -238,7 +239,8 @@ def test_distributed_training_needs_no_more_graphs():
                 wrapped = train.wrap(model, phase, CUDA) if distributed else model
                 for _ in range(2):
                     step(wrapped, optimizer, batches)
-            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+            # Dynamo itself counts a graph that is cut only once.
+            graphs.append(torch._dynamo.utils.counters["aot_autograd"]["total"])
     finally:
         dist.destroy_process_group()
     assert graphs[0] == graphs[1] <= 4
