@@ -77,7 +77,7 @@ LOG_TAIL, LAST_LINES = 65_536, 10
 CHANGEABLE = {
     "data_dir", "log_interval",
     "out_dir", "init_from", "dry_run", "device", "timeout", "verify_data", "checkpoint_interval",
-    "keep_checkpoints", "max_skipped_steps",
+    "keep_checkpoints", "max_skipped_steps", "wandb", "tensorboard",
 }  # fmt: skip
 # Keys of config.json that may differ between a run and its baseline: the method, and options that
 # affect neither loss nor speed.
@@ -576,7 +576,10 @@ class Training:
         options = [*run.options, *(f"--{option}" for option in self.args.options)]
         options += [f"--out_dir={self.out / run.name}", "--init_from=auto"]
         command = [*launcher, str(ROOT / "train.py"), *options]
-        return Job(run, command, self._environments[run.name][slot], self.out / f"{run.name}.log")
+        # --wandb shows the runs of a study as a group.
+        group = os.environ.get("WANDB_RUN_GROUP", self.args.folder.resolve().name)
+        env = self._environments[run.name][slot] | {"WANDB_RUN_GROUP": group}
+        return Job(run, command, env, self.out / f"{run.name}.log")
 
     def _finish(self, job):
         """Record the result of a process that has ended."""
