@@ -834,3 +834,13 @@ def test_the_runs_of_a_study_are_a_group_of_wandb(
     with pytest.raises(UserError, match="2 of 2 runs failed"):
         study.main(study.RunArgs(folder, only=("baseline",), out=tmp_path / "out"))
     assert groups == [given or "name"] * 2
+
+
+def test_the_report_as_a_page(tiny, tmp_path):
+    pytest.importorskip("plotly")
+    folder = Path(shutil.copytree(tiny, tmp_path / "copy"))
+    study.main(study.ReportArgs(folder, html=tmp_path / "page.html"))
+    text = (tmp_path / "page.html").read_text()
+    data = json.loads(re.search(r'type="application/json">(.*?)</script>', text)[1])
+    assert data["title"] == "Tiny" and sorted(run["name"] for run in data["runs"]) == RUNS
+    assert (folder / "README.md").exists()
