@@ -1,12 +1,15 @@
 """Draw the paper's two figures from run folders, and print a table with the final results.
 
-    python plot.py [RUN_DIR ...] [--x steps|tokens|paper_cost|flops|hours]
+    python plot.py [RUN_DIR ...] [--x steps|tokens|paper_cost|flops|hours] [--html FILE]
     python plot.py --schedule configs/methods/midas.py "configs/demo.py configs/s4.py --steps=900"
 
 Figure 1 shows the training loss (faint lines) and the validation loss (bold lines). Figure 2 shows
 HellaSwag accuracy. Ticks on a curve mark stage boundaries. A solid circle marks the point at which
 a run is compute-matched: its cumulative cost equals the total cost of its baseline. This script
 reads only config.json, schedule.json and metrics.jsonl, which train.py writes.
+
+With --html, also write a self-contained page with both figures, zoomable and over any x axis, the
+schedules, tables with results, phases and options that differ, and samples.txt of a run folder.
 
 With --schedule, draw the schedule given by options of train.py without training it: which blocks
 exist, train, are frozen or are skipped, over the training tokens.
@@ -39,6 +42,7 @@ from stagewise.data import load_meta
 from stagewise.errors import UserError, file_errors, report_user_errors
 from stagewise.fileio import atomic_file, convert, decode_json, read_bytes
 from stagewise.metrics import read_metrics
+from stagewise.page import check_plotly, write_page
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -54,6 +58,7 @@ X_LABELS = {
     "flops": "FLOPs (baseline = 1)",
     "hours": "hours of training",
 }
+LOSS_LABEL = "loss (nats per token)"
 # Colors of blocks in the picture of a schedule. Where a block does not exist, the picture is white.
 STATES = {"trained": "#0072B2", "frozen": "#BBBBBB"}
 TICK: dict[str, Any] = dict(marker="|", markersize=11, markeredgewidth=1.4, linestyle="")
@@ -90,6 +95,8 @@ class Args:
     """Folder for the figures."""
     title: str = ""
     """Title of the figures, for example the model, the hardware and the date."""
+    html: Path | None = None
+    """Also write the results to this file, as a self-contained page. Needs the package plotly."""
     schedule: tuple[str, ...] = ()
     """Draw schedules instead of runs: config files of train.py, or quoted files and options."""
 
@@ -412,22 +419,27 @@ def figure_loss(runs: list[Run], args: Args):
 
     The y axis fits the losses after the first tenth of each run, so higher losses may be clipped.
     """
-    fig, ax = draw(runs, "val_loss", args, "loss (nats per token)", train_column="loss")
+    fig, ax = draw(runs, "val_loss", args, LOSS_LABEL, train_column="loss")
+    if limits := loss_range(runs):
+        ax.set_ylim(*limits)
+    return fig
+
+
+def loss_range(runs: list[Run]) -> tuple[float, float] | None:
+    """Return the range of figure 1's y axis, or None if there are not enough losses."""
     curves = [run.curve("val_loss", "steps") for run in runs]
     late = np.concatenate(
         [np.empty(0)] + [y[(x >= x[-1] / 10) & np.isfinite(y)] for x, y in curves if len(x)]
     )
-    if len(late) > 1 and late.min() < late.max():
-        margin = 0.08 * (late.max() - late.min())
-        ax.set_ylim(late.min() - margin, late.max() + margin)
-    return fig
+    if len(late) < 2 or late.min() == late.max():
+        return None
+    margin = 0.08 * (late.max() - late.min())
+    return float(late.min() - margin), float(late.max() + margin)
 
 
 def figure_hellaswag(runs: list[Run], args: Args):
     """Return figure 2, with the standard error as a band and chance level as a dotted line."""
-    name = f"hellaswag_{args.metric}"
-    task = next(run.task for run in runs if run.measured(name).any())
-    ylabel = f"{task} accuracy ({args.metric})"
+    name, ylabel = f"hellaswag_{args.metric}", accuracy_label(runs, args)
     fig, ax = draw(runs, name, args, ylabel, stderr_column=f"{name}_stderr")
     ax.axhline(0.25, color="#888888", linewidth=0.9, linestyle=":")
     ax.annotate(
@@ -443,6 +455,12 @@ def figure_hellaswag(runs: list[Run], args: Args):
     return fig
 
 
+def accuracy_label(runs: list[Run], args: Args) -> str:
+    """Return the label of figure 2's y axis."""
+    task = next(run.task for run in runs if run.measured(f"hellaswag_{args.metric}").any())
+    return f"{task} accuracy ({args.metric})"
+
+
 def draw_figures(runs: list[Run], args: Args) -> list[str]:
     """Write both figures to `args.out`. Figure 2 needs HellaSwag scores.
 
@@ -452,8 +470,7 @@ def draw_figures(runs: list[Run], args: Args) -> list[str]:
     Raises:
         UserError: if a file cannot be written.
     """
-    for run, color in zip(runs, COLORS * len(runs)):
-        run.color = color
+    set_colors(runs)
     with plt.style.context(STYLE):
         figures = {"figure1_loss": figure_loss(runs, args)}
         if any(run.measured(f"hellaswag_{args.metric}").any() for run in runs):
@@ -462,6 +479,11 @@ def draw_figures(runs: list[Run], args: Args) -> list[str]:
             save(fig, args.out / name)
             plt.close(fig)
     return list(figures)
+
+
+def set_colors(runs: list[Run]) -> None:
+    for run, color in zip(runs, COLORS * len(runs)):
+        run.color = color
 
 
 @dataclass(frozen=True)
@@ -584,6 +606,13 @@ def save(fig, path: Path) -> None:
 
 def table(runs: list[Run], args: Args) -> str:
     """Return a table of final results and compute-matched validation losses."""
+    header, rows = results(runs, args)
+    align = ("left", *("right",) * (len(header) - 1))
+    return tabulate(rows, header, "simple", colalign=align, disable_numparse=True)
+
+
+def results(runs: list[Run], args: Args) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of `table`."""
     header = ["run", "steps", "tokens", "paper cost", "FLOPs", "minutes", "val loss"]
     header += [f"compute-matched ({NAMES[args.match]})", args.metric]
     rows = []
@@ -605,8 +634,7 @@ def table(runs: list[Run], args: Args) -> str:
                 show(accuracy and 100 * accuracy, ".1f", f" ± {error:.1%}"),
             ]
         )
-    align = ("left", *("right",) * (len(header) - 1))
-    return tabulate(rows, header, "simple", colalign=align, disable_numparse=True)
+    return header, rows
 
 
 def show(value: float | None, form: str, suffix: str = "") -> str:
@@ -616,14 +644,243 @@ def show(value: float | None, form: str, suffix: str = "") -> str:
     return format(value, form) + suffix if math.isfinite(value) else "diverged"
 
 
+# --------------------------------------------------------------------------------------------------
+# page
+
+# Keys of config.json that differ between any two runs.
+OF_EACH_RUN = ("out_dir", "command", "starts", "date", "init_from")
+MAX_SAMPLES = 20_000  # characters per run
+
+
+def write_html(runs: list[Run], args: Args) -> None:
+    """Write a self-contained page with the results of runs to `args.html`.
+
+    Raises:
+        UserError: if plotly is not installed, or the file cannot be written.
+    """
+    assert args.html
+    set_colors(runs)
+    write_page(args.html, page_data(runs, args))
+
+
+def page_data(runs: list[Run], args: Args) -> dict[str, Any]:
+    """Return what stagewise/page.html shows."""
+    accuracy = f"hellaswag_{args.metric}"
+    limits = loss_range(runs)
+    marks = "Ticks mark stage boundaries, circles compute-matched points, diamonds baselines."
+    figures: list[dict[str, Any]] = [
+        dict(
+            id="loss", title="Loss", ylabel=LOSS_LABEL, column="val_loss", training="loss",
+            level=None, range=limits, note=f"Validation (bold) and training (faint). {marks}",
+        )
+    ]  # fmt: skip
+    if any(run.measured(accuracy).any() for run in runs):
+        label = accuracy_label(runs, args)
+        figures.append(
+            dict(
+                id="accuracy", title=label, ylabel=label, column=accuracy,
+                error=f"{accuracy}_stderr", level=0.25, percent=True,
+                note=f"Bars are standard errors, and the dotted line is chance. {marks}",
+            )
+        )  # fmt: skip
+    header, rows = results(runs, args)
+    tables = [dict(id="results", title="Results", header=header, rows=rows)]
+    tables.append(phase_table(runs))
+    if len(runs) > 1:
+        tables.append(differences(runs))
+    return {
+        "title": args.title or "Runs: " + ", ".join(run.name for run in runs),
+        "notes": " ".join(run_notes(runs)),
+        "axes": X_LABELS,
+        "axis": args.x,
+        "match": NAMES[args.match],
+        "figures": figures,
+        "tables": tables,
+        "runs": [page_run(run, figures, args) for run in runs],
+        "samples": [dict(name=run.name, text=text) for run in runs if (text := samples(run))],
+    }
+
+
+def page_run(run: Run, figures: list[dict[str, Any]], args: Args) -> dict[str, Any]:
+    """Return the curves, the marks and the schedule of a run, over every x axis."""
+    columns = [f.get(key) for f in figures for key in ("column", "training", "error")]
+    steps = run.columns["step"]
+    edges = np.array([run.schedule.phases[0].start, *(p.stop for p in run.schedule.phases)])
+    phase_edges = {"steps": edges, "hours": np.interp(edges, steps, run.x("hours"))}
+    for m in COST_METRICS:
+        initial = run.columns[m][0] if steps[0] == 0 else 0  # of the initial weights
+        total = initial + np.cumsum([0, *(getattr(p, m) for p in run.schedule.phases)])
+        phase_edges[m] = total if m == "tokens" else total / getattr(run.schedule.baseline, m)
+    return {
+        "name": run.name,
+        "label": run.name + (" (diverged)" if run.last("val_loss") == math.inf else ""),
+        "color": run.color,
+        "baseline": run.is_baseline,
+        "blocks": run.schedule.phases[-1].n_blocks,
+        "x": {axis: _rounded(run.x(axis)) for axis in X_LABELS},
+        "curves": {
+            column: dict(
+                rows=np.flatnonzero(run.measured(column)).tolist(),
+                y=_rounded(run.columns[column][run.measured(column)]),
+            )
+            for column in columns
+            if column
+        },
+        "marks": {
+            f["id"]: _marks(run, f["column"], args)
+            for f in figures
+            if run.measured(f["column"]).any()
+        },
+        "phases": [
+            {
+                "x": {axis: _rounded(edges[i : i + 2]) for axis, edges in phase_edges.items()},
+                "states": block_states(p),
+                "text": describe_phase(p),
+            }
+            for i, p in enumerate(run.schedule.phases)
+        ],
+    }
+
+
+def _marks(run, column, args):
+    starts, matched = {}, {}
+    boundaries = np.array(run.stage_starts(), dtype=float)
+    for axis in X_LABELS:
+        x, y = run.curve(column, axis)
+        steps, _ = run.curve(column, "steps")
+        passed = boundaries[boundaries <= steps[-1]]
+        starts[axis] = {
+            key: _rounded(np.interp(passed, steps, v)) for key, v in dict(x=x, y=y).items()
+        }
+        point = run.compute_matched_point(column, axis, args.match)
+        matched[axis] = _rounded(point) if point and math.isfinite(point[1]) else None
+    return {"starts": starts, "matched": matched}
+
+
+def _rounded(values):
+    """Return numbers with 7 digits. A number that is not finite is None."""
+    return [float(f"{v:.7g}") if math.isfinite(v) else None for v in values]
+
+
+def block_states(phase: Phase) -> list[tuple[str, int, int]]:
+    """Return the state, the first block and the number of blocks of every range of blocks."""
+    trained = [i in phase.trained_blocks for i in range(phase.n_blocks)]
+    edges = [i for i in range(phase.n_blocks) if i == 0 or trained[i] != trained[i - 1]]
+    return [
+        ("trained" if trained[first] else "frozen", first, stop - first)
+        for first, stop in zip(edges, [*edges[1:], phase.n_blocks])
+    ]
+
+
+def describe_phase(phase: PhaseSummary) -> list[str]:
+    """Describe a phase in a few lines."""
+    others = [n for n in ("embeddings", "head") if getattr(phase, f"train_{n}")]
+    lines = [
+        f"{phase.name}: steps {phase.start:,} to {phase.stop:,}",
+        f"{len(phase.trained_blocks)} of {phase.n_blocks} blocks train"
+        + (f", with {' and '.join(others)}" if others else ""),
+        f"context {phase.context_length:,}, {phase.tokens_per_step:,} tokens per step",
+    ]
+    return lines + ["blocks are skipped"] * bool(phase.skip)
+
+
+def in_phase(run: Run, phase: PhaseSummary, column: str) -> np.ndarray:
+    """Return the values of a column in a phase, ordered by step."""
+    steps, values = run.curve(column, "steps")
+    return values[(steps > phase.start) & (steps <= phase.stop)]
+
+
+def speed(run: Run, phase: PhaseSummary) -> float:
+    """Return the median of the tokens per second in a phase.
+
+    The first row is excluded, because it may include compilation. If there are no others, which a
+    smaller log_interval avoids, the result is NaN.
+    """
+    rows = in_phase(run, phase, "tokens_per_second")[1:]
+    return float(np.median(rows)) if len(rows) else math.nan
+
+
+def phase_table(runs: list[Run]) -> dict[str, Any]:
+    """Return a table of the page with speed and memory of every phase."""
+    rows = []
+    for run in runs:
+        for p in run.schedule.phases:
+            mfu = in_phase(run, p, "mfu")[1:]
+            peak = in_phase(run, p, "peak_memory")[:1]  # later values include evaluations
+            tokens_per_second = speed(run, p)
+            rows.append(
+                [
+                    run.name,
+                    p.name,
+                    f"{p.start:,} to {p.stop:,}",
+                    f"{len(p.trained_blocks)} of {p.n_blocks}",
+                    "-" if math.isnan(tokens_per_second) else f"{tokens_per_second:,.0f}",
+                    f"{100 * np.median(mfu):.1f}%" if len(mfu) else "-",
+                    f"{peak[0] / 2**30:.2f} GiB" if len(peak) else "-",
+                    f"{p.flops / run.schedule.baseline.flops:.1%}",
+                ]
+            )
+    header = [
+        "run",
+        "phase",
+        "steps",
+        "blocks that train",
+        "tokens/s",
+        "MFU",
+        "peak memory",
+        "FLOPs",
+    ]
+    note = "Tokens per second and MFU are medians without the first row of each phase."
+    return dict(id="phases", title="Phases", note=note, header=header, rows=rows)
+
+
+def differences(runs: list[Run]) -> dict[str, Any]:
+    """Return a table of the page with the keys of config.json in which runs differ."""
+    rows = []
+    for field in dataclasses.fields(RunConfig):
+        values = [str(getattr(run.config, field.name)) for run in runs]
+        if field.name not in OF_EACH_RUN and len(set(values)) > 1:
+            rows.append([field.name, *values])
+    note = f"All other keys of config.json are equal, except {', '.join(OF_EACH_RUN)}."
+    header = ["option", *(run.name for run in runs)]
+    title = "Differences of configuration"
+    return dict(id="differences", title=title, note=note, header=header, rows=rows, text=True)
+
+
+def samples(run: Run) -> str:
+    """Return samples.txt of the run folder, or "" if there is none."""
+    path = run.folder / "samples.txt"
+    if not path.exists():
+        return ""
+    with file_errors(path, "remove it, or make it readable"):
+        return read_bytes(path).decode("utf-8", "replace")[:MAX_SAMPLES]
+
+
+def run_notes(runs: list[Run]) -> list[str]:
+    """Return what to know before comparing these runs."""
+    notes = []
+    if len({run.schedule.baseline for run in runs}) > 1:
+        notes.append(
+            "These runs have different baselines: paper cost and FLOPs are relative to the "
+            "baseline of each run."
+        )
+    if len({run.config.corpus for run in runs} - {""}) > 1:
+        notes.append("These runs were trained on different data: their losses are not comparable.")
+    return notes
+
+
 def main(args: Args) -> None:
     if args.schedule:
         if args.runs:
             raise UserError("--schedule draws configurations, not runs: remove the run folders")
+        if args.html:
+            raise UserError("--html shows runs: remove --schedule or --html")
         with file_errors(f"--out={args.out}", "use another folder"):
             args.out.mkdir(parents=True, exist_ok=True)
         draw_schedules(args)
         return
+    if args.html:
+        check_plotly()
     folders = args.runs or sorted(p.parent for p in Path("out").rglob("metrics.jsonl"))
     if not folders:
         raise UserError("no runs in out/: train one with train.py, or specify run folders")
@@ -642,14 +899,11 @@ def main(args: Args) -> None:
     with file_errors(f"--out={args.out}", "use another folder"):
         args.out.mkdir(parents=True, exist_ok=True)
     print(table(runs, args))
-    if len({run.schedule.baseline for run in runs}) > 1:
-        print(
-            "note: these runs have different baselines: paper cost and FLOPs are relative to the "
-            "baseline of each run"
-        )
-    if len({run.config.corpus for run in runs} - {""}) > 1:
-        print("note: these runs were trained on different data: their losses are not comparable")
+    for note in run_notes(runs):
+        print(f"note: {note[0].lower()}{note[1:-1]}")
     draw_figures(runs, args)
+    if args.html:
+        write_html(runs, args)
 
 
 if __name__ == "__main__":

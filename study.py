@@ -1,7 +1,7 @@
 """Train the runs of a study, and report the results.
 
     python study.py run results/NAME [--jobs 8] [--processes 1] [--minutes 60]
-    python study.py report results/NAME
+    python study.py report results/NAME [--html FILE]
 
 results/NAME/study.toml lists the runs, with the most important ones first. `run` trains the
 unfinished runs in this order, --jobs of them at a time. If it is stopped, the same command
@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import plot
 from cost import NAMES, cumulative_cost, make_schedules
-from plot import PhaseSummary, Run, load_run, read_config
+from plot import Run, in_phase, load_run, read_config, speed
 from stagewise.config import INPUTS, Config, grad_accum_steps, load_config, padded_vocab_size
 from stagewise.data import fingerprint, load_meta
 from stagewise.errors import UserError, file_errors, report_user_errors
@@ -77,7 +77,7 @@ LOG_TAIL, LAST_LINES = 65_536, 10
 CHANGEABLE = {
     "data_dir", "log_interval",
     "out_dir", "init_from", "dry_run", "device", "timeout", "verify_data", "checkpoint_interval",
-    "keep_checkpoints", "max_skipped_steps",
+    "keep_checkpoints", "max_skipped_steps", "wandb", "tensorboard",
 }  # fmt: skip
 # Keys of config.json that may differ between a run and its baseline: the method, and options that
 # affect neither loss nor speed.
@@ -124,6 +124,8 @@ class ReportArgs:
 
     folder: tyro.conf.Positional[Path]
     """Folder with a study.toml and finished runs."""
+    html: Path | None = None
+    """Also write all runs to this file, as a self-contained page. Needs the package plotly."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -577,7 +579,10 @@ class Training:
         options = [*run.options, *(f"--{option}" for option in self.args.options)]
         options += [f"--out_dir={self.out / run.name}", "--init_from=auto"]
         command = [*launcher, str(ROOT / "train.py"), *options]
-        return Job(run, command, self._environments[run.name][slot], self.out / f"{run.name}.log")
+        # --wandb shows the runs of a study as a group.
+        group = os.environ.get("WANDB_RUN_GROUP", self.args.folder.resolve().name)
+        env = self._environments[run.name][slot] | {"WANDB_RUN_GROUP": group}
+        return Job(run, command, env, self.out / f"{run.name}.log")
 
     def _finish(self, job):
         """Record the result of a process that has ended."""
@@ -731,22 +736,6 @@ class Result:
 
 def _final_loss(run):
     return float(run.curve("val_loss", "steps")[1][-1])
-
-
-def in_phase(run: Run, phase: PhaseSummary, column: str) -> np.ndarray:
-    """Return the values of a column in a phase, ordered by step."""
-    steps, values = run.curve(column, "steps")
-    return values[(steps > phase.start) & (steps <= phase.stop)]
-
-
-def speed(run: Run, phase: PhaseSummary) -> float:
-    """Return the median of the tokens per second in a phase.
-
-    The first row is excluded, because it may include compilation. If there are no others, which a
-    smaller log_interval avoids, the result is NaN.
-    """
-    rows = in_phase(run, phase, "tokens_per_second")[1:]
-    return float(np.median(rows)) if len(rows) else math.nan
 
 
 def seconds_at(run: Run, steps: Any) -> Any:
@@ -1003,6 +992,8 @@ def report_study(args: ReportArgs) -> None:
         phase_table(results),
     ]
     write(args.folder / "README.md", "\n\n".join(part for part in page if part) + "\n")
+    if args.html:
+        plot.write_html([r.run for r in results], plot.Args(title=study.title, html=args.html))
     print(f"{args.folder / 'README.md'}: {len(results)} runs, {len(missing)} not finished yet")
 
 
@@ -1012,6 +1003,8 @@ def main(args: RunArgs | ReportArgs) -> None:
         args.folder = args.folder.absolute()
     if isinstance(args, RunArgs) and args.out:
         args.out = args.out.absolute()
+    if isinstance(args, ReportArgs) and args.html:
+        args.html = args.html.absolute()
     os.chdir(ROOT)
     if args.folder.is_relative_to(ROOT):
         args.folder = args.folder.relative_to(ROOT)

@@ -99,6 +99,7 @@ from stagewise.loss import LOGITS_BYTES
 from stagewise.metrics import MetricsWriter
 from stagewise.monitor import EXIT_STOPPED, LossMonitor, StopSignals
 from stagewise.seeding import derived_seed
+from stagewise.trackers import Trackers, check_trackers
 
 # `calibrate` measures at least this many steps of each phase, and at least this long.
 MIN_CALIBRATION_STEPS, CALIBRATION_SECONDS = 3, 2.0
@@ -135,6 +136,8 @@ def main() -> None:
             print("The cost of the initial weights is not included here, but in metrics.jsonl.")
     if meta is None or (config.dry_run and not config.calibrate):
         return
+    if not config.dry_run:
+        check_trackers(config)
 
     # --- data
     if config.verify_data and ranks.local_rank == 0:
@@ -224,6 +227,7 @@ def main() -> None:
             run_config["starts"].append(describe_start(step, ranks, device))
             write_json(out_dir, "config.json", run_config)
         metrics = MetricsWriter(out_dir / "metrics.jsonl", step if resumed else None)
+        trackers = Trackers(config, out_dir)
         print(summary_table(summary))
         epochs = schedule.tokens(schedule.n_steps) / train_tokens
         micro = grad_accum_steps(config, config.tokens_per_step, ranks.world_size)
@@ -276,7 +280,7 @@ def main() -> None:
         if step == 0:
             row = evaluation(unwrapped)
             if ranks.master:
-                log(metrics, cost_at(step) | {"seconds": round(seconds, 3)} | row, phase)
+                log(metrics, trackers, cost_at(step) | {"seconds": round(seconds, 3)} | row, phase)
         accum_steps = grad_accum_steps(config, phase.tokens_per_step, ranks.world_size)
         bar.set_description(phase.name)
         reset_peak_memory(device)
@@ -330,7 +334,7 @@ def main() -> None:
                     check_replicas(model, step, gloo_group)
                     row |= evaluation(unwrapped)
                 if ranks.master:
-                    log(metrics, row, phase)
+                    log(metrics, trackers, row, phase)
             if saves or stopping:
                 if ranks.master:
                     metrics.sync()
@@ -345,6 +349,7 @@ def main() -> None:
     if ranks.master:
         writer.close()
         metrics.close()
+        trackers.close()
         lock.check()
         if writer.failure:
             raise UserError(
@@ -625,9 +630,10 @@ def cost_columns(
     return row | {m: cost + initial_cost.get(m, 0) for m, cost in costs.items()}
 
 
-def log(metrics: MetricsWriter, row: dict, phase: Phase) -> None:
-    """Append a row to metrics.jsonl, and print it if it contains an evaluation."""
+def log(metrics: MetricsWriter, trackers: Trackers, row: dict, phase: Phase) -> None:
+    """Append a row to metrics.jsonl, track it, and print it if it contains an evaluation."""
     metrics.write(row)
+    trackers.log(row)
     if "val_loss" in row:
         names = {"val_loss": "val loss"} | {k: k for k in ("hellaswag_acc", "hellaswag_acc_norm")}
         values = {name: row[k] for k, name in names.items() if k in row}

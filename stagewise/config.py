@@ -69,6 +69,10 @@ class Config:
     """Steps between checkpoints. Others are saved at the end of each stage and on a signal."""
     keep_checkpoints: Positive = 2
     """Number of recent checkpoints to keep. Those at the end of a stage are always kept."""
+    wandb: str = ""
+    """Weights & Biases project that shows the rows of metrics.jsonl. Needs the package wandb."""
+    tensorboard: bool = False
+    """Also write metrics.jsonl as event files to out_dir/tensorboard. Needs tensorboard."""
 
     # data
     data_dir: str = "data/fineweb_edu"
@@ -187,7 +191,7 @@ class Config:
     """Seconds that a process waits for the other processes before the run ends."""
 
 
-FLAGS = ("--dry_run", "--dry-run", "--calibrate")  # options that need no value
+FLAGS = ("--dry_run", "--dry-run", "--calibrate", "--tensorboard")  # options that need no value
 INPUTS = ("data_dir", "hellaswag_data", "init_weights")  # options that may be paths to read
 
 C = TypeVar("C", bound=Config)

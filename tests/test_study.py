@@ -812,3 +812,35 @@ def test_studies_that_would_count_a_run_twice_or_not_train_it_are_errors(tmp_pat
     (tmp_path / "study.toml").write_text(text + line + "\n")
     with pytest.raises(UserError, match=named):
         study.load_study(tmp_path)
+
+
+@pytest.mark.parametrize("given", [None, "mine"])
+def test_the_runs_of_a_study_are_a_group_of_wandb(
+    corpus, tmp_path, monkeypatch, restored_signals, given
+):
+    groups = []
+
+    class Recorder(Ended):
+        def __init__(self, run, command, env, log):
+            groups.append(env["WANDB_RUN_GROUP"])
+            super().__init__(lambda command: 1, run, command, env, log)
+
+    monkeypatch.setattr(study, "Job", Recorder)
+    if given:
+        monkeypatch.setenv("WANDB_RUN_GROUP", given)
+    else:
+        monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
+    folder = write_study(tmp_path / "name", data_dir=corpus, wandb="project")
+    with pytest.raises(UserError, match="2 of 2 runs failed"):
+        study.main(study.RunArgs(folder, only=("baseline",), out=tmp_path / "out"))
+    assert groups == [given or "name"] * 2
+
+
+def test_the_report_as_a_page(tiny, tmp_path):
+    pytest.importorskip("plotly")
+    folder = Path(shutil.copytree(tiny, tmp_path / "copy"))
+    study.main(study.ReportArgs(folder, html=tmp_path / "page.html"))
+    text = (tmp_path / "page.html").read_text()
+    data = json.loads(re.search(r'type="application/json">(.*?)</script>', text)[1])
+    assert data["title"] == "Tiny" and sorted(run["name"] for run in data["runs"]) == RUNS
+    assert (folder / "README.md").exists()
