@@ -124,8 +124,8 @@ class Args:
     """Number of tokenizer processes."""
     on_error: Literal["stop", "skip"] = "stop"
     """At a document that is null, not UTF-8, or not valid JSON: stop and name it, or skip it."""
-    check_disk: bool = True
-    """Stop before the start if the disk space does not suffice. The need is an estimate."""
+    ignore_disk_space: bool = False
+    """Start even if the disk space, of which the need is estimated, does not suffice."""
     rank: int | None = None
     """Tokenize only every world_size-th input file, starting with this one, into OUT.parts."""
     world_size: int | None = None
@@ -698,7 +698,7 @@ def check_disk(out: Path, source: Source, encoding: tiktoken.Encoding, numbers: 
         + (entry.text_bytes if entry.text_bytes != entry.size or entry.kind == "parquet" else 0)
         for entry in inputs
     ]
-    require_disk(out, shards, sum(sorted(prepared)[-2:]), "; to start anyway, --check_disk=False")
+    require_disk(out, shards, sum(sorted(prepared)[-2:]), "; to start anyway, --ignore_disk_space")
 
 
 def require_disk(out: Path, shards: int, temporary: int, otherwise: str = "") -> None:
@@ -827,7 +827,7 @@ def tokenize_corpus(args: Args, name: str, out: Path) -> None:
         if tokenizer_file:
             copy_tokenizer(tokenizer_file, folder)
         numbers = list(range(progress.number, len(source.inputs)))
-        if args.check_disk:
+        if not args.ignore_disk_space:
             check_disk(out, source, encoding, numbers)
         with (
             Workers(
@@ -907,7 +907,7 @@ def tokenize_parts(args: Args, name: str, out: Path, rank: int, world_size: int)
                 raise UserError(f"{parts}: rank {rank} is running already") from None
         mine = list(range(rank, job.inputs, world_size))
         todo = [i for i in mine if not _part(parts, i).exists()]
-        if args.check_disk:
+        if not args.ignore_disk_space:
             check_disk(parts, source, encoding, todo)
         work = parts / f"{SOURCE}_{rank}"
         shutil.rmtree(work, ignore_errors=True)
@@ -993,7 +993,7 @@ def read_job(parts: Path) -> Job:
         return decode_json(read_bytes(parts / JOB), Job)
 
 
-def merge_parts(out: Path, disk_is_checked: bool) -> None:
+def merge_parts(out: Path, ignore_disk_space: bool) -> None:
     """Concatenate the parts in OUT.parts, and cut them into the shards of `out`.
 
     Raises:
@@ -1020,7 +1020,7 @@ def merge_parts(out: Path, disk_is_checked: bool) -> None:
         progress = load_progress(folder, job.identity)
         if job.tokenizer_file:
             copy_tokenizer(parts / bpe.FILE, folder)
-        if disk_is_checked:
+        if not ignore_disk_space:
             require_disk(out, 2 * (total - progress.tokens), 0)
         with (
             ShardWriter(folder, job.name, job.shard_tokens, progress) as writer,
@@ -1161,7 +1161,7 @@ def import_datatrove(args: Args, name: str, out: Path, files: list[Path]) -> Non
         progress = load_progress(folder, identity_of(args, name, source, encoding))
         if file := tokenizer_file(args, encoding):
             copy_tokenizer(file, folder)
-        if args.check_disk:
+        if not args.ignore_disk_space:
             require_disk(out, 2 * (total - progress.tokens), 0)
         with (
             ShardWriter(folder, name, args.shard_tokens, progress) as writer,
@@ -1224,7 +1224,7 @@ def main(args: Args) -> None:
     out = args.out or Path("data") / name
     check_args(args, out)
     if args.merge:
-        merge_parts(out, args.check_disk)
+        merge_parts(out, args.ignore_disk_space)
     elif args.rank is not None and args.world_size is not None:
         tokenize_parts(args, name, out, args.rank, args.world_size)
     elif not stdlib and Path(args.source).exists():
@@ -1271,4 +1271,4 @@ def check_args(args: Args, out: Path) -> None:
 
 if __name__ == "__main__":
     with report_user_errors():
-        main(tyro.cli(Args, config=(tyro.conf.FlagConversionOff,), use_underscores=True))
+        main(tyro.cli(Args, config=(tyro.conf.FlagCreatePairsOff,), use_underscores=True))

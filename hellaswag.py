@@ -35,7 +35,7 @@ from msgspec import Meta
 from tqdm import tqdm
 
 from model import GPT
-from stagewise.checkpoint import load_checkpoint
+from stagewise.checkpoint import load_checkpoint, tokenizer_folders
 from stagewise.data import check_tokenizer, encode, get_tokenizer
 from stagewise.device import autocast, pick_device
 from stagewise.errors import UserError, file_errors, first_line, report_user_errors
@@ -364,7 +364,8 @@ def main(args: Args) -> None:
     device = pick_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint)
     model = GPT.from_weights(checkpoint["model_config"], checkpoint["model"], device).eval()
-    encoding = get_tokenizer(checkpoint["tokenizer"])
+    folders = tokenizer_folders(args.checkpoint, checkpoint)
+    encoding = get_tokenizer(checkpoint["tokenizer"], folders)
     check_tokenizer(encoding, model.config.vocab_size, args.checkpoint)
     config = checkpoint["config"]
     path = args.data or task_file(config["hellaswag_data"], config["data_dir"]) or DEFAULT_PATH
