@@ -52,9 +52,7 @@ from tqdm import tqdm
 
 from stagewise import bpe
 from stagewise.data import (
-    MAGIC,
     MAX_VOCAB,
-    Format,
     ShardEntry,
     encode,
     get_tokenizer,
@@ -67,10 +65,10 @@ from stagewise.fileio import (
     convert,
     decode_json,
     fsync,
-    open_file,
     read_bytes,
     sha256,
 )
+from stagewise.foreign import check_tokens, datatrove_file, shard_format
 from stagewise.sources import (
     HUB_NAME,
     SHARD_NAME,
@@ -897,14 +895,17 @@ def tokenize_parts(args: Args, name: str, out: Path, rank: int, world_size: int)
     with contextlib.ExitStack() as stack:
         with file_errors(parts, "choose another --out"):
             parts.mkdir(parents=True, exist_ok=True)
-            # The first rank prepares the job; the others wait.
-            with filelock.FileLock(parts / ".job.lock"):
-                job, source, encoding = load_job(args, name, parts)
-            lock = filelock.FileLock(parts / f".rank_{rank}.lock", timeout=0)
             try:
-                stack.enter_context(lock)
+                stack.enter_context(filelock.FileLock(parts / f".rank_{rank}.lock", timeout=0))
+                # The first rank prepares the job; the others wait.
+                with filelock.FileLock(parts / ".job.lock"):
+                    job, source, encoding = load_job(args, name, parts)
             except filelock.Timeout:
-                raise UserError(f"{parts}: rank {rank} is running already") from None
+                raise UserError(
+                    f"{parts}: rank {rank} is running already: wait until it ends"
+                ) from None
+            except NotImplementedError as error:
+                raise OSError(f"the file system has no locks ({first_line(error)})") from None
         mine = list(range(rank, job.inputs, world_size))
         todo = [i for i in mine if not _part(parts, i).exists()]
         if not args.ignore_disk_space:
@@ -1051,8 +1052,6 @@ def merge_parts(out: Path, ignore_disk_space: bool) -> None:
 # --------------------------------------------------------------------------------------------------
 # shards of other projects
 
-CHUNK = 2**24  # tokens
-
 
 def import_shards(args: Args, out: Path, files: list[Path]) -> None:
     """Write a meta.json for the shards of llm.c, modded-nanogpt, build-nanogpt or nanoGPT.
@@ -1111,38 +1110,6 @@ def given_tokenizer(args: Args, default: str | None = None) -> tiktoken.Encoding
     return encoding
 
 
-def shard_format(path: Path) -> Format:
-    """Return the format of a shard. Only nanoGPT's train.bin and val.bin have no header."""
-    if path.suffix == ".npy":
-        return "npy"
-    with file_errors(path, "use a readable file"), open_file(path) as f:
-        start = f.read(4)
-    llmc = (MAGIC, 20240801)  # the second one: Llama 3, uint32
-    headerless = path.stem in ("train", "val") and int.from_bytes(start, "little") not in llmc
-    return "raw" if headerless else "llm.c"
-
-
-def check_tokens(
-    path: Path, tokens: np.ndarray, encoding: tiktoken.Encoding, option: str | None
-) -> int:
-    """Return the number of <|endoftext|> in a shard.
-
-    Raises:
-        UserError: if the shard has a token that the tokenizer does not have.
-    """
-    n = 0
-    for i in range(0, len(tokens), CHUNK):
-        part = tokens[i : i + CHUNK]
-        if part.max() >= encoding.n_vocab:
-            raise UserError(
-                f"{path}: token id {part.max()} is outside the vocabulary of {encoding.name} "
-                f"({encoding.n_vocab:,} tokens): not a token shard, or another --tokenizer than "
-                f"{option or encoding.name}"
-            )
-        n += int((part == encoding.eot_token).sum())
-    return n
-
-
 def import_datatrove(args: Args, name: str, out: Path, files: list[Path]) -> None:
     """Copy the tokens of datatrove's .ds files into shards, in the order of the file names.
 
@@ -1177,40 +1144,6 @@ def import_datatrove(args: Args, name: str, out: Path, files: list[Path]) -> Non
                 bar.update(len(tokens))
             meta = write_corpus(folder, about_corpus(args, encoding, source), writer)
     print_summary(out, meta)
-
-
-def datatrove_file(path: Path) -> tuple[np.ndarray, int | None, str | None]:
-    """Return the tokens of a .ds file, its number of documents, and the name of its tokenizer.
-
-    The latter two come from the files .ds.index (the end of every document as uint64) and
-    .ds.metadata (TOKENIZER|BYTES_PER_TOKEN in the first line), which datatrove writes by default.
-
-    Raises:
-        UserError: if the file has 4 bytes per token, or is incomplete.
-    """
-    size, n_documents, tokenizer = 2, None, None
-    index, metadata = (path.with_name(path.name + end) for end in (".index", ".metadata"))
-    with file_errors(path, "write it with datatrove again"):
-        n_bytes = path.stat().st_size
-        if metadata.exists():
-            line = read_bytes(metadata).decode().splitlines()[:1]
-            match = re.match(r"([^|]*)(?:.*)\|([24])$", line[0] if line else "")
-            if match:
-                tokenizer, size = match[1].removeprefix("openai-community/"), int(match[2])
-        if index.exists():
-            ends = np.frombuffer(read_bytes(index), "<u8")
-            n_documents, last = len(ends), int(ends[-1]) if len(ends) else 0
-            if last and n_bytes == 4 * last:
-                size = 4
-            elif n_bytes != size * last:
-                raise ValueError(f"its index ends at token {last:,}, but it has {n_bytes:,} bytes")
-    if size == 4:
-        raise UserError(
-            f"{path}: has 4 bytes per token, because the vocabulary is larger than {MAX_VOCAB:,}: "
-            "use a tokenizer with a smaller vocabulary"
-        )
-    known = tokenizer if tokenizer and tokenizer != "Unknown Tokenizer" else None
-    return open_shard(path, "raw"), n_documents, known
 
 
 # --------------------------------------------------------------------------------------------------
