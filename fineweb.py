@@ -1,13 +1,19 @@
 """Tokenize a corpus into shards for train.py.
 
     python fineweb.py                              FineWeb-Edu's 10B-token sample, with GPT-2's BPE
+    python fineweb.py --source ORG/NAME            another dataset of the Hugging Face Hub
     python fineweb.py --source PATH --out DIR      local parquet, jsonl or txt, a file or a folder
     python fineweb.py --source stdlib --out DIR    the built-in corpus: Python's standard library
+    python fineweb.py --source SHARDS --out DIR    import shards of llm.c, nanoGPT, datatrove, ...
 
 Every document starts with <|endoftext|>. The beginning of the corpus is the validation set: one
 shard, but at most a tenth of all tokens. DIR contains the shards (see stagewise/data.py for the
 format) and meta.json. The built-in corpus also has hellaswag.jsonl, a task in HellaSwag's format
 that is created from the validation documents.
+
+On several machines, run the command with --rank and --world_size on each, then once with --merge.
+A rank tokenizes whole input files, each into a part in OUT.parts. The merge concatenates the parts
+and cuts them into shards as a single process does, so the result is the same, bit for bit.
 """
 
 import sys
@@ -19,24 +25,23 @@ import stagewise.console  # noqa: F401  (first: Ctrl-C during the other imports)
 # isort: split
 
 import contextlib
-import glob
 import hashlib
 import json
 import multiprocessing
 import os
 import random
 import re
+import secrets
 import shutil
 import signal
 import sysconfig
 import threading
-from array import array
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import filelock
 import numpy as np
@@ -45,24 +50,45 @@ import tyro
 from msgspec import Meta
 from tqdm import tqdm
 
-from stagewise.data import ShardEntry, encode, get_tokenizer, open_shard, write_shard
+from stagewise import bpe
+from stagewise.data import (
+    MAX_VOCAB,
+    ShardEntry,
+    encode,
+    get_tokenizer,
+    open_shard,
+    write_shard,
+)
 from stagewise.errors import UserError, file_errors, first_line, report_user_errors
 from stagewise.fileio import (
     atomic_write,
     convert,
     decode_json,
     fsync,
-    open_file,
     read_bytes,
     sha256,
+)
+from stagewise.foreign import check_tokens, datatrove_file, shard_format
+from stagewise.sources import (
+    HUB_NAME,
+    SHARD_NAME,
+    Documents,
+    Source,
+    document_order,
+    hub_source,
+    local_source,
+    prepare,
+    source_files,
 )
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
 DOCUMENTS_AT_A_TIME = 64
 # In DIR.partial. Identifies folders created by this script. Locked while the folder is written.
 LOCK = ".fineweb.lock"
-PROGRESS, SOURCE = "progress.json", ".source"  # in DIR.partial: see `Progress`, `load_files`
-FORMATS = {"parquet": (".parquet",), "jsonl": (".jsonl", ".json"), "txt": (".txt",)}
+PROGRESS, SOURCE = "progress.json", ".source"  # in DIR.partial: see `Progress`, `Workers`
+JOB = "job.json"  # in DIR.parts: see `Job`
+SAMPLE_BYTES = 100_000_000  # of text on which a tokenizer is trained
+TEXT_BYTES_PER_TOKEN = 4  # of a BPE; only to estimate the disk space
 
 
 @dataclass
@@ -70,22 +96,40 @@ class Args:
     """Tokenize a corpus into shards for train.py."""
 
     source: str = FINEWEB
-    """The FineWeb-Edu dataset; "stdlib" for Python's standard library; or a local file or folder
-    (parquet or jsonl with a `text` column, or txt; the last two may be .gz or .zst)."""
+    """A dataset on the Hugging Face Hub; "stdlib" for Python's standard library; or a local file or
+    folder (parquet, jsonl or txt, the last two possibly .gz or .zst; or shards to import)."""
     out: Path | None = None
     """Folder to create. Default: data/NAME, named after the source.
     The folder appears only when the corpus is complete.
     Until then, OUT.partial keeps finished shards, and the same command continues."""
-    subset: str = "sample-10BT"
-    """Subset of FineWeb-Edu."""
+    subset: str | None = None
+    """Subset of a dataset on the Hub. FineWeb-Edu has sample-10BT (its default here), sample-100BT,
+    sample-350BT, default (all of it) and one for every crawl."""
+    split: str = "train"
+    """Split of a dataset on the Hub."""
+    revision: str | None = None
+    """Branch, tag or commit of a dataset on the Hub. Default: the latest commit."""
+    column: str = "text"
+    """Column, or field of a JSON object, that contains the text."""
     tokenizer: str | None = None
-    """A tiktoken encoding, or "bytes". Default: gpt2, or bytes for the standard library."""
+    """A tiktoken encoding; "bytes"; bpe:SIZE to train one on the first 100 MB of text; or the
+    tokenizer.json of a corpus. Default: gpt2, or bytes for the standard library."""
+    shuffle_seed: int | None = None
+    """Read the input files, and the documents in each, in a random order. Default: as stored."""
     shard_tokens: int = 100_000_000
     """Tokens per shard. The validation set is one shard, but at most a tenth of the corpus."""
     processes: int = os.cpu_count() or 1
     """Number of tokenizer processes."""
     on_error: Literal["stop", "skip"] = "stop"
     """At a document that is null, not UTF-8, or not valid JSON: stop and name it, or skip it."""
+    ignore_disk_space: bool = False
+    """Start even if the disk space, of which the need is estimated, does not suffice."""
+    rank: int | None = None
+    """Tokenize only every world_size-th input file, starting with this one, into OUT.parts."""
+    world_size: int | None = None
+    """Number of ranks, for example the size of a Slurm array."""
+    merge: bool = False
+    """Create OUT from OUT.parts, when all ranks have finished."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -116,260 +160,105 @@ def stdlib_documents() -> list[tuple[str, str]]:
     ]
 
 
-class JsonLines:
-    """The documents of JSON Lines files: the string `text` of every line that is not blank."""
-
-    def __init__(self, paths: list[Path]):
-        self.paths = paths
-        self.offsets = [array("q") for _ in paths]  # of the lines in each file
-        for path, offsets in zip(paths, self.offsets):
-            with open_file(path) as f:
-                position = 0
-                for line in f:
-                    if not line.isspace():
-                        offsets.append(position)
-                    position += len(line)
-        self.first = np.cumsum([0, *map(len, self.offsets)])
-
-    def __len__(self) -> int:
-        return int(self.first[-1])
-
-    def read(self, start: int, stop: int) -> list[str]:
-        """Return documents.
-
-        Raises:
-            ValueError: if one is invalid. The message names the file and the offset of the line.
-        """
-        texts = []
-        for i in range(start, stop):
-            number = int(np.searchsorted(self.first, i, side="right")) - 1
-            offset = self.offsets[number][i - self.first[number]]
-            with open(self.paths[number], "rb") as f:
-                f.seek(offset)
-                line = f.readline()
-            if offset == 0:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
-            try:
-                texts.append(decode_json(line, _Line).text)
-            except ValueError as error:
-                where = f"{self.paths[number].name}, at byte {offset:,}"
-                raise ValueError(f"{where}: {first_line(error)}") from None
-        return texts
-
-
-@dataclass
-class _Line:
-    """A line of a JSON Lines file. Other fields are ignored."""
-
-    text: str
-
-
-class TextFiles:
-    """The documents of text files: every file is one."""
-
-    def __init__(self, paths: list[Path]):
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def read(self, start: int, stop: int) -> list[str]:
-        """Return documents. Raise ValueError if one is not UTF-8."""
-        texts = []
-        for path in self.paths[start:stop]:
-            try:
-                texts.append(read_bytes(path).decode())
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path.name}: {first_line(error)}") from None
-        return texts
-
-
-class Rows:
-    """The documents of a Hugging Face dataset: the strings in its column `text`."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def read(self, start: int, stop: int) -> list[str]:
-        """Return documents. Raise ValueError if one is null or not UTF-8."""
-        texts = self.dataset[start:stop]["text"]
-        if None in texts:
-            raise ValueError("`text` is null")
-        return texts
-
-
-class Texts:
-    """Documents in memory."""
-
-    def __init__(self, texts: list[str]):
-        self.texts = texts
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def read(self, start: int, stop: int) -> list[str]:
-        return self.texts[start:stop]
-
-
-Documents = JsonLines | TextFiles | Rows | Texts
-
-
-def load_hub(subset: str) -> Rows:
-    """Return a subset of FineWeb-Edu.
-
-    Raises:
-        UserError: if it cannot be loaded.
-    """
-    import datasets  # slow to import, and only needed here and for parquet
-
-    try:
-        loaded = datasets.load_dataset(FINEWEB, name=subset, split="train")
-        return Rows(loaded.select_columns("text"))
-    except Exception as error:  # raised by the Hub, its HTTP library or the disk
-        raise UserError(
-            f"{FINEWEB} ({subset}) could not be loaded ({first_line(error)}): check the "
-            "connection and --subset, or use a local --source"
-        ) from None
-
-
-def source_files(source: str) -> tuple[str, list[Path]]:
-    """Return the format of a local source, a key of FORMATS, and its files in order of their paths.
-
-    Raises:
-        UserError: if there are no files, files of several formats, or files of unknown formats.
-    """
-    path = Path(source)
-    with file_errors(f"--source={source}", "use a readable file or folder"):
-        files = sorted(_files_below(path)) if path.is_dir() else [path]
-    # Hidden files, such as .gitattributes, and READMEs are not part of a dataset.
-    ignored = ("readme", "license")
-    files = [p for p in files if not p.name.startswith(".") and p.stem.lower() not in ignored]
-    found: dict[str, list[Path]] = {}
-    for file in files:
-        name = file.name.lower().removesuffix(".gz").removesuffix(".zst")
-        suffix = Path(name).suffix
-        known = next((key for key, suffixes in FORMATS.items() if suffix in suffixes), None)
-        found.setdefault(known or f"*{file.suffix}", []).append(file)
-    if len(found) != 1 or not found.keys() <= FORMATS.keys():
-        kinds = ", ".join(f"{len(paths)} {key}" for key, paths in sorted(found.items()))
-        raise UserError(
-            f"--source={source}: found {kinds or 'no'} files: use files of one format, "
-            ".parquet, .jsonl, .json (JSON Lines) or .txt; the last three may be compressed "
-            "(.gz, .zst)"
-        )
-    return found.popitem()
-
-
-def _files_below(folder):
-    def stop(error):
-        raise error
-
-    for parent, _, names in os.walk(folder, onerror=stop):
-        yield from (path for name in names if (path := Path(parent, name)).is_file())
-
-
-def load_files(kind: str, files: list[Path], folder: Path) -> Documents:
-    """Return the documents of local files.
-
-    Args:
-        kind: a key of FORMATS.
-        folder: for copies: datasets converts parquet, and compressed files are expanded. They are
-            not kept, because a cache could return an earlier version of a file.
-
-    Raises:
-        UserError: if a file cannot be read, or does not have the format.
-    """
-    folder.mkdir()
-    expanded = []
-    for i, path in enumerate(files):
-        with file_errors(path, "fix or replace the file, or move it out of the source"):
-            if path.suffix.lower() in (".gz", ".zst"):
-                import pyarrow  # a dependency of datasets
-
-                expanded.append(folder / f"{i:08d}_{path.stem[:200]}")
-                codec = {".gz": "gzip", ".zst": "zstd"}[path.suffix.lower()]
-                with open_file(path) as f, open(expanded[-1], "wb") as out:
-                    shutil.copyfileobj(pyarrow.CompressedInputStream(f, codec), out, 2**20)
-            else:
-                expanded.append(path)
-                with open_file(path) as f:
-                    if kind == "jsonl" and f.read(1024).lstrip()[:1] == b"[":
-                        raise ValueError("a JSON array, not JSON Lines (one object per line)")
-    if kind == "jsonl":
-        return JsonLines(expanded)
-    if kind == "txt":
-        return TextFiles(expanded)
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        # datasets treats names as patterns.
-        names = [glob.escape(str(path.absolute())) for path in files]
-        loaded = datasets.load_dataset(
-            "parquet", data_files=names, split="train", cache_dir=str(folder)
-        )
-    except Exception as error:  # the readers raise many kinds of errors for corrupted files
-        raise UserError(
-            f"{files[0].parent}: cannot be read as parquet "
-            f"({first_line(error.__cause__ or error)}): fix or replace the file, or move it out of "
-            "the source"
-        ) from None
-    text = loaded.features.get("text")
-    if getattr(text, "dtype", None) not in ("string", "large_string"):
-        raise UserError(
-            f"{files[0]}: needs a `text` column of strings; found "
-            + ", ".join(f"{key}: {getattr(v, 'dtype', v)}" for key, v in loaded.features.items())
-        )
-    return Rows(loaded.select_columns("text"))
-
-
 # --------------------------------------------------------------------------------------------------
 # tokenizing
 
 
-def tokenize_documents(
-    documents: Documents, start: int, encoding: tiktoken.Encoding, processes: int, on_error: str
-) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Yield (number of documents, how many were skipped, their tokens as uint16), in order.
+class Chunk(NamedTuple):
+    """The tokens of consecutive documents of an input."""
 
-    The worker processes read the documents, so only tokens are sent between processes. The number
-    of pending results is bounded.
+    number: int  # of the input
+    document: int  # the first one
+    n_documents: int
+    total: int  # number of documents of the input
+    skipped: int  # how many of these documents were skipped
+    tokens: np.ndarray  # uint16
+
+
+class Workers:
+    """Processes that prepare inputs and tokenize their documents.
+
+    They read the documents, so only tokens are sent between processes. While an input is tokenized,
+    the next one is prepared. The number of pending results is bounded.
 
     Args:
-        start: the first document.
+        work: folder for temporary files; it is created, and removed at the end.
+        seed: shuffle the documents of every input. None: as stored.
         on_error: "skip" leaves out documents that are not valid text.
-
-    Raises:
-        UserError: if a document is not valid text, or a worker is killed.
     """
-    # Fork, so that the workers share the tokenizer and the memory map of the documents.
-    fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(
-        processes, fork, initializer=_init_worker, initargs=(documents, encoding, on_error)
-    ) as pool:
-        futures: deque[tuple[int, Future[tuple[int, np.ndarray]]]] = deque()
+
+    def __init__(
+        self,
+        source: Source,
+        encoding: tiktoken.Encoding,
+        work: Path,
+        processes: int,
+        on_error: str,
+        seed: int | None,
+    ):
+        self.source, self.work, self.processes, self.seed = source, work, processes, seed
+        # Fork, so that the workers share the tokenizer and the list of inputs.
+        fork = multiprocessing.get_context("fork")
+        self._pool = ProcessPoolExecutor(
+            processes, fork, initializer=_init_worker, initargs=(source, encoding, on_error)
+        )
+        self._prepared: dict[int, tuple[Path, Future[tuple[Documents, int]]]] = {}
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def prepare(self, number: int) -> "Future[tuple[Documents, int]]":
+        """Start to prepare an input, unless that was done before."""
+        if number not in self._prepared:
+            # A name that was never used, because processes keep files open.
+            folder = self.work / f"{number:06d}_{secrets.token_hex(4)}"
+            self._prepared[number] = folder, self._pool.submit(_prepare, number, folder)
+        return self._prepared[number][1]
+
+    def tokenize(self, numbers: list[int], document: int = 0) -> Iterator[Chunk]:
+        """Yield the tokens of the inputs with these numbers, in order.
+
+        Args:
+            document: the first document of the first input.
+
+        Raises:
+            UserError: if a document is not valid text, or a worker is killed.
+        """
+        pending: deque[tuple[tuple[int, int, int, int], Future[tuple[int, np.ndarray]]]] = deque()
         try:
-            for first in range(start, len(documents), DOCUMENTS_AT_A_TIME):
-                stop = min(first + DOCUMENTS_AT_A_TIME, len(documents))
-                futures.append((stop - first, pool.submit(_tokenize, first, stop)))
-                if len(futures) > 4 * processes:
-                    n, future = futures.popleft()
-                    yield n, *future.result()
-            for n, future in futures:
-                yield n, *future.result()
+            for number, following in zip(numbers, [*numbers[1:], None]):
+                documents, total = self.prepare(number).result()
+                if following is not None:
+                    self.prepare(following)
+                order = document_order(total, self.seed, number)
+                for first in range(document, total, DOCUMENTS_AT_A_TIME):
+                    indices = order[first : first + DOCUMENTS_AT_A_TIME]
+                    future = self._pool.submit(_tokenize, documents, indices)
+                    pending.append(((number, first, len(indices), total), future))
+                    if len(pending) > 4 * self.processes:
+                        yield self._next(pending)
+                document = 0
+            while pending:
+                yield self._next(pending)
         except BrokenProcessPool:
             raise UserError(
                 "a tokenizer process was killed, possibly because of insufficient memory: use "
                 "fewer --processes"
             ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+
+    def _next(self, pending):
+        about, future = pending.popleft()
+        chunk = Chunk(*about, *future.result())
+        if chunk.document + chunk.n_documents == chunk.total:
+            shutil.rmtree(self._prepared.pop(chunk.number)[0], ignore_errors=True)
+        return chunk
 
 
-_shared: tuple  # in a worker process: documents, encoding, on_error
+_shared: tuple  # in a worker process: source, encoding, on_error
 
 
 def _init_worker(*shared):
@@ -387,18 +276,18 @@ def _exit_with_parent():
     os._exit(1)
 
 
-def read_documents(documents: Documents, start: int, stop: int, on_error: str) -> list[str]:
+def read_documents(documents: Documents, indices: np.ndarray, on_error: str) -> list[str]:
     """Return documents, without the invalid ones if on_error is "skip".
 
     Raises:
         UserError: if on_error is "stop" and a document is invalid.
     """
     with contextlib.suppress(ValueError):
-        return documents.read(start, stop)
+        return documents.read(indices)
     texts = []
-    for i in range(start, stop):  # find out which is invalid
+    for i in indices:  # find out which is invalid
         try:
-            texts += documents.read(i, i + 1)
+            texts += documents.read([i])
         except ValueError as error:
             if on_error == "stop":
                 raise UserError(
@@ -408,10 +297,16 @@ def read_documents(documents: Documents, start: int, stop: int, on_error: str) -
     return texts
 
 
-def _tokenize(start, stop):
-    documents, encoding, on_error = _shared
+def _prepare(number, folder):
+    source, _, _ = _shared
+    documents = prepare(source, number, folder)
+    return documents, len(documents)
+
+
+def _tokenize(documents, indices):
+    _, encoding, on_error = _shared
     try:
-        texts = read_documents(documents, start, stop, on_error)
+        texts = read_documents(documents, indices, on_error)
     except OSError as error:
         raise UserError(
             f"{error.filename or 'the source'}: can no longer be read ({first_line(error)}): "
@@ -420,10 +315,54 @@ def _tokenize(start, stop):
     parts, end_of_text = [], np.array([encoding.eot_token])
     for text in texts:
         parts += [end_of_text, encode(encoding, text)]
-    skipped = stop - start - len(texts)
+    skipped = len(indices) - len(texts)
     if not parts:
         return skipped, np.empty(0, np.uint16)
     return skipped, np.concatenate(parts, dtype=np.uint16, casting="unsafe")
+
+
+def choose_tokenizer(name: str) -> tiktoken.Encoding | int:
+    """Return the tokenizer that --tokenizer selects, or the size of one to train.
+
+    Raises:
+        UserError: if it is unknown or cannot be loaded.
+    """
+    if match := re.fullmatch(r"bpe:(\d{1,6})", name):
+        if not bpe.SMALLEST < int(match[1]) <= MAX_VOCAB:
+            raise UserError(
+                f"--tokenizer={name}: the size must be between {bpe.SMALLEST + 1} and {MAX_VOCAB:,}"
+            )
+        return int(match[1])
+    path = Path(name)
+    if path.suffix == ".json" or (path / bpe.FILE).exists():
+        return bpe.load_bpe(path if path.suffix == ".json" else path / bpe.FILE)
+    return get_tokenizer(name)
+
+
+def train_tokenizer(
+    source: Source, size: int, seed: int | None, on_error: str, work: Path, path: Path
+) -> None:
+    """Train a tokenizer on the first SAMPLE_BYTES of the corpus, and write it to `path`."""
+
+    def texts():
+        n_bytes = 0
+        for number in range(len(source.inputs)):
+            folder = work / f"sample_{number:06d}_{secrets.token_hex(4)}"
+            documents = prepare(source, number, folder)
+            order = document_order(len(documents), seed, number)
+            for i in range(0, len(order), DOCUMENTS_AT_A_TIME):
+                for text in read_documents(documents, order[i : i + DOCUMENTS_AT_A_TIME], on_error):
+                    if n_bytes >= SAMPLE_BYTES:
+                        return
+                    length = len(text.encode())
+                    n_bytes += length
+                    bar.update(length)
+                    yield text
+            shutil.rmtree(folder, ignore_errors=True)
+
+    estimate = min(SAMPLE_BYTES, sum(entry.text_bytes for entry in source.inputs))
+    with tqdm(total=estimate, unit="B", unit_scale=True, desc="sampling for a tokenizer") as bar:
+        bpe.train_bpe(texts(), size, path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -443,10 +382,12 @@ class Progress:
 
     identity: str  # of the source and the options that determine the tokens
     shards: list[dict[str, Any]]  # as in meta.json
-    document: Count = 0  # the first document whose tokens are not all in these shards
+    number: Count = 0  # of the input at which to continue
+    document: Count = 0  # its first document whose tokens are not all in these shards
     offset: Count = 0  # number of tokens of the documents from there on that are in these shards
     tokens: Count = 0  # in all shards
-    skipped: Count = 0  # documents before `document` that were skipped
+    documents: Count = 0  # number of documents before that one, over all inputs
+    skipped: Count = 0  # how many of those were skipped
 
 
 class ShardWriter:
@@ -457,12 +398,22 @@ class ShardWriter:
 
     Args:
         progress: the state from which to continue. It is updated, and saved after every shard.
+        validation: False if all shards are for training.
     """
 
-    def __init__(self, folder: Path, name: str, shard_tokens: int, progress: Progress):
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        shard_tokens: int,
+        progress: Progress,
+        validation: bool = True,
+    ):
         self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
         self.progress, self.shards = progress, list(progress.shards)
-        self._document, self._skipped = progress.document, progress.skipped
+        self.documents, self.skipped = progress.documents, progress.skipped
+        self.tokens = progress.tokens - progress.offset
+        self._validation = validation
         self._written = progress.offset  # number of the next tokens that are already in shards
         self._buffer, self._used = np.empty(shard_tokens, dtype=np.uint16), 0
         self._thread = ThreadPoolExecutor(1)
@@ -474,24 +425,22 @@ class ShardWriter:
     def __exit__(self, *error) -> None:
         self._thread.shutdown()
 
-    def add(self, n_documents: int, skipped: int, tokens: np.ndarray) -> None:
-        """Append the next tokens.
-
-        Args:
-            n_documents: number of documents from which they come.
-            skipped: how many of those were skipped.
-        """
-        done, self._written = self._written, 0
+    def add(self, chunk: Chunk) -> None:
+        """Append the next tokens."""
+        tokens, position = chunk.tokens, (chunk.number, chunk.document)
+        done = min(self._written, len(tokens))
+        self._written -= done
         while done < len(tokens):
             part = tokens[done : done + self.shard_tokens - self._used]
             self._buffer[self._used : self._used + len(part)] = part
             self._used += len(part)
             done += len(part)
             if self._used == self.shard_tokens:
-                self._append(self._buffer, (self._document, done, self._skipped))
+                self._append(self._buffer, (*position, done, self.documents, self.skipped))
                 self._buffer, self._used = np.empty_like(self._buffer), 0
-        self._document += n_documents
-        self._skipped += skipped
+        self.documents += chunk.n_documents
+        self.skipped += chunk.skipped
+        self.tokens += len(tokens)
 
     def finish(self) -> list[dict[str, Any]]:
         """Write the remaining tokens, wait until all shards are written, and return them."""
@@ -499,7 +448,7 @@ class ShardWriter:
             self._append(self._buffer[: self._used])
         self._wait()
         n_val = sum(shard["tokens"] for shard in self.shards) // 10
-        if self.shards and n_val < self.shards[0]["tokens"]:
+        if self._validation and self.shards and n_val < self.shards[0]["tokens"]:
             first = np.array(open_shard(self.folder / self.shards[0]["file"]))
             self._write(self.shards[0], first[:n_val])
             self._append(first[n_val:])
@@ -507,7 +456,7 @@ class ShardWriter:
         return self.shards
 
     def _append(self, tokens, position=None):
-        split = "train" if self.shards else "val"
+        split = "val" if self._validation and not self.shards else "train"
         file = f"{self.name}_{split}_{len(self.shards):06d}.bin"
         self.shards.append({"file": file, "split": split})
         self._write(self.shards[-1], tokens, position)
@@ -527,7 +476,7 @@ class ShardWriter:
         if position:
             p = self.progress
             p.shards.append(dict(shard))
-            p.document, p.offset, p.skipped = position
+            p.number, p.document, p.offset, p.documents, p.skipped = position
             p.tokens += len(tokens)
             atomic_write(self.folder / PROGRESS, json.dumps(asdict(p)))
 
@@ -708,10 +657,522 @@ def write_continuation_task(path: Path, documents: list[tuple[str, str]], val_to
         print("note: the validation set is too short for a HellaSwag-style task", file=sys.stderr)
 
 
+# --------------------------------------------------------------------------------------------------
+# one process on one machine
+
+
+def load_source(args: Args, revision: str | None) -> Source:
+    """Return the source of a corpus, in the order in which it is read.
+
+    Raises:
+        UserError: if it does not exist or cannot be read.
+    """
+    if Path(args.source).exists():
+        source = local_source(*source_files(args.source), args.column)
+    else:
+        subset = args.subset or ("sample-10BT" if args.source == FINEWEB else None)
+        source = hub_source(args.source, subset, args.split, revision, args.column)
+    return source if args.shuffle_seed is None else source.shuffled(args.shuffle_seed)
+
+
+def identity_of(args: Args, name: str, source: Source, encoding: tiktoken.Encoding) -> str:
+    """Return a hash of everything that determines the shards."""
+    options = (args.source, name, encoding.name, args.shard_tokens, args.column, args.shuffle_seed)
+    return hashlib.sha256(repr((options, source.version)).encode()).hexdigest()
+
+
+def check_disk(out: Path, source: Source, encoding: tiktoken.Encoding, numbers: list[int]) -> None:
+    """Estimate the disk space for inputs, and compare it with the free space.
+
+    Raises:
+        UserError: if the space does not suffice.
+    """
+    inputs = [source.inputs[i] for i in numbers]
+    per_token = 1 if encoding.name == "bytes" else TEXT_BYTES_PER_TOKEN
+    shards = 2 * sum(entry.text_bytes for entry in inputs) // per_token
+    # Plain local files are read in place. Two inputs are prepared at a time.
+    prepared = [
+        (entry.size if source.repository else 0)
+        + (entry.text_bytes if entry.text_bytes != entry.size or entry.kind == "parquet" else 0)
+        for entry in inputs
+    ]
+    require_disk(out, shards, sum(sorted(prepared)[-2:]), "; to start anyway, --ignore_disk_space")
+
+
+def require_disk(out: Path, shards: int, temporary: int, otherwise: str = "") -> None:
+    """Raise UserError if the file system of `out` has less space than this number of bytes."""
+    existing = next((p for p in out.absolute().parents if p.exists()), Path("/"))
+    with file_errors(existing, "choose another --out"):
+        free = shutil.disk_usage(existing).free
+    if shards + temporary > free:
+        raise UserError(
+            f"--out={out}: needs about {shards / 1e9:.3g} GB for shards and {temporary / 1e9:.3g} "
+            f"GB for temporary files, but {free / 1e9:.3g} GB are free: free disk space, or choose "
+            f"another folder{otherwise}"
+        )
+
+
+class TokenBar:
+    """A progress bar in tokens. The total, and so the ETA, is extrapolated from the input read."""
+
+    def __init__(self, source: Source, numbers: list[int], n_tokens: int, title: str):
+        # At least 1 byte for an empty file.
+        sizes = [max(1, source.inputs[number].text_bytes) for number in numbers]
+        ends = np.cumsum([0, *sizes])
+        self._of_total = {
+            number: (ends[i] / ends[-1], size / ends[-1])
+            for i, (number, size) in enumerate(zip(numbers, sizes))
+        }
+        self._bar = tqdm(
+            initial=n_tokens, unit="tok", unit_scale=True, desc=title, dynamic_ncols=True
+        )
+
+    def __enter__(self) -> "TokenBar":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._bar.close()
+
+    def skip(self, n_tokens: int) -> None:
+        """Count tokens that have been written before."""
+        self._bar.update(n_tokens)
+
+    def update(self, chunk: Chunk) -> None:
+        before, share = self._of_total[chunk.number]
+        fraction = before + share * (chunk.document + chunk.n_documents) / max(1, chunk.total)
+        self._bar.total = round((self._bar.n + len(chunk.tokens)) / fraction)
+        self._bar.update(len(chunk.tokens))
+
+
+def write_corpus(folder: Path, about: dict[str, Any], writer: ShardWriter) -> dict[str, Any]:
+    """Finish the shards, write meta.json and return its contents.
+
+    Raises:
+        UserError: if there are not enough tokens.
+    """
+    if writer.tokens < 20:
+        raise UserError(
+            f"--source={about['source']}: only {writer.tokens} tokens, not enough for a training "
+            "and a validation shard"
+        )
+    meta = about | {
+        "documents": writer.documents - writer.skipped,
+        "skipped_documents": writer.skipped,
+        "tokens": writer.tokens,
+        "shards": writer.finish(),
+    }
+    atomic_write(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
+    return meta
+
+
+def about_corpus(args: Args, encoding: tiktoken.Encoding, source: Source) -> dict[str, Any]:
+    """Return the first fields of meta.json."""
+    about: dict[str, Any] = {"source": args.source}
+    if source.repository:
+        subset, split, _ = source.version
+        about["source"] = " ".join(filter(None, (args.source, subset)))
+        about |= {"split": split, "revision": source.revision}
+    if args.shuffle_seed is not None:
+        about["shuffle_seed"] = args.shuffle_seed
+    return about | {
+        "tokenizer": encoding.name,
+        "vocab_size": encoding.n_vocab,
+        "eot_token": encoding.eot_token,
+    }
+
+
+def tokenizer_file(args: Args, encoding: tiktoken.Encoding) -> Path | None:
+    """Return the tokenizer.json that --tokenizer selects, or None for other tokenizers."""
+    if not encoding.name.startswith("bpe-"):
+        return None
+    path = Path(args.tokenizer or "")
+    return path if path.is_file() else path / bpe.FILE
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer.json of a trained tokenizer."""
+    atomic_write(folder / bpe.FILE, read_bytes(source).decode())
+
+
+def print_summary(out: Path, meta: dict[str, Any]) -> None:
+    n_val = sum(shard["tokens"] for shard in meta["shards"] if shard["split"] == "val")
+    skipped = meta.get("skipped_documents", 0)
+    print(
+        f"{out}: {meta['tokens'] - n_val:,} training and {n_val:,} validation tokens in "
+        f"{len(meta['shards'])} shards, {meta['documents']:,} documents"
+        + (f", {skipped:,} skipped because they are not valid text" if skipped else "")
+    )
+
+
+def tokenize_corpus(args: Args, name: str, out: Path) -> None:
+    """Tokenize a source into the corpus `out`."""
+    stdlib = args.source == "stdlib"
+    tokenizer = choose_tokenizer(args.tokenizer or ("bytes" if stdlib else "gpt2"))
+    source = Source([], sys.version) if stdlib else load_source(args, args.revision)
+    with atomic_folder(out) as folder:
+        work = folder / SOURCE
+        shutil.rmtree(work, ignore_errors=True)
+        named: list[tuple[str, str]] = []
+        if stdlib:
+            named = stdlib_documents()
+            work.mkdir()
+            path = work / "stdlib.jsonl"
+            path.write_text("".join(json.dumps({args.column: text}) + "\n" for _, text in named))
+            source.inputs = local_source("jsonl", [path], args.column).inputs
+            source.column = args.column
+        encoding, tokenizer_file = tokenizer_of(args, tokenizer, source, folder, work)
+        progress = load_progress(folder, identity_of(args, name, source, encoding))
+        if tokenizer_file:
+            copy_tokenizer(tokenizer_file, folder)
+        numbers = list(range(progress.number, len(source.inputs)))
+        if not args.ignore_disk_space:
+            check_disk(out, source, encoding, numbers)
+        with (
+            Workers(
+                source, encoding, work, args.processes, args.on_error, args.shuffle_seed
+            ) as workers,
+            ShardWriter(folder, name, args.shard_tokens, progress) as writer,
+            TokenBar(
+                source, list(range(len(source.inputs))), writer.tokens, f"tokenizing {name}"
+            ) as bar,
+        ):
+            for chunk in workers.tokenize(numbers, progress.document):
+                writer.add(chunk)
+                bar.update(chunk)
+            meta = write_corpus(folder, about_corpus(args, encoding, source), writer)
+        if stdlib:
+            n_val = meta["shards"][0]["tokens"]
+            write_continuation_task(folder / "hellaswag.jsonl", named, val_tokens=n_val)
+    print_summary(out, meta)
+
+
+def tokenizer_of(
+    args: Args, tokenizer: tiktoken.Encoding | int, source: Source, folder: Path, work: Path
+) -> tuple[tiktoken.Encoding, Path | None]:
+    """Return the tokenizer of a corpus, trained if necessary, and its file if it has one.
+
+    An interrupted run continues with the tokenizer that it has trained.
+    """
+    if isinstance(tokenizer, tiktoken.Encoding):
+        return tokenizer, tokenizer_file(args, tokenizer)
+    file = folder / bpe.FILE
+    if not ((folder / PROGRESS).exists() and file.exists()):
+        file = work / bpe.FILE
+        work.mkdir(exist_ok=True)
+        train_tokenizer(source, tokenizer, args.shuffle_seed, args.on_error, work, file)
+    return bpe.load_bpe(file), file
+
+
+# --------------------------------------------------------------------------------------------------
+# several machines
+
+
+@dataclass
+class Job:
+    """What the ranks have in common. Saved in OUT.parts by the first one."""
+
+    identity: str
+    name: str
+    about: dict[str, Any]  # the first fields of meta.json
+    shard_tokens: Annotated[int, Meta(ge=2, lt=2**31)]
+    inputs: Count  # number of inputs, and of parts
+    tokenizer_file: bool
+
+
+@dataclass
+class PartMeta:
+    """The meta.json of a part: the tokens of one input."""
+
+    identity: str
+    documents: Count
+    skipped_documents: Count
+    shards: list[ShardEntry]
+
+
+def tokenize_parts(args: Args, name: str, out: Path, rank: int, world_size: int) -> None:
+    """Tokenize every world_size-th input of a source, each into a folder in OUT.parts."""
+    parts = parts_folder(out)
+    with contextlib.ExitStack() as stack:
+        with file_errors(parts, "choose another --out"):
+            parts.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(filelock.FileLock(parts / f".rank_{rank}.lock", timeout=0))
+                # The first rank prepares the job; the others wait.
+                with filelock.FileLock(parts / ".job.lock"):
+                    job, source, encoding = load_job(args, name, parts)
+            except filelock.Timeout:
+                raise UserError(
+                    f"{parts}: rank {rank} is running already: wait until it ends"
+                ) from None
+            except NotImplementedError as error:
+                raise OSError(f"the file system has no locks ({first_line(error)})") from None
+        mine = list(range(rank, job.inputs, world_size))
+        todo = [i for i in mine if not _part(parts, i).exists()]
+        if not args.ignore_disk_space:
+            check_disk(parts, source, encoding, todo)
+        work = parts / f"{SOURCE}_{rank}"
+        shutil.rmtree(work, ignore_errors=True)
+        workers = stack.enter_context(
+            Workers(source, encoding, work, args.processes, args.on_error, args.shuffle_seed)
+        )
+        bar = stack.enter_context(TokenBar(source, todo, 0, f"tokenizing {name}, rank {rank}"))
+        for number, following in zip(todo, [*todo[1:], None]):
+            with atomic_folder(_part(parts, number)) as folder:
+                progress = load_progress(folder, job.identity)
+                with ShardWriter(folder, "part", args.shard_tokens, progress, False) as writer:
+                    bar.skip(writer.tokens)
+                    chunks = workers.tokenize([number], progress.document)
+                    for i, chunk in enumerate(chunks):
+                        if i == 0 and following is not None:
+                            workers.prepare(following)
+                        writer.add(chunk)
+                        bar.update(chunk)
+                    shards = writer.finish()
+                part = {
+                    "identity": job.identity,
+                    "documents": writer.documents,
+                    "skipped_documents": writer.skipped,
+                    "shards": shards,
+                }
+                atomic_write(folder / "meta.json", json.dumps(part, indent=2) + "\n")
+    missing = _missing(parts, job)
+    print(
+        f"{parts}: rank {rank} of {world_size} has finished its {len(mine)} of {job.inputs} parts; "
+        + (f"{len(missing)} are missing" if missing else "all are complete: use --merge")
+    )
+
+
+def parts_folder(out: Path) -> Path:
+    return out.with_name(out.name + ".parts")
+
+
+def _part(parts, number):
+    return parts / f"{number:06d}"
+
+
+def _missing(parts, job):
+    return [i for i in range(job.inputs) if not _part(parts, i).exists()]
+
+
+def load_job(args: Args, name: str, parts: Path) -> tuple[Job, Source, tiktoken.Encoding]:
+    """Return the job of OUT.parts, its source and its tokenizer. Create the job if there is none.
+
+    Raises:
+        UserError: if OUT.parts belongs to another command or to another version of the source.
+    """
+    existing = read_job(parts) if (parts / JOB).exists() else None
+    tokenizer = choose_tokenizer(args.tokenizer or "gpt2")
+    # A dataset may change on the Hub between the starts of two ranks.
+    pinned = existing.about.get("revision") if existing else None
+    source = load_source(args, args.revision or pinned)
+    work = parts / f"{SOURCE}_job"
+    shutil.rmtree(work, ignore_errors=True)
+    file: Path | None
+    if existing and isinstance(tokenizer, int):
+        encoding, file = bpe.load_bpe(parts / bpe.FILE), parts / bpe.FILE
+    else:
+        encoding, file = tokenizer_of(args, tokenizer, source, parts, work)
+    identity = identity_of(args, name, source, encoding)
+    if existing:
+        if existing.identity != identity:
+            raise UserError(
+                f"{parts}: has parts of another source, another version of it, or other options: "
+                "use the options of the other ranks, or choose another --out"
+            )
+        return existing, source, encoding
+    if file:
+        copy_tokenizer(file, parts)
+    shutil.rmtree(work, ignore_errors=True)
+    about = about_corpus(args, encoding, source)
+    job = Job(identity, name, about, args.shard_tokens, len(source.inputs), bool(file))
+    atomic_write(parts / JOB, json.dumps(asdict(job), indent=2) + "\n")
+    return job, source, encoding
+
+
+def read_job(parts: Path) -> Job:
+    with file_errors(parts / JOB, "run the command with --rank and --world_size first"):
+        return decode_json(read_bytes(parts / JOB), Job)
+
+
+def merge_parts(out: Path, ignore_disk_space: bool) -> None:
+    """Concatenate the parts in OUT.parts, and cut them into the shards of `out`.
+
+    Raises:
+        UserError: if parts are missing or corrupted.
+    """
+    parts = parts_folder(out)
+    job = read_job(parts)
+    if missing := _missing(parts, job):
+        raise UserError(
+            f"{parts}: {len(missing)} of {job.inputs} parts are missing, for example part "
+            f"{missing[0]}: wait for all ranks, or repeat them"
+        )
+    pieces: list[tuple[Path, ShardEntry | None, PartMeta | None]] = []
+    for number in range(job.inputs):
+        path = _part(parts, number)
+        with file_errors(path / "meta.json", "remove this part, and repeat its rank"):
+            part = decode_json(read_bytes(path / "meta.json"), PartMeta)
+            if part.identity != job.identity:
+                raise ValueError("is a part of another source or was written with other options")
+        pieces += [(path / entry.file, entry, None) for entry in part.shards]
+        pieces.append((path, None, part))  # after its last token
+    total = sum(entry.tokens for _, entry, _ in pieces if entry)
+    with atomic_folder(out) as folder:
+        progress = load_progress(folder, job.identity)
+        if job.tokenizer_file:
+            copy_tokenizer(parts / bpe.FILE, folder)
+        if not ignore_disk_space:
+            require_disk(out, 2 * (total - progress.tokens), 0)
+        with (
+            ShardWriter(folder, job.name, job.shard_tokens, progress) as writer,
+            tqdm(
+                total=total, initial=writer.tokens, unit="tok", unit_scale=True, desc="merging"
+            ) as bar,
+        ):
+            for i in range(progress.number, len(pieces)):
+                path, entry, part_meta = pieces[i]
+                if part_meta:
+                    counts = part_meta.documents, 0, part_meta.skipped_documents
+                    writer.add(Chunk(i, 0, *counts, np.empty(0, np.uint16)))
+                    continue
+                assert entry
+                tokens = open_shard(path)
+                if sha256(path) != entry.sha256:
+                    raise UserError(
+                        f"{path}: its sha256 is not that in meta.json: remove the folder "
+                        f"{path.parent}, and repeat its rank"
+                    )
+                writer.add(Chunk(i, 0, 0, 0, 0, tokens))
+                bar.update(len(tokens))
+            meta = write_corpus(folder, job.about, writer)
+    print_summary(out, meta)
+    print(f"{parts} is no longer needed")
+
+
+# --------------------------------------------------------------------------------------------------
+# shards of other projects
+
+
+def import_shards(args: Args, out: Path, files: list[Path]) -> None:
+    """Write a meta.json for the shards of llm.c, modded-nanogpt, build-nanogpt or nanoGPT.
+
+    OUT contains links to the files, which stay where they are.
+
+    Raises:
+        UserError: if a file is not a shard, or --tokenizer is missing or wrong.
+    """
+    encoding = given_tokenizer(args)
+    shards: list[dict[str, Any]] = []
+    n_documents = 0
+    total = sum(path.stat().st_size for path in files)
+    with (
+        atomic_folder(out) as folder,
+        tqdm(total=total, unit="B", unit_scale=True, desc="reading shards") as bar,
+    ):
+        if file := tokenizer_file(args, encoding):
+            copy_tokenizer(file, folder)
+        for path in files:
+            match = SHARD_NAME.fullmatch(path.name)
+            assert match
+            format = shard_format(path)
+            tokens = open_shard(path, format)
+            n_documents += check_tokens(path, tokens, encoding, args.tokenizer)
+            (folder / path.name).symlink_to(path.absolute())
+            entry = {"file": path.name, "split": match[1], "tokens": len(tokens)}
+            entry |= {"sha256": sha256(path)} | ({} if format == "llm.c" else {"format": format})
+            shards.append(entry)
+            bar.update(path.stat().st_size)
+        if missing := {"train", "val"} - {shard["split"] for shard in shards}:
+            raise UserError(
+                f"--source={args.source}: found no shard with {missing.pop()} in its name: a "
+                "corpus needs training and validation shards"
+            )
+        meta = about_corpus(args, encoding, Source([], None)) | {
+            "documents": n_documents,
+            "tokens": sum(shard["tokens"] for shard in shards),
+            "shards": shards,
+        }
+        atomic_write(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
+    print_summary(out, meta)
+
+
+def given_tokenizer(args: Args, default: str | None = None) -> tiktoken.Encoding:
+    """Return the tokenizer of shards that exist."""
+    name = args.tokenizer or default
+    if not name:
+        raise UserError(
+            f"--source={args.source}: the shards do not record their tokenizer: add it, for "
+            "example --tokenizer=gpt2 for those of build-nanogpt, llm.c and modded-nanogpt"
+        )
+    encoding = choose_tokenizer(name)
+    if isinstance(encoding, int):
+        raise UserError(f"--tokenizer={name}: the shards have been tokenized already")
+    return encoding
+
+
+def import_datatrove(args: Args, name: str, out: Path, files: list[Path]) -> None:
+    """Copy the tokens of datatrove's .ds files into shards, in the order of the file names.
+
+    Raises:
+        UserError: if the files have 4 bytes per token, or --tokenizer is missing or wrong.
+    """
+    sources = [datatrove_file(path) for path in files]
+    named = {tokenizer for _, _, tokenizer in sources if tokenizer}
+    default = named.pop() if len(named) == 1 else None
+    encoding = given_tokenizer(args, default)
+    args = Args(**(asdict(args) | {"tokenizer": args.tokenizer or default}))
+    version = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    total = sum(len(tokens) for tokens, _, _ in sources)
+    with atomic_folder(out) as folder:
+        source = Source([], version)
+        progress = load_progress(folder, identity_of(args, name, source, encoding))
+        if file := tokenizer_file(args, encoding):
+            copy_tokenizer(file, folder)
+        if not args.ignore_disk_space:
+            require_disk(out, 2 * (total - progress.tokens), 0)
+        with (
+            ShardWriter(folder, name, args.shard_tokens, progress) as writer,
+            tqdm(
+                total=total, initial=writer.tokens, unit="tok", unit_scale=True, desc="importing"
+            ) as bar,
+        ):
+            for i in range(progress.number, len(files)):
+                tokens, n_documents, _ = sources[i]
+                n_ends = check_tokens(files[i], tokens, encoding, args.tokenizer)
+                n = n_ends if n_documents is None else n_documents
+                writer.add(Chunk(i, 0, n, n, 0, tokens))
+                bar.update(len(tokens))
+            meta = write_corpus(folder, about_corpus(args, encoding, source), writer)
+    print_summary(out, meta)
+
+
+# --------------------------------------------------------------------------------------------------
+
+
 def main(args: Args) -> None:
     stdlib, hub = args.source == "stdlib", args.source == FINEWEB
     name = "fineweb_edu" if hub else Path(args.source).name.split(".")[0] or "corpus"
+    if hub and args.subset not in (None, "sample-10BT"):
+        name += "_" + re.sub(r"\W+", "_", args.subset.removeprefix("sample-"))
     out = args.out or Path("data") / name
+    check_args(args, out)
+    if args.merge:
+        merge_parts(out, args.ignore_disk_space)
+    elif args.rank is not None and args.world_size is not None:
+        tokenize_parts(args, name, out, args.rank, args.world_size)
+    elif not stdlib and Path(args.source).exists():
+        kind, files = source_files(args.source)
+        if kind == "shards":
+            import_shards(args, out, files)
+        elif kind == "datatrove":
+            import_datatrove(args, name, out, files)
+        else:
+            tokenize_corpus(args, name, out)
+    else:
+        tokenize_corpus(args, name, out)
+
+
+def check_args(args: Args, out: Path) -> None:
     if not out.name or out.name == "..":
         raise UserError(f"--out={out}: name a new folder")
     if not 2 <= args.shard_tokens < 2**31:
@@ -721,70 +1182,26 @@ def main(args: Args) -> None:
         )
     if not 1 <= args.processes <= 1024:
         raise UserError(f"--processes={args.processes} must be between 1 and 1,024")
-    if not (hub or stdlib or Path(args.source).exists()):
+    if args.shuffle_seed is not None and not 0 <= args.shuffle_seed < 2**32:
+        raise UserError(f"--shuffle_seed={args.shuffle_seed} must be between 0 and 2**32 - 1")
+    if (args.rank is None) != (args.world_size is None):
+        raise UserError("--rank and --world_size: use both, or neither")
+    if args.rank is not None and args.world_size is not None:
+        if not 0 <= args.rank < args.world_size:
+            raise UserError(
+                f"--rank={args.rank} must be between 0 and world_size - 1 = {args.world_size - 1}"
+            )
+        if args.merge:
+            raise UserError("--merge: remove --rank and --world_size; it runs once, at the end")
+        if args.source == "stdlib":
+            raise UserError("--source=stdlib: is a single input, which cannot be split into ranks")
+    local = args.source == "stdlib" or Path(args.source).exists()
+    if not (local or args.merge or HUB_NAME.fullmatch(args.source)):
         raise UserError(
             f"--source={args.source}: no such file or folder: use a path, {FINEWEB} or stdlib"
         )
-    encoding = get_tokenizer(args.tokenizer or ("bytes" if stdlib else "gpt2"))
-    kind, files = ("", []) if hub or stdlib else source_files(args.source)
-
-    with atomic_folder(out) as folder:
-        shutil.rmtree(folder / SOURCE, ignore_errors=True)
-        named: list[tuple[str, str]] = []
-        documents: Documents
-        if hub:
-            documents = load_hub(args.subset)
-            version: Any = [args.subset, documents.dataset._fingerprint]
-        elif stdlib:
-            named = stdlib_documents()
-            documents = Texts([text for _, text in named])
-            version = sys.version
-        else:
-            documents = load_files(kind, files, folder / SOURCE)
-            version = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        options = (args.source, name, encoding.name, args.shard_tokens, version)
-        progress = load_progress(folder, hashlib.sha256(repr(options).encode()).hexdigest())
-        first, total = progress.document, len(documents)
-        with (
-            ShardWriter(folder, name, args.shard_tokens, progress) as writer,
-            tqdm(total=total, initial=first, unit="doc", desc=f"tokenizing {name}") as bar,
-        ):
-            n_tokens, skipped = progress.tokens - progress.offset, progress.skipped
-            for part in tokenize_documents(
-                documents, first, encoding, args.processes, args.on_error
-            ):
-                writer.add(*part)
-                n_documents, n_skipped, tokens = part
-                n_tokens, skipped = n_tokens + len(tokens), skipped + n_skipped
-                bar.set_postfix(tokens=f"{n_tokens:,}", refresh=False)
-                bar.update(n_documents)
-            if n_tokens < 20:
-                raise UserError(
-                    f"--source={args.source}: only {n_tokens} tokens, not enough for a training "
-                    "and a validation shard"
-                )
-            shards = writer.finish()
-        meta = {
-            "source": f"{args.source} {args.subset}" if hub else args.source,
-            "tokenizer": encoding.name,
-            "vocab_size": encoding.n_vocab,
-            "eot_token": encoding.eot_token,
-            "documents": total - skipped,
-            "skipped_documents": skipped,
-            "tokens": n_tokens,
-            "shards": shards,
-        }
-        atomic_write(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
-        n_val = shards[0]["tokens"]
-        if stdlib:
-            write_continuation_task(folder / "hellaswag.jsonl", named, val_tokens=n_val)
-    print(
-        f"{out}: {n_tokens - n_val:,} training and {n_val:,} validation tokens in "
-        f"{len(shards)} shards, {total - skipped:,} documents"
-        + (f", {skipped:,} skipped because they are not valid text" if skipped else "")
-    )
 
 
 if __name__ == "__main__":
     with report_user_errors():
-        main(tyro.cli(Args, config=(tyro.conf.FlagConversionOff,), use_underscores=True))
+        main(tyro.cli(Args, config=(tyro.conf.FlagCreatePairsOff,), use_underscores=True))

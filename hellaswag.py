@@ -41,7 +41,7 @@ from torch.nn.attention import sdpa_kernel
 from tqdm import tqdm
 
 from model import ATTENTION_OF_ANY_SHAPE, GPT
-from stagewise.checkpoint import load_checkpoint
+from stagewise.checkpoint import load_checkpoint, tokenizer_folders
 from stagewise.data import Prefetch, check_tokenizer, encode, get_tokenizer
 from stagewise.device import autocast, pick_device
 from stagewise.errors import UserError, file_errors, first_line, report_user_errors
@@ -454,7 +454,8 @@ def main(args: Args) -> None:
     device = pick_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint)
     model = GPT.from_weights(checkpoint["model_config"], checkpoint["model"], device).eval()
-    encoding = get_tokenizer(checkpoint["tokenizer"])
+    folders = tokenizer_folders(args.checkpoint, checkpoint)
+    encoding = get_tokenizer(checkpoint["tokenizer"], folders)
     check_tokenizer(encoding, model.config.vocab_size, args.checkpoint)
     config = checkpoint["config"]
     path = args.data or task_file(config["hellaswag_data"], config["data_dir"]) or DEFAULT_PATH

@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from model import GPT
-from stagewise.checkpoint import load_checkpoint
+from stagewise.checkpoint import load_checkpoint, tokenizer_folders
 from stagewise.data import check_tokenizer, encode, get_tokenizer
 from stagewise.device import autocast, pick_device
 from stagewise.errors import UserError, report_user_errors
@@ -66,7 +66,8 @@ def main(args: Args) -> None:
     model = GPT.from_weights(checkpoint["model_config"], checkpoint["model"], device).eval()
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(f"{args.checkpoint}: its weights are not finite: use another checkpoint")
-    encoding = get_tokenizer(checkpoint["tokenizer"])
+    folders = tokenizer_folders(args.checkpoint, checkpoint)
+    encoding = get_tokenizer(checkpoint["tokenizer"], folders)
     check_tokenizer(encoding, model.config.vocab_size, args.checkpoint)
     prompt = [encoding.eot_token, *encode(encoding, args.prompt).tolist()]
     idx = torch.tensor([prompt] * args.num_samples, device=device)

@@ -42,6 +42,7 @@ from cost import COST_METRICS, NAMES, cumulative_cost, make_schedules, summarize
 from memory import memory_table
 from model import GPT, GPTConfig
 from schedule import Phase, Schedule, begun, learning_rate
+from stagewise import bpe
 from stagewise.checkpoint import (
     FOLDER,
     CheckpointWriter,
@@ -93,7 +94,14 @@ from stagewise.distributed import (
     set_gradient_sync,
 )
 from stagewise.errors import UserError, file_errors, report_user_errors
-from stagewise.fileio import FolderLock, atomic_write, convert, decode_json, encode_json
+from stagewise.fileio import (
+    FolderLock,
+    atomic_write,
+    convert,
+    decode_json,
+    encode_json,
+    read_bytes,
+)
 from stagewise.hf import SIZES
 from stagewise.loss import LOGITS_BYTES
 from stagewise.metrics import MetricsWriter
@@ -162,7 +170,7 @@ def main() -> None:
     mesh = make_mesh(device, ranks) if config.sharding == "fsdp" else None
     examples = []
     if task:
-        encoding = get_tokenizer(meta["tokenizer"])
+        encoding = get_tokenizer(meta["tokenizer"], [config.data_dir])
         check_tokenizer(encoding, meta["vocab_size"], f"{config.data_dir}/meta.json")
         limit = config.hellaswag_limit
         examples = hellaswag.load_examples(task, encoding, config.block_size, limit)
@@ -222,6 +230,7 @@ def main() -> None:
         train_tokens = len(train_data) * config.block_size
         if step < schedule.n_steps:  # the files of a finished run describe what trained it
             write_json(out_dir, "schedule.json", summary)
+            copy_tokenizer(config.data_dir, out_dir)
             run_config = describe_run(config, model_config, task, meta, train_tokens, ranks, device)
             run_config["starts"] = former_starts(out_dir) if resumed else []
             run_config["starts"].append(describe_start(step, ranks, device))
@@ -1105,6 +1114,14 @@ def write_json(out_dir: Path, name: str, value: dict) -> None:
     with file_errors(out_dir / name, "make out_dir writable, free disk space, or use another one"):
         out_dir.mkdir(parents=True, exist_ok=True)
         atomic_write(out_dir / name, encode_json(value, indent=2) + "\n")
+
+
+def copy_tokenizer(data_dir: str, out_dir: Path) -> None:
+    """Copy the tokenizer that was trained on the corpus, if there is one, to the run folder."""
+    path = Path(data_dir) / bpe.FILE
+    if path.exists():
+        with file_errors(path, "make it readable, and out_dir writable"):
+            atomic_write(out_dir / bpe.FILE, read_bytes(path).decode())
 
 
 def describe_run(

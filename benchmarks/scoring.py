@@ -37,7 +37,7 @@ from benchmarks.common import (
 )
 from hellaswag import Example, ending_losses, load_examples
 from model import GPT, GPTConfig
-from stagewise.checkpoint import load_checkpoint
+from stagewise.checkpoint import load_checkpoint, tokenizer_folders
 from stagewise.data import get_tokenizer
 from stagewise.device import autocast, pick_device
 from stagewise.errors import UserError, report_user_errors
@@ -150,11 +150,12 @@ def main(args: Args) -> None:
     if args.checkpoint:
         checkpoint = load_checkpoint(args.checkpoint)
         model = GPT.from_weights(checkpoint["model_config"], checkpoint["model"], device)
-        tokenizer = checkpoint["tokenizer"]
+        folders = tokenizer_folders(args.checkpoint, checkpoint)
+        encoding = get_tokenizer(checkpoint["tokenizer"], folders)
     else:
-        model, tokenizer = GPT(GPTConfig(), device=device), "gpt2"
+        model, encoding = GPT(GPTConfig(), device=device), get_tokenizer("gpt2")
     model.eval()
-    examples = load_examples(args.data, get_tokenizer(tokenizer), model.config.block_size)
+    examples = load_examples(args.data, encoding, model.config.block_size)
     lines = [line for line in args.data.read_text("utf-8").split("\n") if line.strip()]
     every = max(1, len(examples) // args.limit) if args.limit else 1
     chosen = list(range(0, len(examples), every))[: args.limit or None]

@@ -192,6 +192,16 @@ def _load_checkpoint(path, optimizer):
     return checkpoint
 
 
+def tokenizer_folders(path: Path, checkpoint: dict[str, Any]) -> list[Path]:
+    """Return where the tokenizer.json of a checkpoint may be: its run folder, or the corpus.
+
+    Args:
+        path: the run folder or the checkpoint, from which `checkpoint` was loaded.
+    """
+    run_dir = path.absolute().parent.parent if (path / SUMS).exists() else path
+    return [run_dir, path, Path(checkpoint["config"]["data_dir"])]
+
+
 def optimizer_state_from(
     tensors: dict[str, torch.Tensor], params: dict[str, torch.nn.Parameter]
 ) -> dict[torch.Tensor, dict[str, torch.Tensor]]:

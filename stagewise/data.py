@@ -2,7 +2,8 @@
 
 A corpus is a folder of shards in llm.c's .bin format (a header of 256 int32, which begins with the
 magic number 20240520, the version 1 and the token count, then uint16 tokens), and a meta.json that
-lists them. fineweb.py writes it.
+lists them. fineweb.py writes it. The shards that it imports may also be .npy files, as those of
+build-nanogpt, or files without a header, as those of nanoGPT.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import tiktoken
 from msgspec import Meta
 from tqdm import tqdm
 
+from stagewise.bpe import find_bpe
 from stagewise.errors import UserError, file_errors, first_line
 from stagewise.fileio import atomic_file, decode_json, open_file, read_bytes, sha256
 
@@ -55,16 +57,23 @@ _LONG_SPACE = re.compile(
 )
 
 
-def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """Return a tokenizer: "bytes" (256 byte tokens and <|endoftext|>) or a tiktoken encoding.
+def get_tokenizer(name: str, folders: Iterable[str | Path] = ()) -> tiktoken.Encoding:
+    """Return a tokenizer.
 
     tiktoken downloads the vocabulary once. Set TIKTOKEN_CACHE_DIR to a folder that already contains
     it to avoid the download.
 
+    Args:
+        name: "bytes" (256 byte tokens and <|endoftext|>), a tiktoken encoding, or the name of a
+            trained tokenizer (see `bpe.load_bpe`).
+        folders: where the tokenizer.json of a trained tokenizer may be: its corpus, or a run.
+
     Raises:
-        UserError: if the name is unknown, its tokens do not fit into shards, or the vocabulary
-            cannot be downloaded.
+        UserError: if the name is unknown, its tokens do not fit into shards, the vocabulary cannot
+            be downloaded, or tokenizer.json is not found.
     """
+    if re.fullmatch(r"bpe-\d+-[0-9a-f]{12}", name):
+        return find_bpe(name, map(Path, folders))
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         # The pattern only splits the text into short pieces. Without merges, every byte is a token.
@@ -104,8 +113,26 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
         f.write(tokens.astype("<u2").tobytes())
 
 
-def open_shard(path: Path) -> np.ndarray:
+Format = Literal["llm.c", "npy", "raw"]
+
+
+def open_shard(path: Path, format: Format = "llm.c") -> np.ndarray:
     """Return the tokens of a shard as a read-only memory map (uint16).
+
+    Args:
+        format: "llm.c"; "npy", a NumPy array; or "raw", only tokens.
+
+    Raises:
+        UserError: if the file is not a complete shard.
+    """
+    offset, count = shard_layout(path, format)
+    if not count:
+        return np.zeros(0, "<u2")
+    return np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(count,))
+
+
+def shard_layout(path: Path, format: Format = "llm.c") -> tuple[int, int]:
+    """Return the position of the first token of a shard in bytes, and the number of tokens.
 
     Raises:
         UserError: if the file is not a complete shard.
@@ -113,7 +140,23 @@ def open_shard(path: Path) -> np.ndarray:
     advice = "a shard that meta.json lists must be readable; copy it again"
     with file_errors(path, advice), open_file(path) as f:
         size = os.fstat(f.fileno()).st_size
-        header = np.fromfile(f, dtype="<i4", count=HEADER_INTS)
+        if format == "npy":
+            offset, count = _npy_layout(path, f)
+        elif format == "raw":
+            offset, count = 0, size // 2
+            if size % 2:
+                raise UserError(f"{path}: has an odd number of bytes, so it is not uint16 tokens")
+        else:
+            offset, count = _llmc_layout(path, np.fromfile(f, dtype="<i4", count=HEADER_INTS))
+    if size != offset + 2 * count:
+        raise UserError(
+            f"{path}: the header gives {count:,} tokens, but the file has "
+            f"{(size - offset) / 2:,.15g}: it is truncated or corrupted, copy or write it again"
+        )
+    return offset, count
+
+
+def _llmc_layout(path, header):
     if len(header) < HEADER_INTS or header[0] != MAGIC:
         raise UserError(
             f"{path}: not a token shard (a .bin file of llm.c starts with {MAGIC}): write shards "
@@ -123,16 +166,24 @@ def open_shard(path: Path) -> np.ndarray:
         raise UserError(
             f"{path}: shard version {header[1]} is not supported: use version {VERSION} (uint16)"
         )
-    count = int(header[2])
-    if size != HEADER_BYTES + 2 * count:
+    return HEADER_BYTES, int(header[2])
+
+
+def _npy_layout(path, f):
+    version = np.lib.format.read_magic(f)
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(version)
+    if not read_header:
+        raise ValueError(f"version {version} of the .npy format is not supported")
+    shape, _, dtype = read_header(f)
+    if dtype != np.dtype("<u2") or len(shape) != 1:
         raise UserError(
-            f"{path}: the header gives {count:,} tokens, but the file has "
-            f"{(size - HEADER_BYTES) / 2:,.15g}: it is truncated or corrupted, copy or write it "
-            "again"
+            f"{path}: is an array of {dtype} with {len(shape)} dimensions: a shard is "
+            "one-dimensional and uint16"
         )
-    if not count:
-        return np.zeros(0, "<u2")
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+    return f.tell(), shape[0]
 
 
 @dataclass
@@ -141,8 +192,9 @@ class ShardEntry:
 
     file: Annotated[str, Meta(pattern=r"^[^\0]*$")]
     split: Literal["train", "val"]
-    tokens: Annotated[int, Meta(ge=0, lt=2**31)]
+    tokens: Annotated[int, Meta(ge=0, lt=2**48)]
     sha256: str | None = None
+    format: Format = "llm.c"
 
 
 @dataclass
@@ -166,7 +218,7 @@ def load_meta(data_dir: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(
             f"{path.absolute()}: not found: data_dir must contain a corpus; write one with "
-            f"fineweb.py --out {data_dir}"
+            f"fineweb.py --out {data_dir}{_import_hint(path.parent)}"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(
@@ -183,6 +235,16 @@ def load_meta(data_dir: str | Path) -> dict[str, Any]:
             f"{path}: not a valid meta.json ({first_line(error)}): write the corpus again with "
             "fineweb.py"
         ) from None
+
+
+def _import_hint(folder):
+    names = [*folder.glob("*.bin"), *folder.glob("*.npy"), *folder.glob("*.ds")]
+    if not names:
+        return ""
+    return (
+        f", or import the shards in this folder with fineweb.py --source {folder} "
+        "--tokenizer gpt2 --out NEW_FOLDER"
+    )
 
 
 def fingerprint(meta: dict) -> str:
@@ -266,9 +328,11 @@ class Shards:
                 "fineweb.py"
             )
         self.paths = [Path(data_dir) / s["file"] for s in shards]
-        counts = []
+        self._offsets, counts = [], []
         for path, shard in zip(self.paths, shards):
-            tokens = open_shard(path)
+            format = shard.get("format", "llm.c")
+            tokens = open_shard(path, format)
+            self._offsets.append(shard_layout(path, format)[0])
             if len(tokens) != shard["tokens"]:
                 raise UserError(
                     f"{path}: has {len(tokens):,} tokens, but meta.json lists "
@@ -297,7 +361,7 @@ class Shards:
         rows = np.empty((len(windows), self.block_size + 1), dtype=np.int64)
         for row, window, shard in zip(rows, windows, self._shard_of(windows)):
             start = int(window - self.first[shard]) * self.block_size
-            offset = HEADER_BYTES + 2 * start
+            offset = self._offsets[shard] + 2 * start
             # Not a memory map, because reading past the end of a truncated file raises SIGBUS,
             # which terminates the process.
             try:

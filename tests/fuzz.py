@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plot
 import train
 from cost import COST_METRICS, cumulative_cost, make_schedules
-from fineweb import load_files, read_documents, source_files
+from fineweb import read_documents
 from growth import OPERATORS
 from hellaswag import ending_losses, load_examples
 from model import GPT
@@ -66,6 +66,7 @@ from stagewise.errors import UserError
 from stagewise.fileio import sha256
 from stagewise.metrics import MetricsWriter, read_metrics
 from stagewise.monitor import LossMonitor
+from stagewise.sources import local_source, prepare, source_files
 from study import load_study
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -500,13 +501,13 @@ def sources(work: Path, rng: random.Random) -> None:
     path.write_bytes(gzip.compress(text) if suffix.endswith(".gz") else text)
     if suffix.endswith(".gz") and rng.random() < 0.3:
         path.write_bytes(mutate_bytes(path.read_bytes(), rng))
-    kind, files = source_files(str(path))
-    read = load_files(kind, files, work / ".source")
+    source = local_source(*source_files(str(path)), "text")
+    read = prepare(source, 0, work / f".source_{rng.random()}")
     on_error = rng.choice(("stop", "skip"))
     texts = [
         t
         for i in range(0, len(read), 64)
-        for t in read_documents(read, i, min(i + 64, len(read)), on_error)
+        for t in read_documents(read, range(i, min(i + 64, len(read))), on_error)
     ]
     assert all(encode(BYTES, t).tolist() == list(t.encode()) for t in texts)
 

@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, script
 
 import fineweb
+from stagewise import sources
 from stagewise.data import get_tokenizer, load_meta, open_shard
 from stagewise.errors import UserError
 
@@ -276,14 +277,13 @@ def test_bad_options(monkeypatch, tmp_path, options, message):
 
 
 @pytest.mark.slow
-def test_killed_worker_is_an_error():
-    class Documents(fineweb.Texts):
-        def read(self, start, stop):
-            os.kill(os.getpid(), signal.SIGKILL)
+def test_killed_worker_is_an_error(monkeypatch, tmp_path):
+    def read(self, indices):
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    documents = Documents(["text"] * 1000)
+    monkeypatch.setattr(sources.JsonLines, "read", read)
     with pytest.raises(UserError, match="was killed, .* use fewer --processes"):
-        list(fineweb.tokenize_documents(documents, 0, get_tokenizer("bytes"), 2, "stop"))
+        run(monkeypatch, tmp_path, write(tmp_path / "x.jsonl"))
 
 
 def test_command_line(tmp_path):
@@ -325,8 +325,8 @@ def test_command_line(tmp_path):
 def test_validation_gets_one_shard_but_at_most_a_tenth(tmp_path, n, sizes, n_parts):
     progress = fineweb.Progress("x", [])
     with fineweb.ShardWriter(tmp_path, "x", 100, progress) as writer:
-        for part in np.array_split(np.arange(n, dtype=np.uint16), n_parts):
-            writer.add(1, 0, part)
+        for i, part in enumerate(np.array_split(np.arange(n, dtype=np.uint16), n_parts)):
+            writer.add(fineweb.Chunk(0, i, 1, n_parts, 0, part))
         writer.finish()
     (tmp_path / fineweb.PROGRESS).unlink(missing_ok=True)
     assert [s["tokens"] for s in writer.shards] == sizes
@@ -352,14 +352,14 @@ def test_validation_gets_one_shard_but_at_most_a_tenth(tmp_path, n, sizes, n_par
 PAUSED = """
 import sys
 import fineweb
-original = fineweb.tokenize_documents
+original = fineweb.Workers.tokenize
 def paused(*args):
     results = original(*args)
     yield next(results)
     print("paused", flush=True)
     sys.stdin.readline()
     yield from results
-fineweb.tokenize_documents = paused
+fineweb.Workers.tokenize = paused
 with fineweb.report_user_errors():
     args = fineweb.Args("stdlib", fineweb.Path(sys.argv[1]), processes=2, shard_tokens=100_000)
     fineweb.main(args)
