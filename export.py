@@ -33,7 +33,7 @@ from tabulate import tabulate
 from cost import COST_METRICS, NAMES, cumulative_cost, short_number
 from model import GPT, GPTConfig
 from schedule import Phase, Schedule
-from stagewise.checkpoint import checkpoints, load_checkpoint
+from stagewise.checkpoint import checkpoints, load_checkpoint, tokenizer_folders
 from stagewise.data import check_tokenizer, get_tokenizer
 from stagewise.errors import UserError, file_errors, report_user_errors
 from stagewise.fileio import atomic_write, convert, decode_json, encode_json, fsync, read_bytes
@@ -58,7 +58,8 @@ class Args:
 def main(args: Args) -> None:
     check_folder(args.dir)
     checkpoint = load_checkpoint(args.checkpoint)
-    encoding = get_tokenizer(checkpoint["tokenizer"])
+    folders = tokenizer_folders(args.checkpoint, checkpoint)
+    encoding = get_tokenizer(checkpoint["tokenizer"], folders)
     model_config, n_blocks = checkpoint["model_config"], checkpoint["n_blocks"]
     config = hf_config(model_config, n_blocks, encoding.n_vocab, encoding.eot_token)
     tokenizer = hf_tokenizer(encoding, model_config["block_size"])

@@ -254,7 +254,9 @@ def main() -> None:
     cost_at = functools.partial(cost_columns, schedule, model_config, initial_cost)
     val_bytes_per_token = math.nan  # the other ranks do not write metrics
     if ranks.master:
-        val_bytes_per_token = bytes_per_token(val_data, val_windows, meta["tokenizer"])
+        val_bytes_per_token = bytes_per_token(
+            val_data, val_windows, meta["tokenizer"], config.data_dir
+        )
     evaluation = functools.partial(
         evaluate, data=val_data, windows=val_windows, examples=examples,
         precision=precision, batch_size=config.batch_size, ranks=ranks,
@@ -615,10 +617,10 @@ def evaluate(
     return result
 
 
-def bytes_per_token(data: Shards, windows: np.ndarray, tokenizer: str) -> float:
+def bytes_per_token(data: Shards, windows: np.ndarray, tokenizer: str, folder: str) -> float:
     """Return `Shards.bytes_per_token`, or NaN with a warning if the tokenizer is not available."""
     try:
-        encoding = get_tokenizer(tokenizer)
+        encoding = get_tokenizer(tokenizer, [folder])
     except UserError as error:
         print(f"warning: val_bpb is not computed: {error}", file=sys.stderr)
         return math.nan

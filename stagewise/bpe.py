@@ -103,7 +103,7 @@ def _ranks(file: _File) -> tuple[dict[bytes, int], dict[str, int]]:
     special = {token.content: token.id for token in file.added_tokens}
     if END_OF_TEXT not in special:
         raise ValueError(f"has no token {END_OF_TEXT}")
-    byte_of = _byte_of_character()
+    byte_of = byte_of_character()
     vocab = {token: i for token, i in file.model.vocab.items() if token not in special}
     if set(byte_of) - set(vocab):
         raise ValueError("lacks tokens of single bytes")
@@ -123,7 +123,7 @@ def _ranks(file: _File) -> tuple[dict[bytes, int], dict[str, int]]:
     return ranks, special
 
 
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """Return the byte for which each character stands in GPT-2's vocabulary.
 
     Printable characters of Latin-1 stand for themselves, those from U+0100 on for the other bytes.

@@ -199,7 +199,7 @@ def tokenizer_folders(path: Path, checkpoint: dict[str, Any]) -> list[Path]:
         path: the run folder or the checkpoint, from which `checkpoint` was loaded.
     """
     run_dir = path.absolute().parent.parent if (path / SUMS).exists() else path
-    return [run_dir, path, Path(checkpoint["config"]["data_dir"])]
+    return [run_dir, path, Path(checkpoint["config"].get("data_dir", ""))]
 
 
 def optimizer_state_from(

@@ -11,6 +11,7 @@ import tiktoken
 import torch
 from safetensors.torch import load_file
 
+from stagewise.bpe import byte_of_character
 from stagewise.errors import UserError, first_line
 from stagewise.fileio import sha256
 
@@ -116,17 +117,19 @@ def hf_tokenizer(encoding: tiktoken.Encoding, block_size: int) -> dict[str, dict
     without merges. `tokenizers` needs the merges, which tiktoken does not have: see `_merge`.
 
     Raises:
-        UserError: for a tokenizer other than "bytes" and "gpt2".
+        UserError: for a tokenizer other than "bytes", "gpt2" and trained ones.
     """
-    if encoding.name not in ("bytes", "gpt2"):
-        raise UserError(f"tokenizer {encoding.name!r} cannot be exported, only bytes and gpt2")
+    if encoding.name not in ("bytes", "gpt2") and not encoding.name.startswith("bpe-"):
+        raise UserError(
+            f"tokenizer {encoding.name!r} cannot be exported, only bytes, gpt2 and trained ones"
+        )
     special = {name: encoding.encode_single_token(name) for name in encoding.special_tokens_set}
     ranks = {
         encoding.decode_single_token_bytes(i): i
         for i in range(encoding.n_vocab)
         if i not in special.values()
     }
-    text = _byte_alphabet()
+    text = {byte: character for character, byte in byte_of_character().items()}
 
     def spell(token: bytes) -> str:
         return "".join(text[byte] for byte in token)
@@ -138,7 +141,7 @@ def hf_tokenizer(encoding: tiktoken.Encoding, block_size: int) -> dict[str, dict
         for name, i in special.items()
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    split = encoding.name == "gpt2"  # with GPT-2's regular expression
+    split = encoding.name != "bytes"  # with GPT-2's regular expression
     tokenizer = {
         "version": "1.0",
         "truncation": None,
@@ -174,14 +177,6 @@ def hf_tokenizer(encoding: tiktoken.Encoding, block_size: int) -> dict[str, dict
         "model_input_names": ["input_ids", "attention_mask"],
     }
     return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
-
-
-def _byte_alphabet() -> list[str]:
-    """Return the character by which GPT-2's vocabulary files represent each byte (OpenAI)."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = (byte for byte in range(256) if byte not in printable)
-    shifted = {byte: 256 + i for i, byte in enumerate(others)}
-    return [chr(shifted.get(byte, byte)) for byte in range(256)]
 
 
 def _merge(ranks: dict[bytes, int], token: bytes) -> list[bytes]:

@@ -78,6 +78,17 @@ def torchrun(processes: int, *command, **options) -> subprocess.CompletedProcess
     )
 
 
+def copy_repository(to) -> Path:
+    """Copy the scripts, stagewise/ and configs/, for a test that changes them. Return `to`."""
+    to.mkdir()
+    for path in (*ROOT.glob("*.py"), ROOT / "stagewise", ROOT / "configs"):
+        if path.is_dir():
+            shutil.copytree(path, to / path.name)
+        else:
+            shutil.copy(path, to)
+    return to
+
+
 def metrics(out_dir) -> list[dict]:
     return [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
 

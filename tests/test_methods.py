@@ -10,7 +10,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, arguments, metrics, needs_compiler, script, torchrun, without_clock
+from conftest import (
+    ROOT,
+    TINY,
+    arguments,
+    copy_repository,
+    metrics,
+    needs_compiler,
+    script,
+    torchrun,
+    without_clock,
+)
 from safetensors.torch import load_file, save_file
 
 import growth
@@ -472,13 +482,7 @@ def test_the_worked_example_adds_a_method(tmp_path, corpus):
     dry, run = (shlex.split(c) for c in re.findall(r"```sh\n(.*?)```", text, re.DOTALL))
     assert operator.strip() == inspect.getsource(growth.stack).strip()
     assert len(operator.strip().splitlines()) <= 15
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for path in (*ROOT.glob("*.py"), ROOT / "stagewise", ROOT / "configs"):
-        if path.is_dir():
-            shutil.copytree(path, copy / path.name)
-        else:
-            shutil.copy(path, copy)
+    copy = copy_repository(tmp_path / "copy")
     without = (ROOT / "growth.py").read_text().replace(operator, "")
     (copy / "growth.py").write_text(without)
     method = copy / "configs/methods/one_shot_stacking.py"
