@@ -13,7 +13,7 @@ import export
 import hellaswag
 from model import GPT
 from stagewise import hf
-from stagewise.checkpoint import load_checkpoint
+from stagewise.checkpoint import load_checkpoint, tokenizer_folders
 from stagewise.data import encode, get_tokenizer
 from stagewise.errors import UserError
 
@@ -42,7 +42,7 @@ def check_equal(source, folder, tolerance=1e-5):
     """Compare the export in `folder` with the checkpoint `source`."""
     checkpoint = load_checkpoint(source)
     ours = GPT.from_weights(checkpoint["model_config"], checkpoint["model"]).eval()
-    encoding = get_tokenizer(checkpoint["tokenizer"])
+    encoding = get_tokenizer(checkpoint["tokenizer"], tokenizer_folders(source, checkpoint))
     theirs, tokenizer = open_export(folder)
     assert theirs.config.n_layer == ours.n_blocks
     assert len(tokenizer) == theirs.config.vocab_size == encoding.n_vocab
@@ -118,6 +118,16 @@ def test_a_biasless_model_with_scaled_residual_branches(run_train, tmp_path):
     assert "without biases" in card and "scaled by 3 / 4" in card
     weights = load_file(folder / "model.safetensors")
     assert not weights["transformer.h.0.mlp.c_fc.bias"].any()
+
+
+def test_trained_tokenizer(run_train, tmp_path):
+    (tmp_path / "text.txt").write_text("".join(TEXTS) + "It was a dark and stormy night. " * 4000)
+    corpus = tmp_path / "corpus"
+    script(
+        "fineweb.py", f"--source={tmp_path / 'text.txt'}", f"--out={corpus}", "--tokenizer=bpe:300"
+    )
+    out = run_train("run", data_dir=corpus, steps=2, hellaswag_data="none", eval_tokens=256)
+    check_equal(out, run_export(out, tmp_path / "export"))
 
 
 def test_gpt2_tokenizer(run_train, tmp_path, monkeypatch):
