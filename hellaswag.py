@@ -328,6 +328,7 @@ def ending_losses(
     rank: int = 0,
     world_size: int = 1,
     progress: bool = False,
+    n_vocab: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the total loss in nats and the length of every ending, for acc_norm.
 
@@ -339,6 +340,8 @@ def ending_losses(
         batch_tokens: positions per forward pass. Default: BATCH_TOKENS.
         rank, world_size: every rank scores a part of the rows, and all ranks get all results.
         progress: whether to show a progress bar.
+        n_vocab: size of the tokenizer's vocabulary, so that padding ids have no probability, as in
+            a model that is exported without them. Default: the padding is part of the softmax.
 
     Returns:
         Two float64 arrays (number of examples, maximum number of endings). For missing endings, the
@@ -375,7 +378,7 @@ def ending_losses(
             t = torch.arange(T, device=device)
             mask = (t[:, None] >= t) & (t[:, None] < visible_until[:, None, None])  # (B, 1, T, T)
             x = model.hidden(idx, positions, mask).flatten(0, 1)[predict_at]
-            losses = token_losses(x, model.lm_head.weight, targets)[*places]
+            losses = token_losses(x, model.lm_head.weight[:n_vocab], targets)[*places]
             sums.index_add_(0, ending_ids, losses.double())
             bar.update(len(batch))
     if world_size > 1:
@@ -440,7 +443,8 @@ def main(args: Args) -> None:
         download()
     examples = load_examples(path, encoding, model.config.block_size, args.limit, args.protocol)
     with autocast(device, args.dtype, model.config.n_embd):
-        scores = evaluate(model, examples, progress=True)
+        n_vocab = encoding.n_vocab if args.protocol == "lm_eval" else None
+        scores = evaluate(model, examples, progress=True, n_vocab=n_vocab)
     if math.isnan(scores["acc"]):
         raise UserError(f"{args.checkpoint}: the losses are not finite: the model has diverged")
     model_name = f"step {checkpoint['step']}, {checkpoint['n_blocks']} blocks"
