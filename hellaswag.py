@@ -331,6 +331,7 @@ def ending_losses(
     rank: int = 0,
     world_size: int = 1,
     progress: bool = False,
+    n_vocab: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the total loss in nats and the length of every ending, for acc_norm.
 
@@ -342,6 +343,8 @@ def ending_losses(
         batch_tokens: positions per forward pass. Default: BATCH_TOKENS.
         rank, world_size: every rank scores a part of the rows, and all ranks get all results.
         progress: whether to show a progress bar.
+        n_vocab: size of the tokenizer's vocabulary, so that padding ids have no probability, as in
+            a model that is exported without them. Default: the padding is part of the softmax.
 
     Returns:
         Two float64 arrays (number of examples, maximum number of endings). For missing endings, the
@@ -396,7 +399,10 @@ def ending_losses(
             idx, positions, visible_until, predict_at, targets, *places, ending_ids = tensors
             t = torch.arange(idx.shape[1], device=device)
             mask = (t[:, None] >= t) & (t[:, None] < visible_until[:, None, None])  # (B, 1, T, T)
-            losses = model(idx, targets, positions=positions, mask=mask, predict_at=predict_at)
+            losses = model(
+                idx, targets,
+                positions=positions, mask=mask, predict_at=predict_at, n_vocab=n_vocab,
+            )  # fmt: skip
             if n:
                 sums.index_add_(0, ending_ids, losses[*places].double())
             bar.update(n)
@@ -463,7 +469,8 @@ def main(args: Args) -> None:
         download()
     examples = load_examples(path, encoding, model.config.block_size, args.limit, args.protocol)
     with autocast(device, args.dtype, model.config.n_embd):
-        scores = evaluate(model, examples, progress=True)
+        n_vocab = encoding.n_vocab if args.protocol == "lm_eval" else None
+        scores = evaluate(model, examples, progress=True, n_vocab=n_vocab)
     if math.isnan(scores["acc"]):
         raise UserError(f"{args.checkpoint}: the losses are not finite: the model has diverged")
     model_name = f"step {checkpoint['step']}, {checkpoint['n_blocks']} blocks"

@@ -244,6 +244,7 @@ class GPT(nn.Module):
         positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         predict_at: torch.Tensor | None = None,
+        n_vocab: int | None = None,
     ) -> torch.Tensor:
         """Return the logits (B, T, V) for token ids `idx` (B, T), or the loss given `targets`.
 
@@ -254,6 +255,8 @@ class GPT(nn.Module):
             predict_at: (M,), positions in the flattened batch. If given, `targets` is (M, K), and
                 the result are the cross-entropies (M, K) of K targets for each position, without
                 gradients.
+            n_vocab: with `predict_at`, the size of the vocabulary without padding. If given, the
+                padding has no probability.
 
         Raises:
             ValueError: if T > block_size.
@@ -263,7 +266,7 @@ class GPT(nn.Module):
             return self.head(x)
         x = x.flatten(0, 1)
         if predict_at is not None:
-            return token_losses(x[predict_at], self.lm_head.weight, targets)
+            return token_losses(x[predict_at], self.lm_head.weight[:n_vocab], targets)
         targets = targets.flatten()
         if not torch.is_grad_enabled():
             return token_losses(x, self.lm_head.weight, targets[:, None]).mean()

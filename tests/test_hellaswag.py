@@ -182,7 +182,7 @@ def test_any_file_in_the_format_is_read(tmp_path):
 
 
 def test_lm_eval_protocol(tmp_path):
-    """The text that lm-evaluation-harness makes of markers. tests/test_export.py runs it."""
+    """The harness's text of lines with markers. tests/test_export.py runs the harness itself."""
     parts = {"activity_label": "Café", "ctx_a": " A  man [step] sat.", "ctx_b": "the LADY [title]"}
     endings = ["[step] sits [substeps]", "flies [title] Away", "é", "two  [x]words"]
     path = write(
@@ -195,7 +195,7 @@ def test_lm_eval_protocol(tmp_path):
     assert [bytes(ending).decode() for ending in a.endings] == [
         *("   sits ", "  flies. Away", "  é", "  two words")
     ]  # the space at the end of the context belongs to the ending
-    assert a.lengths == [7, 11, 1, 9] and a.label == 1
+    assert a.lengths == [6, 11, 1, 9] and a.label == 1
     assert bytes(b.context) == b"Sitting: A man. he" and bytes(b.endings[0]) == b" sits."
     assert load_examples(path, BYTES, 64)[1].context == list(b"A man. he")
 
