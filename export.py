@@ -195,8 +195,7 @@ def describe_run(run: Path, step: int) -> dict[str, Any]:
             for start in starts
             if isinstance(start, dict) and start.get("step", 0) <= step
         ]
-        kept = ("train_tokens", "matmul_dtype")
-        found |= {name: options[name] for name in kept if name in options}
+        found |= {k: options[k] for k in ("train_tokens", "matmul_dtype") if k in options}
         if options.get("hellaswag_file"):
             found["hellaswag_file"] = Path(options["hellaswag_file"]).name
     if (run / "metrics.jsonl").exists():

@@ -191,7 +191,7 @@ def test_lm_eval_protocol(tmp_path):
         GOOD | {"activity_label": "Sitting", "ctx": "A man. he"},
     )
     a, b = load_examples(path, BYTES, 64, protocol="lm_eval")
-    assert bytes(a.context) == "Café:  A man  sat. The lady.".encode()
+    assert bytes(a.context).decode() == "Café: A man sat. The lady."
     assert [bytes(ending).decode() for ending in a.endings] == [
         *("   sits ", "  flies. Away", "  é", "  two words")
     ]  # the space at the end of the context belongs to the ending
