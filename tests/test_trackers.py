@@ -204,3 +204,31 @@ def test_numbers_are_tracked_even_costs_above_64_bits(tmp_path, offline):
     rows = wandb_run(tmp_path)[1]
     assert rows[:2] == [{"step": 3, "seconds": 1.5}, {"step": 7, "seconds": 3.5}]
     assert rows[2:] == [{"step": 9, "flops": pytest.approx(1e22)}]
+
+
+def test_a_resumed_run_sends_only_rows_that_the_server_does_not_have(tmp_path, offline):
+    """The server's answer is replaced; the run that it is given to is real."""
+    write_run(tmp_path, 3, 7)
+    resumed = """
+import wandb
+init = wandb.init
+def resume(**options):
+    run = init(**options)
+    run._starting_step = 7  # the server has the rows up to step 6
+    return run
+wandb.init = resume
+"""
+    script("-c", resumed + TRACK, ROOT, tmp_path)
+    assert [row["step"] for row in wandb_run(tmp_path)[1]] == [7, 9]
+
+
+def test_tensorboard_hides_what_a_resumed_run_trains_again(tmp_path):
+    """Also if the process was killed, and if it resumes before its first row."""
+    pytest.importorskip("tensorboard")
+    for start, loss in ((0, 3.0), (4, 2.0), (0, 1.0)):
+        write_run(tmp_path, *range(start))
+        trackers = Trackers(Config(tensorboard=True), tmp_path)  # not closed, as after SIGKILL
+        for step in range(start, 8):
+            trackers.log({"step": step, "loss": loss})
+        expected = [3.0 if step < start else loss for step in range(8)]
+        assert [row["loss"] for row in tensorboard_rows(tmp_path)] == expected
