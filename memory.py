@@ -170,18 +170,20 @@ def phase_memory(
 
 
 def memory_table(schedule: Schedule, model_config, batch_size: int, world_size: int, **options):
-    """Return a table of `phase_memory` for DDP and FSDP, in GiB. See there for the options."""
+    """Return a table of `phase_memory` for DDP and FSDP. See there for the options."""
     reduce = options.pop("reduce_every_micro_batch", False)
     ddp = phase_memory(schedule, model_config, batch_size, world_size, **options)
     fsdp = phase_memory(schedule, model_config, batch_size, world_size, True, reduce, **options)
+    small = max(m.total for m in ddp) < 2**30
+    name, unit = ("MiB", 2**20) if small else ("GiB", 2**30)
     rows = []
     for phase, a, b in zip(schedule.phases, ddp, fsdp):
         cells = [a.activations]
         for m in (a, b):
             cells += [m.parameters, m.gradients, m.optimizer_state, m.total]
-        rows.append([phase.name, *(f"{cell / 2**30:.2f}" for cell in cells)])
+        rows.append([phase.name, *(f"{cell / unit:.2f}" for cell in cells)])
     each = ["params", "grads", "optim", "total"]
-    header = ["GiB", "activ.", *("DDP\n" + x for x in each), *("FSDP\n" + x for x in each)]
+    header = [name, "activ.", *("DDP\n" + x for x in each), *("FSDP\n" + x for x in each)]
     align = ("left", *("right",) * (len(header) - 1))
     return "\n".join(
         [

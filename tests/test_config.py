@@ -86,6 +86,20 @@ def test_values_out_of_range_are_named(option, named):
         load(option)
 
 
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ("--sharding=fsdp --compile=model", "sharding=fsdp, .* use --compile=blocks"),
+        ("--reduce_every_micro_batch=True", "no effect with sharding=ddp"),
+        ("--plan_processes=8", "plan_processes requires dry_run"),
+        ("--plan_processes=8 --dry_run --calibrate", "plan_processes requires dry_run"),
+    ],
+)
+def test_options_that_exclude_each_other(options, named):
+    with pytest.raises(UserError, match=named):
+        load(*options.split())
+
+
 def test_the_last_learning_rate_must_not_exceed_the_peak():
     options = ("--learning_rate=1e-3", "--min_lr=2e-3")
     load(*options)  # a constant rate has no end
