@@ -152,6 +152,7 @@ def test_a_rank_downloads_only_its_files_of_the_revision_of_the_first(hub, tmp_p
     assert tokens == stream(text for number in range(3) for text in texts(number))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues_with_its_revision(hub, tmp_path):
     name = "sample/10BT/002_00000.parquet"
     good = hub.files.pop(name)
@@ -169,6 +170,7 @@ def test_an_interrupted_run_continues_with_its_revision(hub, tmp_path):
     assert tokens == stream(text for number in range(3) for text in texts(number))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, message",
     [
