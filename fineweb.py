@@ -231,9 +231,15 @@ class Workers:
         pending: deque[tuple[tuple[int, int, int, int], Future[tuple[int, np.ndarray]]]] = deque()
         try:
             for number, following in zip(numbers, [*numbers[1:], None]):
-                documents, total = self.prepare(number).result()
+                prepared = self.prepare(number)
+                # Before an error, the tokens of earlier inputs are not lost.
+                while pending and (not prepared.done() or prepared.exception()):
+                    yield self._next(pending)
+                documents, total = prepared.result()
                 if following is not None:
                     self.prepare(following)
+                if total == 0:
+                    shutil.rmtree(self._prepared.pop(number)[0], ignore_errors=True)
                 order = document_order(total, self.seed, number)
                 for first in range(document, total, DOCUMENTS_AT_A_TIME):
                     indices = order[first : first + DOCUMENTS_AT_A_TIME]
@@ -388,6 +394,7 @@ class Progress:
     tokens: Count = 0  # in all shards
     documents: Count = 0  # number of documents before that one, over all inputs
     skipped: Count = 0  # how many of those were skipped
+    revision: str = ""  # of a dataset on the Hub
 
 
 class ShardWriter:
@@ -520,8 +527,19 @@ def load_progress(partial: Path, identity: str) -> Progress:
     return progress
 
 
+def former_revision(partial: Path) -> str | None:
+    """Return the commit of the dataset that an interrupted run in OUT.partial has read, if any."""
+    with contextlib.suppress(OSError, ValueError):
+        return decode_json(read_bytes(partial / PROGRESS), Progress).revision or None
+    return None
+
+
 def _contents(partial):
     return [path for path in partial.iterdir() if path.name not in (LOCK, SOURCE)]
+
+
+def partial_folder(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
 
 
 @contextlib.contextmanager
@@ -535,7 +553,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         UserError: if `out` exists; if OUT.partial is in use by another process, or was not created
             by this function; or if either cannot be written.
     """
-    partial = out.with_name(out.name + ".partial")
+    partial = partial_folder(out)
     lock = _lock(partial, out)
     try:
         if os.path.lexists(out):
@@ -668,7 +686,13 @@ def load_source(args: Args, revision: str | None) -> Source:
         UserError: if it does not exist or cannot be read.
     """
     if Path(args.source).exists():
-        source = local_source(*source_files(args.source), args.column)
+        kind, files = source_files(args.source)
+        if kind in ("shards", "datatrove"):
+            raise UserError(
+                f"--source={args.source}: contains shards: import them without --rank and "
+                "--world_size"
+            )
+        source = local_source(kind, files, args.column)
     else:
         subset = args.subset or ("sample-10BT" if args.source == FINEWEB else None)
         source = hub_source(args.source, subset, args.split, revision, args.column)
@@ -808,7 +832,9 @@ def tokenize_corpus(args: Args, name: str, out: Path) -> None:
     """Tokenize a source into the corpus `out`."""
     stdlib = args.source == "stdlib"
     tokenizer = choose_tokenizer(args.tokenizer or ("bytes" if stdlib else "gpt2"))
-    source = Source([], sys.version) if stdlib else load_source(args, args.revision)
+    # A dataset may change on the Hub before an interrupted run continues.
+    revision = args.revision or former_revision(partial_folder(out))
+    source = Source([], sys.version) if stdlib else load_source(args, revision)
     with atomic_folder(out) as folder:
         work = folder / SOURCE
         shutil.rmtree(work, ignore_errors=True)
@@ -820,10 +846,11 @@ def tokenize_corpus(args: Args, name: str, out: Path) -> None:
             path.write_text("".join(json.dumps({args.column: text}) + "\n" for _, text in named))
             source.inputs = local_source("jsonl", [path], args.column).inputs
             source.column = args.column
-        encoding, tokenizer_file = tokenizer_of(args, tokenizer, source, folder, work)
+        encoding, file = tokenizer_of(args, tokenizer, source, folder, work)
         progress = load_progress(folder, identity_of(args, name, source, encoding))
-        if tokenizer_file:
-            copy_tokenizer(tokenizer_file, folder)
+        progress.revision = source.revision
+        if file:
+            copy_tokenizer(file, folder)
         numbers = list(range(progress.number, len(source.inputs)))
         if not args.ignore_disk_space:
             check_disk(out, source, encoding, numbers)
@@ -842,7 +869,8 @@ def tokenize_corpus(args: Args, name: str, out: Path) -> None:
             meta = write_corpus(folder, about_corpus(args, encoding, source), writer)
         if stdlib:
             n_val = meta["shards"][0]["tokens"]
-            write_continuation_task(folder / "hellaswag.jsonl", named, val_tokens=n_val)
+            in_order = [named[i] for i in document_order(len(named), args.shuffle_seed, 0)]
+            write_continuation_task(folder / "hellaswag.jsonl", in_order, val_tokens=n_val)
     print_summary(out, meta)
 
 

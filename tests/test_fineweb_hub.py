@@ -152,6 +152,25 @@ def test_a_rank_downloads_only_its_files_of_the_revision_of_the_first(hub, tmp_p
     assert tokens == stream(text for number in range(3) for text in texts(number))
 
 
+@pytest.mark.slow
+def test_an_interrupted_run_continues_with_its_revision(hub, tmp_path):
+    name = "sample/10BT/002_00000.parquet"
+    good = hub.files.pop(name)
+    hub.files[name] = b"PAR1 not parquet"
+    out = f"--out={tmp_path / 'out'}"
+    failed = tokenize(hub, tmp_path, out, check=False)
+    assert "002_00000.parquet: cannot be read as parquet" in failed.stderr
+    assert "finished shards are kept" in failed.stderr
+    hub.files[name], hub.commit = good, NEW_COMMIT
+    before = len(downloads(hub))
+    assert "continuing after" in tokenize(hub, tmp_path, out).stderr
+    assert load_meta(tmp_path / "out")["revision"] == COMMIT
+    assert "000_00000.parquet" not in downloads(hub)[before:]  # its shards are finished
+    tokens = read_corpus(tmp_path / "out", True).tolist()
+    assert tokens == stream(text for number in range(3) for text in texts(number))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, message",
     [
