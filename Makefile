@@ -8,7 +8,7 @@ STUDY := out/study_small/results
 setup: .venv/installed
 
 # --clear removes an incomplete environment left by an interrupted setup.
-.venv/installed: requirements.txt requirements-test.txt
+.venv/installed: requirements.txt requirements-extra.txt requirements-test.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or later is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-test.txt
