@@ -235,8 +235,10 @@ def test_fsdp_matches_ddp(name, corpus, tmp_path):
     ddp, fsdp = tmp_path / "ddp", tmp_path / "fsdp"
     torchrun(2, "train.py", *files, *arguments(ddp, **options | {"sharding": "ddp"}))
     torchrun(2, "train.py", *files, *arguments(fsdp, **options))
-    assert_rows_match(fsdp, ddp)
-    assert_checkpoints_match(fsdp, ddp, rtol=1e-3, atol=1e-4)  # AdamW divides rounding by rounding
+    bf16 = name == "bfloat16"  # magnifies rounding of the weights
+    assert_rows_match(fsdp, ddp, rel=1e-3 if bf16 else 2e-5)
+    if not bf16:  # AdamW divides rounding by rounding
+        assert_checkpoints_match(fsdp, ddp, rtol=1e-3, atol=1e-4)
 
 
 def test_fsdp_with_one_process_shards_nothing(run_train):
@@ -279,21 +281,20 @@ SPY = f"""
 import json, os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-import torch.distributed as dist
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp2
 import train
-rank, counts, calls = os.environ["RANK"], [], 0
-reduce_scatter, train_step = dist.reduce_scatter_tensor, train.train_step
-forward = train.GPT.forward
+rank, counts = os.environ["RANK"], []
+reduce, train_step, forward = fsdp2.foreach_reduce, train.train_step, train.GPT.forward
 def counted(*args, **kwargs):
     counts[-1] += 1
-    return reduce_scatter(*args, **kwargs)
+    return reduce(*args, **kwargs)
 def step(*args):
     counts.append(0)
     return train_step(*args)
 def poisoned(self, *args, **kwargs):  # the loss of rank 1 is not finite in step 3
     out = forward(self, *args, **kwargs)
     return out * float("nan") if len(counts) == 3 and self.training and rank == "1" else out
-dist.reduce_scatter_tensor, train.train_step, train.GPT.forward = counted, step, poisoned
+fsdp2.foreach_reduce, train.train_step, train.GPT.forward = counted, step, poisoned
 train.main()
 stats = torch._dynamo.utils.counters["stats"]["unique_graphs"]
 breaks = len(torch._dynamo.utils.counters["graph_break"])
