@@ -193,7 +193,7 @@ def describe_run(run: Path, step: int) -> dict[str, Any]:
         found["starts"] = [
             {name: start.get(name) for name in names}
             for start in starts
-            if isinstance(start, dict) and start.get("step", 0) <= step
+            if isinstance(start, dict) and start.get("step", 0) < max(1, step)
         ]
         found |= {k: options[k] for k in ("train_tokens", "matmul_dtype") if k in options}
         if options.get("hellaswag_file"):

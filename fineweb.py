@@ -175,6 +175,11 @@ class Chunk(NamedTuple):
     tokens: np.ndarray  # uint16
 
 
+KILLED = (
+    "a tokenizer process was killed, possibly because of insufficient memory: use fewer --processes"
+)
+
+
 class Workers:
     """Processes that prepare inputs and tokenize their documents.
 
@@ -208,6 +213,9 @@ class Workers:
         return self
 
     def __exit__(self, *error) -> None:
+        if error[0]:  # do not wait for a download or a large file
+            for process in multiprocessing.active_children():
+                process.terminate()
         self._pool.shutdown(cancel_futures=True)
         shutil.rmtree(self.work, ignore_errors=True)
 
@@ -216,7 +224,10 @@ class Workers:
         if number not in self._prepared:
             # A name that was never used, because processes keep files open.
             folder = self.work / f"{number:06d}_{secrets.token_hex(4)}"
-            self._prepared[number] = folder, self._pool.submit(_prepare, number, folder)
+            try:
+                self._prepared[number] = folder, self._pool.submit(_prepare, number, folder)
+            except BrokenProcessPool:
+                raise UserError(KILLED) from None
         return self._prepared[number][1]
 
     def tokenize(self, numbers: list[int], document: int = 0) -> Iterator[Chunk]:
@@ -251,10 +262,7 @@ class Workers:
             while pending:
                 yield self._next(pending)
         except BrokenProcessPool:
-            raise UserError(
-                "a tokenizer process was killed, possibly because of insufficient memory: use "
-                "fewer --processes"
-            ) from None
+            raise UserError(KILLED) from None
 
     def _next(self, pending):
         about, future = pending.popleft()
@@ -354,17 +362,20 @@ def train_tokenizer(
         n_bytes = 0
         for number in range(len(source.inputs)):
             folder = work / f"sample_{number:06d}_{secrets.token_hex(4)}"
-            documents = prepare(source, number, folder)
-            order = document_order(len(documents), seed, number)
-            for i in range(0, len(order), DOCUMENTS_AT_A_TIME):
-                for text in read_documents(documents, order[i : i + DOCUMENTS_AT_A_TIME], on_error):
-                    if n_bytes >= SAMPLE_BYTES:
-                        return
-                    length = len(text.encode())
-                    n_bytes += length
-                    bar.update(length)
-                    yield text
-            shutil.rmtree(folder, ignore_errors=True)
+            try:
+                documents = prepare(source, number, folder)
+                order = document_order(len(documents), seed, number)
+                for i in range(0, len(order), DOCUMENTS_AT_A_TIME):
+                    part = order[i : i + DOCUMENTS_AT_A_TIME]
+                    for text in read_documents(documents, part, on_error):
+                        if n_bytes >= SAMPLE_BYTES:
+                            return
+                        length = len(text.encode())
+                        n_bytes += length
+                        bar.update(length)
+                        yield text
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
 
     estimate = min(SAMPLE_BYTES, sum(entry.text_bytes for entry in source.inputs))
     with tqdm(total=estimate, unit="B", unit_scale=True, desc="sampling for a tokenizer") as bar:
@@ -457,8 +468,8 @@ class ShardWriter:
         n_val = sum(shard["tokens"] for shard in self.shards) // 10
         if self._validation and self.shards and n_val < self.shards[0]["tokens"]:
             first = np.array(open_shard(self.folder / self.shards[0]["file"]))
+            self._append(first[n_val:])  # first: if the disk is full, nothing has changed
             self._write(self.shards[0], first[:n_val])
-            self._append(first[n_val:])
             self._wait()
         return self.shards
 
@@ -511,6 +522,7 @@ def load_progress(partial: Path, identity: str) -> Progress:
                 "another version of it, or other options: repeat the original command, or choose "
                 "another --out"
             )
+        _lengthen(partial, entries[0])
         for entry in entries:
             if sha256(partial / entry.file) != entry.sha256:
                 raise ValueError(f"{entry.file} has changed")
@@ -525,6 +537,15 @@ def load_progress(partial: Path, identity: str) -> Progress:
         path.unlink()
     print(f"{partial}: continuing after {len(entries)} shards", file=sys.stderr)
     return progress
+
+
+def _lengthen(partial, first):
+    """Undo what `ShardWriter.finish` did to the validation shard before the process was killed."""
+    path, train = partial / first.file, sorted(partial.glob("*_train_*.bin"))
+    if train and first.split == "val" and len(open_shard(path)) < first.tokens:
+        tokens = np.concatenate([open_shard(path), open_shard(train[-1])])
+        if len(tokens) == first.tokens:
+            write_shard(path, tokens)
 
 
 def former_revision(partial: Path) -> str | None:
@@ -560,11 +581,11 @@ def atomic_folder(out: Path) -> Iterator[Path]:
             raise UserError(f"--out={out} already exists: choose another folder, or rename it")
         yield partial
         shutil.rmtree(partial / SOURCE, ignore_errors=True)
-        (partial / PROGRESS).unlink(missing_ok=True)
         for path in (*partial.iterdir(), partial):
             fsync(path)
         # The lock is released only after renaming, so no other process can lock OUT.partial first.
         partial.rename(out)
+        (out / PROGRESS).unlink(missing_ok=True)
         (out / LOCK).unlink()
     except BaseException as error:
         kept = f"{out} was not written: start again"
@@ -701,7 +722,9 @@ def load_source(args: Args, revision: str | None) -> Source:
 
 def identity_of(args: Args, name: str, source: Source, encoding: tiktoken.Encoding) -> str:
     """Return a hash of everything that determines the shards."""
-    options = (args.source, name, encoding.name, args.shard_tokens, args.column, args.shuffle_seed)
+    trained = args.tokenizer if re.fullmatch(r"bpe:\d+", args.tokenizer or "") else None
+    options = (args.source, name, encoding.name, trained, args.shard_tokens, args.column)
+    options = (*options, args.shuffle_seed, args.revision)
     return hashlib.sha256(repr((options, source.version)).encode()).hexdigest()
 
 
@@ -833,7 +856,7 @@ def tokenize_corpus(args: Args, name: str, out: Path) -> None:
     stdlib = args.source == "stdlib"
     tokenizer = choose_tokenizer(args.tokenizer or ("bytes" if stdlib else "gpt2"))
     # A dataset may change on the Hub before an interrupted run continues.
-    revision = args.revision or former_revision(partial_folder(out))
+    revision = former_revision(partial_folder(out)) or args.revision
     source = Source([], sys.version) if stdlib else load_source(args, revision)
     with atomic_folder(out) as folder:
         work = folder / SOURCE
@@ -992,7 +1015,7 @@ def load_job(args: Args, name: str, parts: Path) -> tuple[Job, Source, tiktoken.
     tokenizer = choose_tokenizer(args.tokenizer or "gpt2")
     # A dataset may change on the Hub between the starts of two ranks.
     pinned = existing.about.get("revision") if existing else None
-    source = load_source(args, args.revision or pinned)
+    source = load_source(args, pinned or args.revision)
     work = parts / f"{SOURCE}_job"
     shutil.rmtree(work, ignore_errors=True)
     file: Path | None
@@ -1046,7 +1069,8 @@ def merge_parts(out: Path, ignore_disk_space: bool) -> None:
         pieces.append((path, None, part))  # after its last token
     total = sum(entry.tokens for _, entry, _ in pieces if entry)
     with atomic_folder(out) as folder:
-        progress = load_progress(folder, job.identity)
+        # Positions are pieces, not inputs: not those of an interrupted single process.
+        progress = load_progress(folder, f"merge of {job.identity}")
         if job.tokenizer_file:
             copy_tokenizer(parts / bpe.FILE, folder)
         if not ignore_disk_space:
@@ -1146,9 +1170,11 @@ def import_datatrove(args: Args, name: str, out: Path, files: list[Path]) -> Non
     """
     sources = [datatrove_file(path) for path in files]
     named = {tokenizer for _, _, tokenizer in sources if tokenizer}
-    default = named.pop() if len(named) == 1 else None
+    if len(named) > 1:
+        raise UserError(f"--source={args.source}: its files have different tokenizers: {named}")
+    default = named.pop() if named else None
     encoding = given_tokenizer(args, default)
-    args = Args(**(asdict(args) | {"tokenizer": args.tokenizer or default}))
+    args = replace(args, tokenizer=args.tokenizer or default)
     version = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     total = sum(len(tokens) for tokens, _, _ in sources)
     with atomic_folder(out) as folder:

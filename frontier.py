@@ -45,7 +45,10 @@ BASELINE = "baseline"
 BEGIN, END = "<!-- written by frontier.py -->", "<!-- end -->"
 METRICS = ("flops", "paper_cost", "seconds")
 # 97.5% quantiles of Student's t distribution, by degrees of freedom.
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+T_QUANTILES = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+)
 
 
 @dataclass
@@ -121,7 +124,7 @@ class Estimate:
         n = len(known)
         if n == 1:
             return cls(known[0], math.nan, 1)
-        t = T_QUANTILES[n - 2] if n - 2 < len(T_QUANTILES) else 2.0
+        t = T_QUANTILES[min(n - 2, len(T_QUANTILES) - 1)]  # more seeds: conservative
         return cls(statistics.fmean(known), t * statistics.stdev(known) / math.sqrt(n), n)
 
     @property

@@ -21,6 +21,7 @@ from tabulate import tabulate
 
 import growth
 from schedule import Phase, Schedule
+from stagewise.loss import LOGITS_BYTES, chunk_size
 
 GATHERED_BLOCKS = 2  # FSDP2 gathers the next block during the computation of the current one
 
@@ -89,15 +90,15 @@ def activation_bytes(phase: Phase, model_config, batch_size: int, bf16: bool) ->
     return stored + 4 * N * d + (4 * V * d if phase.train_head else 0)
 
 
-def _loss_buffers(model_config, batch_size, bf16, logits_bytes):
+def _loss_buffers(model_config, batch_size, bf16, kind):
     """Return the bytes of a chunk of logits, its softmax and its gradient, and of the head in bf16.
 
-    See `stagewise.loss`. `logits_bytes` is the maximum size of a chunk of fp32 logits.
+    See `stagewise.loss`. In fp32, the gradient replaces the softmax. In bf16, logits and gradient
+    have 2 bytes, and the softmax 4.
     """
-    N, V = batch_size * model_config.block_size, model_config.vocab_size
-    n_chunks = max(1, -(-4 * N * V // logits_bytes))
-    head = 2 * V * model_config.n_embd if bf16 else 0
-    return -(-N // n_chunks) * V * (8 if bf16 else 12) + head
+    V = model_config.vocab_size
+    rows = chunk_size(batch_size * model_config.block_size, V, LOGITS_BYTES[kind], kind)
+    return rows * V * 8 + (2 * V * model_config.n_embd if bf16 else 0)
 
 
 def _with_state(schedule: Schedule) -> Iterator[tuple[Phase, set[str], list[bool]]]:
@@ -136,12 +137,12 @@ def phase_memory(
     fsdp: bool = False,
     reduce_every_micro_batch: bool = False,
     bf16: bool = True,
-    logits_bytes: int = 2 * 2**30,
+    kind: str = "cuda",
 ) -> list[Memory]:
     """Return the memory of each process in each phase of a schedule.
 
     If a step has several micro-batches, FSDP2 keeps the gradients of all parameters unsharded
-    until the last one, unless `reduce_every_micro_batch`.
+    until the last one, unless `reduce_every_micro_batch`. `kind` is "cpu" or "cuda".
     """
     size = _sizes(model_config)
     result = []
@@ -162,7 +163,7 @@ def phase_memory(
                 gathered_gradients = trained
             trained = -(-trained // world_size)
         activations = activation_bytes(phase, model_config, batch_size, bf16)
-        activations += _loss_buffers(model_config, batch_size, bf16, logits_bytes)
+        activations += _loss_buffers(model_config, batch_size, bf16, kind)
         result.append(
             Memory(4 * (n + gathered), 4 * (trained + gathered_gradients), 8 * state, activations)
         )

@@ -53,6 +53,7 @@ from stagewise.errors import UserError, file_errors, report_user_errors
 from stagewise.fileio import atomic_write, convert, open_file, read_bytes
 from stagewise.metrics import last_row
 from stagewise.monitor import EXIT_STOPPED
+from stagewise.page import check_plotly
 from train import duration, make_model_config
 
 ROOT = Path(__file__).resolve().parent
@@ -963,6 +964,8 @@ def draw_figures(folder: Path, title: str, results: list[Result]) -> list[str]:
 
 def report_study(args: ReportArgs) -> None:
     """Write the report of a study and its figures."""
+    if args.html:
+        check_plotly()
     study, results, missing = load_results(args.folder)
     folder = args.folder.as_posix()
     if not results:

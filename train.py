@@ -103,7 +103,6 @@ from stagewise.fileio import (
     read_bytes,
 )
 from stagewise.hf import SIZES
-from stagewise.loss import LOGITS_BYTES
 from stagewise.metrics import MetricsWriter
 from stagewise.monitor import EXIT_STOPPED, LossMonitor, StopSignals
 from stagewise.seeding import derived_seed
@@ -1107,7 +1106,7 @@ def print_memory(
         memory_table(
             schedule, model_config, config.batch_size, world_size,
             reduce_every_micro_batch=config.reduce_every_micro_batch,
-            bf16=bf16, logits_bytes=LOGITS_BYTES[kind],
+            bf16=bf16, kind=kind,
         )
     )  # fmt: skip
 

@@ -53,7 +53,7 @@ class Args:
     minutes: float = 10.0
     """Time limit of a step."""
     out: Path = Path("benchmarks")
-    """Folder of the results, and of the demo's run."""
+    """Folder of the results."""
     rehearsal: bool = False
     """Run all steps at a tiny size, on any device."""
 
@@ -67,7 +67,7 @@ def steps(args: Args) -> dict[str, list[str]]:
     if not (ROOT / "data/stdlib/meta.json").exists():
         result["demo_corpus"] = ["fineweb.py", "--source=stdlib", "--out=data/stdlib"]
     demo = ["train.py", "configs/demo.py", "--device=auto", "--init_from=auto"]
-    demo += [f"--out_dir={args.out}/demo_gpu"]
+    demo += ["--out_dir=out/demo_gpu"]
     tiny_run = ["--steps=3", "--eval_tokens=512", "--hellaswag_data=none"]
     result["demo"] = [*demo, *(tiny_run if args.rehearsal else ["--compile=blocks"])]
 
@@ -92,7 +92,7 @@ def steps(args: Args) -> dict[str, list[str]]:
         size = [f"--stages={stages}", f"--batch_size={first}", "--rounds=3", "--steps=240"]
         result[f"phases_s{stages}"] = step(*size, baseline=False)
     if args.rehearsal:  # the demo's model and tokenizer, which need no download
-        scored = ["--data=data/stdlib/hellaswag.jsonl", f"--checkpoint={args.out}/demo_gpu"]
+        scored = ["--data=data/stdlib/hellaswag.jsonl", "--checkpoint=out/demo_gpu"]
         scored += ["--limit=4", "--rounds=1"]
     else:
         scored = [f"--data={args.hellaswag or hellaswag.DEFAULT_PATH}", "--limit=0"]

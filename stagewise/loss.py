@@ -16,7 +16,7 @@ LOGITS_BYTES = {"cpu": 192 * 2**20, "cuda": 4 * 2**30}
 LOGITS_BYTES_EVAL = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}
 
 
-def _chunk_size(n_rows: int, n_vocab: int, limit: int, kind: str) -> int:
+def chunk_size(n_rows: int, n_vocab: int, limit: int, kind: str) -> int:
     """Return the rows per chunk, for the fewest equal chunks of at most `limit` bytes of logits.
 
     On a GPU, the number of chunks is a power of two. Micro-batches have few odd factors, so all
@@ -77,7 +77,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         with torch.autocast(kind, enabled=False):
             w = weight.to(dtype)
-            size = _chunk_size(len(x), len(weight), LOGITS_BYTES[kind], kind)
+            size = chunk_size(len(x), len(weight), LOGITS_BYTES[kind], kind)
             for start in range(0, len(x), size):
                 rows = slice(start, start + size)
                 x_chunk = x[rows].to(dtype)
@@ -107,7 +107,7 @@ def token_losses(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -
     of `ChunkedCrossEntropy`.
     """
     kind, dtype = x.device.type, _autocast_dtype(x)
-    size = _chunk_size(len(x), len(weight), LOGITS_BYTES_EVAL[kind], kind)
+    size = chunk_size(len(x), len(weight), LOGITS_BYTES_EVAL[kind], kind)
     # Buffers are reused by all chunks. On a CPU, page faults of new allocations would take a fifth
     # of the time.
     wide = torch.promote_types(x.dtype, torch.float32)

@@ -63,7 +63,7 @@ def load_nanogpt(path: Path) -> dict[str, Any]:
         }
         weights["lm_head.weight"] = weights[EMBEDDING]
         step = int(step)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{path}: not a checkpoint of nanoGPT (it needs model and model_args; "
             f"{type(error).__name__}: {first_line(error)}): name its ckpt.pt, or a run folder"

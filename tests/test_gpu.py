@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from conftest import TINY, arguments, metrics, needs_gpu, script, without_clock
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.profiler import ProfilerActivity, profile
 
 import stagewise.loss as losses
@@ -236,7 +237,7 @@ def test_distributed_training_needs_no_more_graphs():
             for phase in make_schedule(12, 48, stages=12).phases:
                 optimizer = train.enter_phase(model, state, phase, Config())
                 state, wrapped = optimizer.state, None
-                wrapped = train.wrap(model, phase, CUDA) if distributed else model
+                wrapped = DDP(model, device_ids=[CUDA]) if distributed else model
                 for _ in range(2):
                     step(wrapped, optimizer, batches)
             # Dynamo itself counts a graph that is cut only once.

@@ -146,7 +146,7 @@ def test_a_step_never_materializes_all_logits(monkeypatch):
 )
 def test_chunks_of_the_loss_are_equal_and_fit_into_the_limit(kind, n_rows, n_chunks):
     limit = losses.LOGITS_BYTES["cuda"] if kind == "cuda" else 4 * 50304 * 9_800
-    size = losses._chunk_size(n_rows, 50304, limit, kind)
+    size = losses.chunk_size(n_rows, 50304, limit, kind)
     assert size * n_chunks == n_rows and 4 * 50304 * size <= limit
 
 

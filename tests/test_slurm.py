@@ -145,8 +145,6 @@ def test_a_job_that_fails_is_not_requeued(slurm, corpus, tmp_path):
 @pytest.mark.slow
 def test_tasks_tokenize_parts_of_a_corpus(slurm, tmp_path):
     """Two tasks of an array and a merge give the same tokens as one process."""
-    if "--world_size" not in script("fineweb.py", "--help").stdout:
-        pytest.skip("fineweb.py has no --world_size")
     source = tmp_path / "source"
     source.mkdir()
     for i in range(3):
@@ -155,17 +153,13 @@ def test_tasks_tokenize_parts_of_a_corpus(slurm, tmp_path):
     script("fineweb.py", *words, f"--out={tmp_path / 'one'}")
     words.append(f"--out={tmp_path / 'many'}")
     for task in ("1", "2"):
-        array = dict(SLURM_ARRAY_TASK_MIN="1", SLURM_ARRAY_TASK_COUNT="2")
+        array = dict(SLURM_ARRAY_TASK_MIN="1", SLURM_ARRAY_TASK_MAX="2", SLURM_ARRAY_TASK_COUNT="2")
         code, output = end(slurm("tokenize.sbatch", *words, SLURM_ARRAY_TASK_ID=task, **array))
         assert code == 0, output
-    code, output = end(slurm("tokenize.sbatch", "--merge=True", *words))
+    code, output = end(slurm("tokenize.sbatch", "--merge", *words))
     assert code == 0, output
-    shards = [sorted(p.name for p in (tmp_path / n).glob("*.bin")) for n in ("one", "many")]
-    assert len(shards[0]) > 1
-    one, many = [
-        json.loads((tmp_path / n / "meta.json").read_text())["shards"] for n in ("one", "many")
-    ]
-    assert sum(s["tokens"] for s in one) == sum(s["tokens"] for s in many)
+    one, many = (json.loads((tmp_path / n / "meta.json").read_text()) for n in ("one", "many"))
+    assert one["shards"] == many["shards"] and len(one["shards"]) > 1  # with their sha256
 
 
 def test_the_scripts_have_no_shellcheck_warnings():

@@ -27,6 +27,7 @@ from conftest import (
     without_clock,
 )
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 import growth
 import stagewise.loss
@@ -43,6 +44,7 @@ from stagewise.distributed import Ranks
 from stagewise.errors import UserError
 from stagewise.fileio import sha256
 from stagewise.metrics import MetricsWriter
+from stagewise.trackers import Trackers
 
 S4 = dict(stages=4, steps=16, continual_steps=4)
 EVERY_STEP = dict(checkpoint_interval=1, keep_checkpoints=100)
@@ -450,7 +452,7 @@ def test_distributed_training_compiles_whole_blocks(monkeypatch):
             model.compile_regions()
             phase = make_schedule(1, 1).phases[0]
             optimizer = train.enter_phase(model, {}, phase, Config())
-            wrapped = train.wrap(model, phase, cpu) if distributed else model
+            wrapped = DDP(model, gradient_as_bucket_view=True) if distributed else model
             precision = autocast(cpu, "float32", 192)
             train.train_step(wrapped, optimizer, iter([(tokens, tokens)]), 1, precision)
             # Dynamo itself counts a graph that is cut only once.
@@ -831,7 +833,7 @@ def test_an_evaluation_that_is_not_finite_is_null(corpus, tmp_path, capsys):
     assert row["hellaswag_n"] == 1 and set(values.values()) == {None} and len(values) == 5
     writer = MetricsWriter(tmp_path / "metrics.jsonl", None)
     phase = make_schedule(4, 1, tokens_per_step=64, context_length=64).phases[0]
-    train.log(writer, {"step": 0} | row, phase)
+    train.log(writer, Trackers(Config(), tmp_path), {"step": 0} | row, phase)
     assert "val loss not finite, hellaswag_acc not finite" in capsys.readouterr().out
     assert metrics(tmp_path) == [{"step": 0} | row]
 
