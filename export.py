@@ -1,4 +1,4 @@
-"""Write a model as a folder that transformers opens.
+"""Export a model to a folder that Hugging Face transformers can load.
 
     python export.py CHECKPOINT_OR_RUN DIR
 
@@ -46,7 +46,7 @@ SCORES = ("val_loss", "val_bpb", "hellaswag_acc", "hellaswag_acc_norm")
 
 @dataclass
 class Args:
-    """Write a model as a folder that transformers opens."""
+    """Export a model to a folder that Hugging Face transformers can load."""
 
     checkpoint: tyro.conf.Positional[Path]
     """A run folder, one of its checkpoints, a ckpt.pt of nanoGPT, or a model from the Hugging Face
@@ -93,7 +93,7 @@ def check_folder(folder: Path) -> None:
     with file_errors(folder, "use another folder"):
         if folder.exists() and any(folder.iterdir()) and not (folder / RECORD).is_file():
             raise UserError(
-                f"{folder}: is not empty, and not an earlier export (it has no {RECORD}): use "
+                f"{folder}: is not empty and is not an earlier export (it has no {RECORD}): use "
                 "another folder"
             )
 
@@ -120,8 +120,8 @@ def write_weights(path: Path, weights: dict[str, torch.Tensor], like: Path) -> N
 def describe(path: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return what is known about a checkpoint: its model, schedule, cost, data and results.
 
-    Costs are those up to the checkpoint. Values of the run are missing if the run is not known, as
-    for weights from the Hub, or its config.json or metrics.jsonl does not exist.
+    Costs are those up to the checkpoint. Values of the run are missing if the run is not known (for
+    example, for weights from the Hub) or if its config.json or metrics.jsonl does not exist.
 
     Raises:
         UserError: if the schedule in the checkpoint or a file of the run is corrupted.
@@ -226,11 +226,11 @@ def model_card(record: dict[str, Any]) -> str:
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))\n```",
     ]
     if not c["bias"]:
-        texts.append("The model was trained without biases. They are zeros here.")
+        texts.append("The model was trained without biases. In this export, they are zeros.")
     if c.get("base_depth"):
         texts.append(
             f"The model was trained with residual branches scaled by {c['base_depth']} / {n} "
-            "(CompleteP). Here, the output projections are multiplied by this factor."
+            "(CompleteP). In this export, the output projections are multiplied by this factor."
         )
     if not record["phases"]:
         unknown = "The weights are not from a run. Their schedule and cost are not known."

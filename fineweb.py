@@ -13,7 +13,7 @@ that is created from the validation documents.
 
 On several machines, run the command with --rank and --world_size on each, then once with --merge.
 A rank tokenizes whole input files, each into a part in OUT.parts. The merge concatenates the parts
-and cuts them into shards as a single process does, so the result is the same, bit for bit.
+and cuts them into shards as a single process does, so the result is bit-identical.
 """
 
 import sys
@@ -40,7 +40,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import filelock
@@ -123,13 +123,13 @@ class Args:
     on_error: Literal["stop", "skip"] = "stop"
     """At a document that is null, not UTF-8, or not valid JSON: stop and name it, or skip it."""
     ignore_disk_space: bool = False
-    """Start even if the disk space, of which the need is estimated, does not suffice."""
+    """Start even if the estimated disk space is not available."""
     rank: int | None = None
     """Tokenize only every world_size-th input file, starting with this one, into OUT.parts."""
     world_size: int | None = None
     """Number of ranks, for example the size of a Slurm array."""
     merge: bool = False
-    """Create OUT from OUT.parts, when all ranks have finished."""
+    """Create OUT from OUT.parts, after all ranks have finished."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -220,9 +220,9 @@ class Workers:
         shutil.rmtree(self.work, ignore_errors=True)
 
     def prepare(self, number: int) -> "Future[tuple[Documents, int]]":
-        """Start to prepare an input, unless that was done before."""
+        """Start preparing an input, unless this has already been done."""
         if number not in self._prepared:
-            # A name that was never used, because processes keep files open.
+            # A name that has not been used before, because processes keep files open.
             folder = self.work / f"{number:06d}_{secrets.token_hex(4)}"
             try:
                 self._prepared[number] = folder, self._pool.submit(_prepare, number, folder)
@@ -336,7 +336,7 @@ def _tokenize(documents, indices):
 
 
 def choose_tokenizer(name: str) -> tiktoken.Encoding | int:
-    """Return the tokenizer that --tokenizer selects, or the size of one to train.
+    """Return the tokenizer that --tokenizer selects, or the vocabulary size of one to train.
 
     Raises:
         UserError: if it is unknown or cannot be loaded.
@@ -549,7 +549,7 @@ def _lengthen(partial, first):
 
 
 def former_revision(partial: Path) -> str | None:
-    """Return the commit of the dataset that an interrupted run in OUT.partial has read, if any."""
+    """Return the commit of the dataset that an interrupted run in OUT.partial read, if any."""
     with contextlib.suppress(OSError, ValueError):
         return decode_json(read_bytes(partial / PROGRESS), Progress).revision or None
     return None
@@ -732,7 +732,7 @@ def check_disk(out: Path, source: Source, encoding: tiktoken.Encoding, numbers: 
     """Estimate the disk space for inputs, and compare it with the free space.
 
     Raises:
-        UserError: if the space does not suffice.
+        UserError: if there is not enough space.
     """
     inputs = [source.inputs[i] for i in numbers]
     per_token = 1 if encoding.name == "bytes" else TEXT_BYTES_PER_TOKEN
@@ -743,7 +743,9 @@ def check_disk(out: Path, source: Source, encoding: tiktoken.Encoding, numbers: 
         + (entry.text_bytes if entry.text_bytes != entry.size or entry.kind == "parquet" else 0)
         for entry in inputs
     ]
-    require_disk(out, shards, sum(sorted(prepared)[-2:]), "; to start anyway, --ignore_disk_space")
+    require_disk(
+        out, shards, sum(sorted(prepared)[-2:]), "; to start anyway, use --ignore_disk_space"
+    )
 
 
 def require_disk(out: Path, shards: int, temporary: int, otherwise: str = "") -> None:
@@ -760,7 +762,7 @@ def require_disk(out: Path, shards: int, temporary: int, otherwise: str = "") ->
 
 
 class TokenBar:
-    """A progress bar in tokens. The total, and so the ETA, is extrapolated from the input read."""
+    """A progress bar in tokens. Total and ETA are extrapolated from the input read so far."""
 
     def __init__(self, source: Source, numbers: list[int], n_tokens: int, title: str):
         # At least 1 byte for an empty file.
@@ -781,7 +783,7 @@ class TokenBar:
         self._bar.close()
 
     def skip(self, n_tokens: int) -> None:
-        """Count tokens that have been written before."""
+        """Count tokens that have already been written."""
         self._bar.update(n_tokens)
 
     def update(self, chunk: Chunk) -> None:
@@ -902,7 +904,7 @@ def tokenizer_of(
 ) -> tuple[tiktoken.Encoding, Path | None]:
     """Return the tokenizer of a corpus, trained if necessary, and its file if it has one.
 
-    An interrupted run continues with the tokenizer that it has trained.
+    An interrupted run continues with the tokenizer that it trained.
     """
     if isinstance(tokenizer, tiktoken.Encoding):
         return tokenizer, tokenizer_file(args, tokenizer)
@@ -953,10 +955,11 @@ def tokenize_parts(args: Args, name: str, out: Path, rank: int, world_size: int)
                     job, source, encoding = load_job(args, name, parts)
             except filelock.Timeout:
                 raise UserError(
-                    f"{parts}: rank {rank} is running already: wait until it ends"
+                    f"{parts}: rank {rank} is already running: wait until it ends"
                 ) from None
             except NotImplementedError as error:
-                raise OSError(f"the file system has no locks ({first_line(error)})") from None
+                reason = first_line(error)
+                raise OSError(f"the file system does not support locks ({reason})") from None
         mine = list(range(rank, job.inputs, world_size))
         todo = [i for i in mine if not _part(parts, i).exists()]
         if not args.ignore_disk_space:
@@ -1027,7 +1030,7 @@ def load_job(args: Args, name: str, parts: Path) -> tuple[Job, Source, tiktoken.
     if existing:
         if existing.identity != identity:
             raise UserError(
-                f"{parts}: has parts of another source, another version of it, or other options: "
+                f"{parts}: has parts of another source or version, or with other options: "
                 "use the options of the other ranks, or choose another --out"
             )
         return existing, source, encoding
@@ -1056,15 +1059,15 @@ def merge_parts(out: Path, ignore_disk_space: bool) -> None:
     if missing := _missing(parts, job):
         raise UserError(
             f"{parts}: {len(missing)} of {job.inputs} parts are missing, for example part "
-            f"{missing[0]}: wait for all ranks, or repeat them"
+            f"{missing[0]}: wait for all ranks, or run them again"
         )
     pieces: list[tuple[Path, ShardEntry | None, PartMeta | None]] = []
     for number in range(job.inputs):
         path = _part(parts, number)
-        with file_errors(path / "meta.json", "remove this part, and repeat its rank"):
+        with file_errors(path / "meta.json", "remove this part, and run its rank again"):
             part = decode_json(read_bytes(path / "meta.json"), PartMeta)
             if part.identity != job.identity:
-                raise ValueError("is a part of another source or was written with other options")
+                raise ValueError("is a part of another source, or was written with other options")
         pieces += [(path / entry.file, entry, None) for entry in part.shards]
         pieces.append((path, None, part))  # after its last token
     total = sum(entry.tokens for _, entry, _ in pieces if entry)
@@ -1091,8 +1094,8 @@ def merge_parts(out: Path, ignore_disk_space: bool) -> None:
                 tokens = open_shard(path)
                 if sha256(path) != entry.sha256:
                     raise UserError(
-                        f"{path}: its sha256 is not that in meta.json: remove the folder "
-                        f"{path.parent}, and repeat its rank"
+                        f"{path}: its sha256 does not match meta.json: remove the folder "
+                        f"{path.parent}, and run its rank again"
                     )
                 writer.add(Chunk(i, 0, 0, 0, 0, tokens))
                 bar.update(len(tokens))
@@ -1149,16 +1152,16 @@ def import_shards(args: Args, out: Path, files: list[Path]) -> None:
 
 
 def given_tokenizer(args: Args, default: str | None = None) -> tiktoken.Encoding:
-    """Return the tokenizer of shards that exist."""
+    """Return the tokenizer of existing shards."""
     name = args.tokenizer or default
     if not name:
         raise UserError(
-            f"--source={args.source}: the shards do not record their tokenizer: add it, for "
+            f"--source={args.source}: the shards do not record their tokenizer: specify it, for "
             "example --tokenizer=gpt2 for those of build-nanogpt, llm.c and modded-nanogpt"
         )
     encoding = choose_tokenizer(name)
     if isinstance(encoding, int):
-        raise UserError(f"--tokenizer={name}: the shards have been tokenized already")
+        raise UserError(f"--tokenizer={name}: the shards are already tokenized")
     return encoding
 
 
@@ -1248,7 +1251,7 @@ def check_args(args: Args, out: Path) -> None:
         if args.merge:
             raise UserError("--merge: remove --rank and --world_size; it runs once, at the end")
         if args.source == "stdlib":
-            raise UserError("--source=stdlib: is a single input, which cannot be split into ranks")
+            raise UserError("--source=stdlib: is a single input, which cannot be split over ranks")
     local = args.source == "stdlib" or Path(args.source).exists()
     if not (local or args.merge or HUB_NAME.fullmatch(args.source)):
         raise UserError(

@@ -179,9 +179,9 @@ def build_nanogpt_example(line: _Line, encoding: tiktoken.Encoding) -> Example:
 def lm_eval_texts(line: _Line) -> tuple[str, list[str]]:
     """Return the query and the choices of an example in lm-evaluation-harness.
 
-    The query is "activity: context". The second part of the context starts with a capital letter
-    and has no others. In a file without ctx_a and ctx_b, the context stays as it is. WikiHow's
-    markers in brackets are removed. The source is lm_eval/tasks/hellaswag/utils.py.
+    The query is "activity: context". The second part of the context starts with a capital letter,
+    and its other letters are lowercase. In a file without ctx_a and ctx_b, the context stays as it
+    is. WikiHow's markers in brackets are removed. The source is lm_eval/tasks/hellaswag/utils.py.
 
     Raises:
         ValueError: if the line has no activity_label.
@@ -202,16 +202,16 @@ def lm_eval_texts(line: _Line) -> tuple[str, list[str]]:
 def lm_eval_example(line: _Line, encoding: tiktoken.Encoding) -> Example:
     """Tokenize an example as lm-evaluation-harness does.
 
-    The query and " " + choice are tokenized together. The tokens of a choice are those after as
-    many tokens as the query alone has. White space at the end of the query belongs to the choice.
-    acc_norm uses the number of characters of a choice.
+    The query and " " + choice are tokenized together. The tokens of a choice are those after
+    the first n, where n is the number of tokens of the query alone. White space at the end of the
+    query belongs to the choice. acc_norm uses the number of characters of a choice.
     """
     query, choices = lm_eval_texts(line)
     context = encode(encoding, query.rstrip()).tolist()
     whole = [encode(encoding, f"{query} {choice}").tolist() for choice in choices]
     endings = [tokens[len(context) :] for tokens in whole]
     if not context or not all(endings):
-        raise ValueError("has no text besides markers in brackets")
+        raise ValueError("has no text other than markers in brackets")
     return Example(context, endings, int(line.label), list(map(len, choices)))
 
 
@@ -333,7 +333,7 @@ def ending_losses(
     progress: bool = False,
     n_vocab: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the total loss in nats and the length of every ending, for acc_norm.
+    """Return the total loss in nats of every ending, and its length for acc_norm.
 
     Each row of a batch contains one example: the context once, followed by its endings. Each ending
     attends to the context and to itself. The head runs only at the scored positions. If a context
@@ -344,7 +344,7 @@ def ending_losses(
         rank, world_size: every rank scores a part of the rows, and all ranks get all results.
         progress: whether to show a progress bar.
         n_vocab: size of the tokenizer's vocabulary, so that padding ids have no probability, as in
-            a model that is exported without them. Default: the padding is part of the softmax.
+            a model that is exported without them. Default: the padding is included in the softmax.
 
     Returns:
         Two float64 arrays (number of examples, maximum number of endings). For missing endings, the
@@ -445,7 +445,7 @@ class Args:
     """File in HellaSwag's format.
     Default: the file that the run used, else the official validation set (downloaded once)."""
     protocol: Protocol = "build_nanogpt"
-    """Text and metrics of build-nanogpt (completion style), or of lm-evaluation-harness."""
+    """Tokenize and score as build-nanogpt (completion style) or lm-evaluation-harness does."""
     limit: int = 0
     """Number of examples to evaluate, from the start of the file. 0 evaluates all."""
     device: str = "auto"

@@ -1,4 +1,4 @@
-"""The memory of a training step per process, estimated from sizes alone.
+"""Estimate the memory of a training step per process from the sizes of its tensors.
 
     parameters       fp32 weights
     gradients        fp32 gradients of the trained parameters
@@ -142,7 +142,7 @@ def phase_memory(
     """Return the memory of each process in each phase of a schedule.
 
     If a step has several micro-batches, FSDP2 keeps the gradients of all parameters unsharded
-    until the last one, unless `reduce_every_micro_batch`. `kind` is "cpu" or "cuda".
+    until the last one, unless `reduce_every_micro_batch` is set. `kind` is "cpu" or "cuda".
     """
     size = _sizes(model_config)
     result = []
@@ -171,7 +171,7 @@ def phase_memory(
 
 
 def memory_table(schedule: Schedule, model_config, batch_size: int, world_size: int, **options):
-    """Return a table of `phase_memory` for DDP and FSDP. See there for the options."""
+    """Return a table of `phase_memory` for DDP and FSDP. See `phase_memory` for the options."""
     reduce = options.pop("reduce_every_micro_batch", False)
     ddp = phase_memory(schedule, model_config, batch_size, world_size, **options)
     fsdp = phase_memory(schedule, model_config, batch_size, world_size, True, reduce, **options)

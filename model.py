@@ -253,7 +253,7 @@ class GPT(nn.Module):
 
         Args:
             predict_at: (M,), positions in the flattened batch. If given, `targets` is (M, K), and
-                the result are the cross-entropies (M, K) of K targets for each position, without
+                the result is (M, K): the cross-entropies of K targets at each position, without
                 gradients.
             n_vocab: with `predict_at`, the size of the vocabulary without padding. If given, the
                 padding has no probability.
@@ -328,7 +328,7 @@ class GPT(nn.Module):
         # By default, Dynamo silently falls back to eager execution after 8 recompilations.
         torch._dynamo.config.recompile_limit = 1000
         # By default, Dynamo cuts graphs at the bounds of DistributedDataParallel's buckets, so that
-        # their reduction overlaps with the backward pass. That of whole blocks overlaps anyway.
+        # their reduction overlaps with the backward pass. With compiled blocks, it overlaps anyway.
         torch._dynamo.config.optimize_ddp = False
         self.softmax_loss.compile()
         if whole:

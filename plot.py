@@ -8,8 +8,8 @@ HellaSwag accuracy. Ticks on a curve mark stage boundaries. A solid circle marks
 a run is compute-matched: its cumulative cost equals the total cost of its baseline. This script
 reads only config.json, schedule.json and metrics.jsonl, which train.py writes.
 
-With --html, also write a self-contained page with both figures, zoomable and over any x axis, the
-schedules, tables with results, phases and options that differ, and samples.txt of a run folder.
+With --html, also write a self-contained page: zoomable figures with a choice of x axis, the
+schedules, tables of results, phases and options that differ, and samples.txt of each run folder.
 
 With --schedule, draw the schedule given by options of train.py without training it: which blocks
 exist, train, are frozen or are skipped, over the training tokens.
@@ -680,7 +680,7 @@ def page_data(runs: list[Run], args: Args) -> dict[str, Any]:
             dict(
                 id="accuracy", title=label, ylabel=label, column=accuracy,
                 error=f"{accuracy}_stderr", level=0.25, percent=True,
-                note=f"Bars are standard errors, and the dotted line is chance. {marks}",
+                note=f"Bars are standard errors, and the dotted line is the chance level. {marks}",
             )
         )  # fmt: skip
     header, rows = results(runs, args)
@@ -793,8 +793,8 @@ def in_phase(run: Run, phase: PhaseSummary, column: str) -> np.ndarray:
 def speed(run: Run, phase: PhaseSummary) -> float:
     """Return the median of the tokens per second in a phase.
 
-    The first row is excluded, because it may include compilation. If there are no others, which a
-    smaller log_interval avoids, the result is NaN.
+    The first row is excluded, because it may include compilation. If there are no other rows, the
+    result is NaN; a smaller log_interval avoids this.
     """
     rows = in_phase(run, phase, "tokens_per_second")[1:]
     return float(np.median(rows)) if len(rows) else math.nan
@@ -843,7 +843,7 @@ def differences(runs: list[Run]) -> dict[str, Any]:
             rows.append([field.name, *values])
     note = f"All other keys of config.json are equal, except {', '.join(OF_EACH_RUN)}."
     header = ["option", *(run.name for run in runs)]
-    title = "Differences of configuration"
+    title = "Differences in configuration"
     return dict(id="differences", title=title, note=note, header=header, rows=rows, text=True)
 
 
@@ -874,7 +874,7 @@ def main(args: Args) -> None:
         if args.runs:
             raise UserError("--schedule draws configurations, not runs: remove the run folders")
         if args.html:
-            raise UserError("--html shows runs: remove --schedule or --html")
+            raise UserError("--html cannot be used with --schedule: remove one of them")
         with file_errors(f"--out={args.out}", "use another folder"):
             args.out.mkdir(parents=True, exist_ok=True)
         draw_schedules(args)

@@ -588,7 +588,7 @@ def evaluate(
 
     batches = Prefetch(own_batches())
     # On a GPU, full micro-batches of validation data run in compiled blocks, which need one more
-    # shape. To compile HellaSwag's shapes, or the whole model in every phase, would take longer
+    # shape. Compiling HellaSwag's shapes, or the whole model in every phase, would take longer
     # than it saves.
     compiles = device.type == "cuda" and model.blocks_compiled
     model.eval()

@@ -1,4 +1,4 @@
-"""All measurements on one GPU, in steps of at most ten minutes, the most important first.
+"""Run all measurements on one GPU, in steps of at most ten minutes, the most important first.
 
     python benchmarks/gpu.py --nanogpt DIR --build_nanogpt DIR
 
@@ -53,7 +53,7 @@ class Args:
     minutes: float = 10.0
     """Time limit of a step."""
     out: Path = Path("benchmarks")
-    """Folder of the results."""
+    """Folder for the results."""
     rehearsal: bool = False
     """Run all steps at a tiny size, on any device."""
 
@@ -112,7 +112,7 @@ def run(command: list[str], seconds: float) -> int | None:
         try:
             return process.wait(seconds)
         except BaseException as error:
-            # Also the processes that it has started, for example those that compile.
+            # Also kills the processes that it has started, for example those that compile.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             if isinstance(error, subprocess.TimeoutExpired):
@@ -161,11 +161,11 @@ def main(args: Args) -> None:
             failed.append(name)
             how = f"stopped after {args.minutes:g} minutes" if status is None else f"exit {status}"
             print(f"--- {name}: failed: {how}", flush=True)
-        elif not file.exists():  # of a step that is no benchmark
+        elif not file.exists():  # the step is not a benchmark
             ran = machine(device) | {"command": f"python {shlex.join(command)}"}
             write_report(file, {"machine": ran, "seconds": elapsed})
     if failed:
-        raise UserError(f"failed: {', '.join(failed)}: the same command tries them again")
+        raise UserError(f"failed: {', '.join(failed)}: use the same command to run them again")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers that are trained on a sample, kept as tokenizer.json.
+"""Byte-level BPE tokenizers that are trained on a sample and stored as tokenizer.json.
 
 The file has the format of the `tokenizers` library. Text is encoded and decoded by tiktoken, as
 with the published encodings, and split with GPT-2's regular expression.
@@ -106,7 +106,7 @@ def _ranks(file: _File) -> tuple[dict[bytes, int], dict[str, int]]:
     byte_of = byte_of_character()
     vocab = {token: i for token, i in file.model.vocab.items() if token not in special}
     if set(byte_of) - set(vocab):
-        raise ValueError("lacks tokens of single bytes")
+        raise ValueError("lacks tokens for some single bytes")
     # tiktoken merges the pair with the lowest id, `tokenizers` the pair listed first.
     pairs = [m.split(" ") if isinstance(m, str) else m for m in file.model.merges]
     merged = ["".join(pair) for pair in pairs]
@@ -147,6 +147,6 @@ def find_bpe(name: str, folders: Iterable[Path]) -> tiktoken.Encoding:
             if encoding.name == name:
                 return encoding
     raise UserError(
-        f"tokenizer {name!r} was trained on a corpus, and its file is not at "
-        f"{' or '.join(looked) or 'a known place'}: copy {FILE} of that corpus there"
+        f"tokenizer {name!r} was trained on a corpus, but its file is not at "
+        f"{' or '.join(looked) or 'a known place'}: copy the {FILE} of that corpus there"
     )

@@ -56,7 +56,7 @@ class Config:
     dry_run: bool = False
     """Print the schedule and its cost, write schedule.json, and exit. Needs no data or GPU."""
     plan_processes: NotNegative = 0
-    """With dry_run: estimate the memory for this many processes. 0: those of this command."""
+    """With dry_run: number of processes for the estimate of memory. 0: those of this command."""
     calibrate: bool = False
     """With dry_run: measure a few steps of every phase, forecast time and memory: forecast.json."""
     log_interval: Positive = 10
@@ -70,7 +70,7 @@ class Config:
     keep_checkpoints: Positive = 2
     """Number of recent checkpoints to keep. Those at the end of a stage are always kept."""
     wandb: str = ""
-    """Weights & Biases project that shows the rows of metrics.jsonl. Needs the package wandb."""
+    """Weights & Biases project to log the rows of metrics.jsonl to. Needs the package wandb."""
     tensorboard: bool = False
     """Also write metrics.jsonl as event files to out_dir/tensorboard. Needs tensorboard."""
 

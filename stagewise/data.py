@@ -2,8 +2,8 @@
 
 A corpus is a folder of shards in llm.c's .bin format (a header of 256 int32, which begins with the
 magic number 20240520, the version 1 and the token count, then uint16 tokens), and a meta.json that
-lists them. fineweb.py writes it. The shards that it imports may also be .npy files, as those of
-build-nanogpt, or files without a header, as those of nanoGPT.
+lists them. fineweb.py writes it. The shards that it imports may also be .npy files, like those of
+build-nanogpt, or files without a header, like those of nanoGPT.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ def get_tokenizer(name: str, folders: Iterable[str | Path] = ()) -> tiktoken.Enc
     Args:
         name: "bytes" (256 byte tokens and <|endoftext|>), a tiktoken encoding, or the name of a
             trained tokenizer (see `bpe.load_bpe`).
-        folders: where the tokenizer.json of a trained tokenizer may be: its corpus, or a run.
+        folders: where to look for the tokenizer.json of a trained tokenizer: its corpus or a run.
 
     Raises:
         UserError: if the name is unknown, its tokens do not fit into shards, the vocabulary cannot
@@ -120,7 +120,7 @@ def open_shard(path: Path, format: Format = "llm.c") -> np.ndarray:
     """Return the tokens of a shard as a read-only memory map (uint16).
 
     Args:
-        format: "llm.c"; "npy", a NumPy array; or "raw", only tokens.
+        format: "llm.c"; "npy", a NumPy array; or "raw", tokens without a header.
 
     Raises:
         UserError: if the file is not a complete shard.
@@ -145,7 +145,7 @@ def shard_layout(path: Path, format: Format = "llm.c") -> tuple[int, int]:
         elif format == "raw":
             offset, count = 0, size // 2
             if size % 2:
-                raise UserError(f"{path}: has an odd number of bytes, so it is not uint16 tokens")
+                raise UserError(f"{path}: has an odd number of bytes, so it is not a uint16 array")
         else:
             offset, count = _llmc_layout(path, np.fromfile(f, dtype="<i4", count=HEADER_INTS))
     if size != offset + 2 * count:

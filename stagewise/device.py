@@ -127,8 +127,8 @@ def autocast(device: torch.device, dtype: str, n_embd: int) -> torch.autocast:
 def check_memory(parameters: int, device: torch.device, shards: int = 1) -> None:
     """Check that the training state fits into memory: weights, gradients and AdamW's two moments.
 
-    They need 16 bytes per parameter, divided by the number of processes that they are sharded over.
-    Activations, which depend on batch_size, are not included.
+    They need 16 bytes per parameter, divided by the number of processes over which they are
+    sharded. Activations, which depend on batch_size, are not included.
 
     Raises:
         UserError: if it does not fit.

@@ -1,4 +1,4 @@
-"""torch.distributed: initialization, sharded parameters, checks that ranks agree.
+"""torch.distributed: initialization, sharded parameters, and checks that ranks agree.
 
 With --sharding=fsdp, every parameter and its optimizer state is a DTensor: each rank holds a chunk
 of its rows (`Shard(0)`). Growth, freezing and the optimizer work on these as on plain tensors. Only
@@ -133,7 +133,7 @@ def check_replicas(model: torch.nn.Module, step: int, gloo_group: dist.ProcessGr
 
 
 def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
-    """Replace `x` by its mean over all ranks, and return it."""
+    """Replace `x` with its mean over all ranks, and return it."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(x)
         x /= dist.get_world_size()
@@ -220,9 +220,9 @@ def allocate(module: nn.Module, device: torch.device | str, mesh: "DeviceMesh | 
 def fully_shard(template: nn.Module, units: Iterable[nn.Module], model: nn.Module) -> nn.Module:
     """Apply FSDP2 to `template`, and give it the sharded parameters of `model`.
 
-    FSDP2 changes a module for good: it cannot be grown afterwards. `model` therefore stays as it
-    is, and every phase gets a new template, which shares its parameters with `model`. No data is
-    copied or communicated.
+    FSDP2 changes a module permanently, so that it cannot be grown afterwards. `model` is therefore
+    not changed, and every phase gets a new template, which shares its parameters with `model`. No
+    data is copied or communicated.
 
     Args:
         template: the same model on the meta device, with the same parameters frozen.

@@ -28,7 +28,7 @@ def shard_format(path: Path) -> Format:
 def check_tokens(
     path: Path, tokens: np.ndarray, encoding: tiktoken.Encoding, option: str | None
 ) -> int:
-    """Return the number of <|endoftext|> in a shard.
+    """Return the number of <|endoftext|> tokens in a shard.
 
     Raises:
         UserError: if the shard has a token that the tokenizer does not have.
@@ -39,8 +39,8 @@ def check_tokens(
         if part.max() >= encoding.n_vocab:
             raise UserError(
                 f"{path}: token id {part.max()} is outside the vocabulary of {encoding.name} "
-                f"({encoding.n_vocab:,} tokens): not a token shard, or another --tokenizer than "
-                f"{option or encoding.name}"
+                f"({encoding.n_vocab:,} tokens): use a token shard, and the tokenizer that wrote "
+                f"it instead of --tokenizer={option or encoding.name}"
             )
         n += int((part == encoding.eot_token).sum())
     return n
@@ -70,7 +70,9 @@ def datatrove_file(path: Path) -> tuple[np.ndarray, int | None, str | None]:
             if last and n_bytes == 4 * last:
                 size = 4
             elif n_bytes != size * last:
-                raise ValueError(f"its index ends at token {last:,}, but it has {n_bytes:,} bytes")
+                raise ValueError(
+                    f"its index ends at token {last:,}, but the file has {n_bytes:,} bytes"
+                )
     if size == 4:
         raise UserError(
             f"{path}: has 4 bytes per token, because the vocabulary is larger than {MAX_VOCAB:,}: "

@@ -121,7 +121,7 @@ def hf_tokenizer(encoding: tiktoken.Encoding, block_size: int) -> dict[str, dict
     """
     if encoding.name not in ("bytes", "gpt2") and not encoding.name.startswith("bpe-"):
         raise UserError(
-            f"tokenizer {encoding.name!r} cannot be exported, only bytes, gpt2 and trained ones"
+            f"tokenizer {encoding.name!r} cannot be exported: only bytes, gpt2 and trained ones can"
         )
     special = {name: encoding.encode_single_token(name) for name in encoding.special_tokens_set}
     ranks = {
@@ -180,7 +180,7 @@ def hf_tokenizer(encoding: tiktoken.Encoding, block_size: int) -> dict[str, dict
 
 
 def _merge(ranks: dict[bytes, int], token: bytes) -> list[bytes]:
-    """Return the two tokens that BPE merges into `token`: what the earlier merges make of it."""
+    """Return the two tokens that BPE merges into `token`: the result of all earlier merges."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         pairs = [ranks.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 # Maximum size in bytes of the fp32 logits of a chunk. In training, every chunk updates the full
-# weight gradient, so small chunks are slow. Tuned on a CPU; the GPU values are not tuned: 16,384
-# rows of GPT-2's vocabulary in training.
+# weight gradient, so small chunks are slow. Tuned on a CPU; the GPU values are not tuned. In
+# training on a GPU, chunks have up to 16,384 rows if the vocabulary is GPT-2's and the number of
+# rows is a power of two.
 LOGITS_BYTES = {"cpu": 192 * 2**20, "cuda": 4 * 2**30}
 LOGITS_BYTES_EVAL = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}
 

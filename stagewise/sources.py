@@ -1,8 +1,8 @@
 """Documents to tokenize: local files, and files of a dataset on the Hugging Face Hub.
 
-A source is a list of inputs. An input is one file, or up to TEXT_FILES text files. It is prepared
-when its turn comes: downloaded, decompressed and indexed in a temporary folder. Then several
-processes can read its documents in any order, with little memory.
+A source is a list of inputs. An input is one file, or up to TEXT_FILES text files. Just before it
+is tokenized, it is prepared: downloaded, decompressed and indexed in a temporary folder. Several
+processes can then read its documents in any order, with little memory.
 """
 
 import contextlib

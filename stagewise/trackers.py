@@ -17,7 +17,7 @@ from stagewise.metrics import read_metrics
 
 FINISH_SECONDS = 20  # that wandb may take to upload the last rows
 ADVICE = {
-    "wandb": "the rows that are missing there are sent when the same command is started again",
+    "wandb": "the missing rows are sent when the same command is run again",
     "tensorboard": "to write all rows again at the next start, remove the folder tensorboard",
 }
 
@@ -41,10 +41,10 @@ def check_trackers(config: Config) -> None:
 
 
 class Trackers:
-    """Passes rows of metrics.jsonl to the trackers that the options ask for.
+    """Passes rows of metrics.jsonl to the trackers that the options select.
 
     At the start, they receive the rows of metrics.jsonl that they do not have. A tracker that fails
-    is reported and receives no more rows; the run goes on.
+    is reported and receives no more rows, and the run continues.
 
     Args:
         out_dir: a run folder with config.json and metrics.jsonl, which ends at the step at which
@@ -82,7 +82,7 @@ class Trackers:
         except Exception as error:  # of a library: a connection, a disk, its own bugs
             self._trackers.pop(name, None)
             tqdm.write(
-                f"warning: {name} failed and is not used any more ({first_line(error)}); the run "
+                f"warning: {name} failed and is no longer used ({first_line(error)}); the run "
                 f"continues, and metrics.jsonl is complete; {ADVICE[name]}",
                 file=sys.stderr,
             )

@@ -270,7 +270,7 @@ def test_a_series_continues_after_an_interruption(tmp_path, monkeypatch, capsys)
     }
     monkeypatch.setattr(gpu, "steps", lambda args: commands)
     args = gpu.Args(rehearsal=True, minutes=0.05, out=tmp_path)
-    with pytest.raises(UserError, match="failed: slow, bad: the same command tries them again"):
+    with pytest.raises(UserError, match="failed: slow, bad: use the same command to run"):
         gpu.main(args)
     output = capsys.readouterr().out
     assert "slow: failed: stopped after 0.05 minutes" in output

@@ -61,7 +61,7 @@ def test_training_is_reproducible_and_the_name_identifies_the_file(trained, tmp_
     assert first.name == second.name != bpe.load_bpe(trained).name
     found = get_tokenizer(first.name, [tmp_path / "none", trained.parent, tmp_path / "a"])
     assert found.encode_ordinary("the hat") == first.encode_ordinary("the hat")
-    with pytest.raises(UserError, match=f"its file is not at {trained}: copy tokenizer.json"):
+    with pytest.raises(UserError, match=f"its file is not at {trained}: copy the tokenizer.json"):
         get_tokenizer(first.name, [trained.parent])
 
 
@@ -79,7 +79,7 @@ def test_too_few_pairs_give_a_smaller_vocabulary(tmp_path):
         (lambda f: f["pre_tokenizer"].update(use_regex=False), "is not a byte-level BPE"),
         (lambda f: f.update(normalizer={"type": "NFC"}), "has a normalizer"),
         (lambda f: f["added_tokens"].clear(), "has no token <|endoftext|>"),
-        (lambda f: f["model"]["vocab"].pop("a"), "lacks tokens of single bytes"),
+        (lambda f: f["model"]["vocab"].pop("a"), "lacks tokens for some single bytes"),
         (lambda f: f["model"]["merges"].reverse(), "not in the order of its merges"),
         (lambda f: f["model"]["merges"].pop(), "not in the order of its merges"),
         (lambda f: f["added_tokens"][0].update(id=2000), "ids are not consecutive"),
@@ -129,5 +129,5 @@ def test_a_run_trains_evaluates_and_samples_with_the_tokenizer_of_its_corpus(
     out = capsys.readouterr().out
     assert out.count("--- sample 1\nimport os") == 2 and out.count("acc_norm") == 2
     (run / bpe.FILE).unlink()
-    with pytest.raises(UserError, match="was trained on a corpus, and its file is not at"):
+    with pytest.raises(UserError, match="was trained on a corpus, but its file is not at"):
         sample.main(sample.Args(run, device="cpu"))

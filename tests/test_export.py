@@ -171,7 +171,7 @@ def test_an_export_can_be_replaced_but_nothing_else(run_train, tmp_path):
         other.mkdir(exist_ok=True)
         (other / "mine.txt").write_text("")
         before = sorted(p.name for p in other.iterdir())
-        with pytest.raises(UserError, match="is not empty, and not an earlier export"):
+        with pytest.raises(UserError, match="is not empty and is not an earlier export"):
             run_export(out, other)
         assert sorted(p.name for p in other.iterdir()) == before
     with pytest.raises(UserError, match="mine.txt: Not a directory: use another folder"):

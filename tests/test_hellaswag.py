@@ -206,7 +206,7 @@ def test_lm_eval_protocol(tmp_path):
         ({}, "activity_label: missing or empty, but the protocol lm_eval needs it"),
         ({"activity_label": ""}, "activity_label: missing or empty"),
         ({"activity_label": 1}, "activity_label: expected `str | null`"),
-        ({"activity_label": "[x", "ctx": "y]"}, "has no text besides markers"),
+        ({"activity_label": "[x", "ctx": "y]"}, "has no text other than markers"),
     ],
 )
 def test_lines_without_what_the_protocol_needs(tmp_path, changes, message):

@@ -119,7 +119,7 @@ def test_mistakes_are_named(runs, tmp_path, monkeypatch):
         patch.setattr(sys, "path", [])
         with pytest.raises(UserError, match="plotly is not installed: pip install plotly"):
             plot.main(args)
-    with pytest.raises(UserError, match="--html shows runs"):
+    with pytest.raises(UserError, match="--html cannot be used with --schedule"):
         plot.main(plot.Args(schedule=("configs/s4.py",), html=tmp_path / "page.html"))
     pytest.importorskip("plotly")
     (tmp_path / "file").write_text("")

@@ -241,7 +241,7 @@ def test_the_tokenizer_must_be_given(tmp_path):
     write_shard(tmp_path / "a_train_1.bin", TOKENS)
     with pytest.raises(UserError, match="the shards do not record their tokenizer: .*=gpt2"):
         import_shards(tmp_path, tmp_path / "out", tokenizer=None)
-    with pytest.raises(UserError, match="--tokenizer=bpe:300: the shards have been tokenized"):
+    with pytest.raises(UserError, match="--tokenizer=bpe:300: the shards are already tokenized"):
         import_shards(tmp_path, tmp_path / "out", tokenizer="bpe:300")
     result = script("fineweb.py", f"--source={tmp_path}", f"--out={tmp_path / 'out'}", check=False)
     assert result.returncode == 1 and result.stderr.count("\n") == 1
@@ -274,7 +274,7 @@ def test_datatrove_files(tmp_path):
     "how, message",
     [
         ("wide", "00000.ds: has 4 bytes per token, because the vocabulary is larger than 65,536"),
-        ("cut", "00000.ds: its index ends at token 3,000, but it has 5,998 bytes"),
+        ("cut", "00000.ds: its index ends at token 3,000, but the file has 5,998 bytes"),
         ("unknown", "the shards do not record their tokenizer"),
     ],
 )

@@ -181,7 +181,7 @@ def test_no_connection_does_not_end_a_run(tmp_path, offline, key):
     environment = dict(WANDB_MODE="online", WANDB_BASE_URL=url, WANDB_API_KEY=key)
     environment |= dict(WANDB_INIT_TIMEOUT="3", HOME=str(tmp_path), NETRC=str(tmp_path / "none"))
     error = script("-c", TRACK, ROOT, tmp_path, **environment).stderr
-    assert error.count("warning: wandb failed and is not used any more") == 1
+    assert error.count("warning: wandb failed and is no longer used") == 1
     assert "metrics.jsonl is complete" in error and "Traceback" not in error
 
 
