@@ -723,9 +723,9 @@ def load_source(args: Args, revision: str | None) -> Source:
 def identity_of(args: Args, name: str, source: Source, encoding: tiktoken.Encoding) -> str:
     """Return a hash of everything that determines the shards."""
     trained = args.tokenizer if re.fullmatch(r"bpe:\d+", args.tokenizer or "") else None
-    options = (args.source, name, encoding.name, trained, args.shard_tokens, args.column)
-    options = (*options, args.shuffle_seed, args.revision)
-    return hashlib.sha256(repr((options, source.version)).encode()).hexdigest()
+    about = (args.source, args.revision, args.column, args.shuffle_seed, args.shard_tokens)
+    tokenizer = (encoding.name, trained)
+    return hashlib.sha256(repr((name, about, tokenizer, source.version)).encode()).hexdigest()
 
 
 def check_disk(out: Path, source: Source, encoding: tiktoken.Encoding, numbers: list[int]) -> None:
