@@ -103,9 +103,10 @@ class Frontier:
 
     def compute_at(self, loss: float) -> float:
         """Return the compute at which a baseline has this loss, or NaN outside of the range."""
-        if not self.loss[-1] <= loss <= self.loss[0]:
+        best = np.minimum.accumulate(self.loss)  # a longer run may be worse
+        if not best[-1] <= loss <= best[0]:
             return math.nan
-        return float(np.exp(np.interp(-loss, -self.loss, np.log(self.compute))))
+        return float(np.exp(np.interp(-loss, -best, np.log(self.compute))))
 
 
 @dataclass

@@ -91,6 +91,8 @@ def test_a_baseline_has_no_gain_over_itself():
     assert curve.loss_at(math.sqrt(2)) == pytest.approx(2.5)
     assert math.isnan(curve.loss_at(0.5)) and math.isnan(curve.loss_at(4.1))
     assert math.isnan(curve.compute_at(1.4))
+    noisy = Frontier(np.array([1.0, 2.0, 4.0, 8.0]), np.array([3.0, 2.5, 2.6, 2.0]))
+    assert 4 < noisy.compute_at(2.4) < 8 and 1 < noisy.compute_at(2.55) < 2
 
 
 def test_intervals_are_those_of_students_t():
@@ -101,6 +103,8 @@ def test_intervals_are_those_of_students_t():
     )
     assert str(estimate) == "+0.2000 ± 0.1963" and str(Estimate.of([0.1])) == "+0.1000"
     assert str(Estimate.of([0.1, math.nan])) == "-"
+    estimate = Estimate.of(list(range(11)))  # standard error 1; t = 2.228
+    assert estimate.half_width == pytest.approx(2.228, 1e-3)
 
 
 def test_the_page_has_a_row_for_every_method_and_budget(tiny, tmp_path, capsys):

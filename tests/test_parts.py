@@ -411,3 +411,62 @@ def test_the_sample_is_bounded(monkeypatch, source, tmp_path):
 def test_paths_of_the_command_line_are_local(tmp_path):
     with pytest.raises(UserError, match="--source=/no/such/folder: no such file or folder"):
         tokenize(Path("/no/such/folder"), tmp_path / "out")
+
+
+def fail_at(monkeypatch, n):
+    """Let the n-th shard find a full disk."""
+    written = []
+
+    def write(path, tokens):
+        written.append(path)
+        if len(written) == n:
+            raise OSError(28, "No space left on device")
+        write_shard(path, tokens)
+
+    monkeypatch.setattr(fineweb, "write_shard", write)
+
+
+def test_a_merge_does_not_continue_a_single_process(source, tmp_path, monkeypatch):
+    fail_at(monkeypatch, 4)
+    with pytest.raises(UserError, match="No space left"):
+        tokenize(source, tmp_path / "x")
+    monkeypatch.undo()
+    tokenize(source, tmp_path / "x", rank=0, world_size=1)
+    with pytest.raises(UserError, match="other options"):
+        fineweb.main(fineweb.Args(str(source), tmp_path / "x", merge=True))
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_size_of_a_trained_tokenizer_cannot_change(source, tmp_path, monkeypatch):
+    fail_at(monkeypatch, 3)
+    with pytest.raises(UserError, match="No space left"):
+        tokenize(source, tmp_path / "x", tokenizer="bpe:400", shard_tokens=500)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="other options"):
+        tokenize(source, tmp_path / "x", tokenizer="bpe:300", shard_tokens=500)
+    tokenize(source, tmp_path / "y", tokenizer="bpe:400", rank=0, world_size=2)
+    with pytest.raises(UserError, match="with other options"):
+        tokenize(source, tmp_path / "y", tokenizer="bpe:300", rank=1, world_size=2)
+
+
+@pytest.mark.parametrize("moment", ["no space", "killed"])
+def test_the_last_step_can_be_repeated(source, tmp_path, monkeypatch, moment):
+    """Fewer than ten shards: at the end, the validation set is shortened to a tenth."""
+    expected = contents(tokenize(source, tmp_path / "expected", shard_tokens=40_000))
+    n = len(expected) - 1  # all shards; the last one is written when the corpus is complete
+    out = tmp_path / "x"
+    if moment == "no space":
+        fail_at(monkeypatch, n + 1)
+        with pytest.raises(UserError, match="No space left"):
+            tokenize(source, out, shard_tokens=40_000)
+        monkeypatch.undo()
+    else:
+        script = (
+            "import os, fineweb; from pathlib import Path\n"
+            "fineweb.fsync = lambda path: os._exit(9)\n"
+            f"fineweb.main(fineweb.Args({str(source)!r}, Path({str(out)!r}), tokenizer='bytes', "
+            "shard_tokens=40_000, processes=1))"
+        )
+        assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 9
+        assert (tmp_path / "x.partial/progress.json").exists()
+    assert contents(tokenize(source, out, shard_tokens=40_000)) == expected
