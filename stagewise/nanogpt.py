@@ -48,10 +48,10 @@ def load_nanogpt(path: Path) -> dict[str, Any]:
             checkpoint = torch.load(f, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # torch's unpickler raises many types for corrupted files
+    except Exception:  # torch's unpickler raises many types for corrupted files
         raise UserError(
-            f"{path}: not a checkpoint of nanoGPT that can be loaded without executing code "
-            f"({first_line(error)}): name its ckpt.pt, or a run folder"
+            f"{path}: is not a checkpoint of nanoGPT, or cannot be loaded without executing code: "
+            "name its ckpt.pt, or a run folder"
         ) from None
     try:
         args = asdict(convert(checkpoint["model_args"], ModelArgs))

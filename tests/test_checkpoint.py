@@ -229,7 +229,7 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path, trained):
             load_checkpoint(tmp_path, optimizer=True)
         (folder / name).write_bytes(good)
     torch.save({"model": Code()}, tmp_path / "ckpt.pt")
-    with pytest.raises(UserError, match="has no checkpoint"):
+    with pytest.raises(UserError, match="cannot be loaded without executing code"):
         load_checkpoint(tmp_path / "ckpt.pt")
     assert not (tmp_path / "executed").exists()
 
