@@ -141,11 +141,11 @@ def test_other_files_raise_an_error(tmp_path, monkeypatch, changes, message):
 def test_corrupted_files_raise_an_error(tmp_path, content):
     path = tmp_path / "ckpt.pt"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="ckpt.pt: not a checkpoint of nanoGPT"):
+    with pytest.raises(UserError, match="ckpt.pt: is not a checkpoint of nanoGPT"):
         load_checkpoint(path)
     save(path)
     path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(UserError, match="ckpt.pt: not a checkpoint of nanoGPT"):
+    with pytest.raises(UserError, match="ckpt.pt: is not a checkpoint of nanoGPT"):
         load_checkpoint(path)
 
 
