@@ -8,7 +8,7 @@ import statistics
 
 import numpy as np
 import pytest
-from conftest import metrics
+from conftest import ROOT, metrics
 from test_study import instead_of_training, train_here, write_study
 
 import frontier
@@ -147,3 +147,11 @@ def test_the_finding_is_written_between_the_marks(tiny, tmp_path):
     with pytest.raises(UserError, match="has no lines <!-- written by frontier.py -->"):
         frontier.main(frontier.Args(folder, readme=page))
     assert page.read_text() == "nothing\n"
+
+
+def test_the_small_study_is_valid(tmp_path, corpus):
+    shutil.copy(ROOT / "configs/study_small.toml", tmp_path / "study.toml")
+    runs = study.load_study(tmp_path)[1]
+    _, flops = study.check_runs(runs, [f"data_dir={corpus}"])
+    longest = max(flops, key=lambda name: flops[name])
+    assert len(flops) == 22 and longest.startswith("baseline_300")  # no method is outside
