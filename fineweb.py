@@ -623,7 +623,7 @@ def _lock(partial: Path, out: Path) -> filelock.FileLock:
             f"--out={out}: another fineweb.py is writing it: wait until it ends, or choose another "
             "--out"
         ) from None
-    except (OSError, NotImplementedError) as error:
+    except OSError as error:
         raise _cannot_be_written(out, error) from None
     return lock
 
@@ -957,9 +957,6 @@ def tokenize_parts(args: Args, name: str, out: Path, rank: int, world_size: int)
                 raise UserError(
                     f"{parts}: rank {rank} is already running: wait until it ends"
                 ) from None
-            except NotImplementedError as error:
-                reason = first_line(error)
-                raise OSError(f"the file system does not support locks ({reason})") from None
         mine = list(range(rank, job.inputs, world_size))
         todo = [i for i in mine if not _part(parts, i).exists()]
         if not args.ignore_disk_space:

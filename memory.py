@@ -21,7 +21,6 @@ from tabulate import tabulate
 
 import growth
 from schedule import Phase, Schedule
-from stagewise.loss import LOGITS_BYTES, chunk_size
 
 GATHERED_BLOCKS = 2  # FSDP2 gathers the next block during the computation of the current one
 
@@ -90,14 +89,13 @@ def activation_bytes(phase: Phase, model_config, batch_size: int, bf16: bool) ->
     return stored + 4 * N * d + (4 * V * d if phase.train_head else 0)
 
 
-def _loss_buffers(model_config, batch_size, bf16, kind):
+def _loss_buffers(model_config, bf16, rows):
     """Return the bytes of a chunk of logits, its softmax and its gradient, and of the head in bf16.
 
     See `stagewise.loss`. In fp32, the gradient replaces the softmax. In bf16, logits and gradient
     have 2 bytes, and the softmax 4.
     """
     V = model_config.vocab_size
-    rows = chunk_size(batch_size * model_config.block_size, V, LOGITS_BYTES[kind], kind)
     return rows * V * 8 + (2 * V * model_config.n_embd if bf16 else 0)
 
 
@@ -137,12 +135,15 @@ def phase_memory(
     fsdp: bool = False,
     reduce_every_micro_batch: bool = False,
     bf16: bool = True,
-    kind: str = "cuda",
+    loss_rows: int = 0,
 ) -> list[Memory]:
     """Return the memory of each process in each phase of a schedule.
 
     If a step has several micro-batches, FSDP2 keeps the gradients of all parameters unsharded
-    until the last one, unless `reduce_every_micro_batch` is set. `kind` is "cpu" or "cuda".
+    until the last one, unless `reduce_every_micro_batch` is set.
+
+    Args:
+        loss_rows: rows of logits in memory at the same time: see `stagewise.loss.chunk_size`.
     """
     size = _sizes(model_config)
     result = []
@@ -163,7 +164,7 @@ def phase_memory(
                 gathered_gradients = trained
             trained = -(-trained // world_size)
         activations = activation_bytes(phase, model_config, batch_size, bf16)
-        activations += _loss_buffers(model_config, batch_size, bf16, kind)
+        activations += _loss_buffers(model_config, bf16, loss_rows)
         result.append(
             Memory(4 * (n + gathered), 4 * (trained + gathered_gradients), 8 * state, activations)
         )

@@ -103,6 +103,7 @@ from stagewise.fileio import (
     read_bytes,
 )
 from stagewise.hf import SIZES
+from stagewise.loss import LOGITS_BYTES, chunk_size
 from stagewise.metrics import MetricsWriter
 from stagewise.monitor import EXIT_STOPPED, LossMonitor, StopSignals
 from stagewise.seeding import derived_seed
@@ -273,6 +274,7 @@ def main() -> None:
         mininterval=refresh,
         desc="evaluation",
     )
+
     # --- training
     stopping = False
     for phase in schedule.phases:
@@ -1102,11 +1104,12 @@ def print_memory(
     bf16 = config.dtype != "float32"
     if kind == "cpu":
         bf16 = matmul_dtype(torch.device("cpu"), config.dtype, config.n_embd) == "bfloat16"
+    rows, V = config.batch_size * config.block_size, model_config.vocab_size
     print(
         memory_table(
             schedule, model_config, config.batch_size, world_size,
             reduce_every_micro_batch=config.reduce_every_micro_batch,
-            bf16=bf16, kind=kind,
+            bf16=bf16, loss_rows=chunk_size(rows, V, LOGITS_BYTES[kind], kind),
         )
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, TypeVar
 import filelock
 import msgspec
 
-from stagewise.errors import UserError, file_errors, first_line
+from stagewise.errors import UserError, file_errors
 
 T = TypeVar("T")
 
@@ -94,8 +94,6 @@ class FolderLock:
                     f"{folder}: another run is using it: wait for that run, or use another "
                     "--out_dir"
                 ) from None
-            except NotImplementedError as error:
-                raise OSError(f"the file system has no locks ({first_line(error)})") from None
         self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
 
     def check(self) -> None:

@@ -13,6 +13,7 @@ from memory import activation_bytes, phase_memory
 from model import GPT, GPTConfig
 from stagewise.config import Config, load_config
 from stagewise.device import autocast
+from stagewise.loss import LOGITS_BYTES, chunk_size
 
 CPU = torch.device("cpu")
 SCHEDULES = {
@@ -122,3 +123,14 @@ def test_a_large_model_is_planned_without_allocating_it(name, monkeypatch, capsy
     gib = 4 * model.num_params() / 2**30
     assert ddp[:3] == pytest.approx([gib, gib, 2 * gib], abs=0.01)
     assert sharded[2] == pytest.approx(gib / 4, abs=0.01) and sharded[3] < ddp[3]
+
+
+def test_the_buffers_of_the_loss_are_those_of_a_chunk():
+    """With 48 sequences, the number of chunks on a GPU is rounded up to a power of two."""
+    config, model_config, schedule = make({}, block_size=1024, vocab_size=50304)
+    (without,) = phase_memory(schedule, model_config, 48)
+    rows = chunk_size(48 * 1024, 50304, LOGITS_BYTES["cuda"], "cuda")
+    assert 4 * rows == 48 * 1024
+    (memory,) = phase_memory(schedule, model_config, 48, loss_rows=rows)
+    # logits and gradient in bf16, softmax in fp32
+    assert memory.activations - without.activations == rows * 50304 * (2 + 2 + 4)
