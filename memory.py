@@ -190,7 +190,7 @@ def memory_table(schedule: Schedule, model_config, batch_size: int, world_size: 
     return "\n".join(
         [
             tabulate(rows, header, "simple", colalign=align, disable_numparse=True),
-            f"Estimated memory of each of {world_size} processes. total: with activations, without "
-            "the CUDA context.",
+            f"Estimated memory per process, for world size {world_size}. total: with activations, "
+            "without the CUDA context.",
         ]
     )

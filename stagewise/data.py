@@ -330,9 +330,8 @@ class Shards:
         self.paths = [Path(data_dir) / s["file"] for s in shards]
         self._offsets, counts = [], []
         for path, shard in zip(self.paths, shards):
-            format = shard.get("format", "llm.c")
-            tokens = open_shard(path, format)
-            self._offsets.append(shard_layout(path, format)[0])
+            tokens = open_shard(path, shard.get("format", "llm.c"))
+            self._offsets.append(getattr(tokens, "offset", 0))  # an empty shard is not a memmap
             if len(tokens) != shard["tokens"]:
                 raise UserError(
                     f"{path}: has {len(tokens):,} tokens, but meta.json lists "
