@@ -114,7 +114,7 @@ def test_a_large_model_is_planned_without_allocating_it(name, monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", ["train.py", f"configs/{name}.py", *words])
     train.main()
     printed = capsys.readouterr().out
-    assert "Estimated memory of each of 8 processes" in printed
+    assert "per process, for world size 8" in printed
     assert max(map(len, printed.splitlines())) <= 100
     rows = [line.split() for line in printed.splitlines() if line.startswith("all blocks")]
     ddp, sharded = [float(x) for x in rows[-1][-8:-4]], [float(x) for x in rows[-1][-4:]]
