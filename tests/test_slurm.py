@@ -24,14 +24,20 @@ signal.signal(signal.SIGTERM, lambda number, frame: os._exit(143))
 command = sys.argv[1:]
 while command[0].startswith("--"):
     command.pop(0)
-tasks = []
+tasks, early = [], []
+n_tasks = int(os.environ["SLURM_NTASKS"])
 def forward(number, frame):
-    for task in tasks:
-        task.send_signal(number)
+    if len(tasks) < n_tasks:
+        early.append(number)
+    else:
+        for task in tasks:
+            task.send_signal(number)
 signal.signal(signal.SIGUSR1, forward)
-for rank in range(int(os.environ["SLURM_NTASKS"])):
+for rank in range(n_tasks):
     env = os.environ | {{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}}
     tasks.append(subprocess.Popen(command, env=env))
+for number in early:
+    forward(number, None)
 statuses = [task.wait() for task in tasks]
 sys.exit(max(128 - s if s < 0 else s for s in statuses))
 """
@@ -44,6 +50,9 @@ OPTIONS = RUN | dict(batch_size=4, hellaswag_data="none")
 @pytest.fixture
 def slurm(tmp_path):
     """A function that starts a batch script as Slurm does, from a copy, in its first node."""
+    # bash cannot trap a signal that its parent process ignored.
+    numbers = (signal.SIGUSR1, signal.SIGTERM)
+    handlers = [signal.signal(number, signal.SIG_DFL) for number in numbers]
     commands = tmp_path / "bin"
     commands.mkdir()
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
@@ -79,7 +88,9 @@ def slurm(tmp_path):
         return path.read_text().splitlines() if path.exists() else []
 
     sbatch.requeued = requeued
-    return sbatch
+    yield sbatch
+    for number, handler in zip(numbers, handlers):
+        signal.signal(number, handler)
 
 
 def tasks(pid):
