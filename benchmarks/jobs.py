@@ -43,6 +43,8 @@ class Args:
     """Steps of each run."""
     rounds: int = 3
     """Times that the study is trained each way."""
+    data_dir: Path = ROOT / "data/stdlib"
+    """Corpus."""
     json: Path = Path("out/bench/jobs.json")
     """File of the results."""
 
@@ -50,7 +52,7 @@ class Args:
 def seconds(args: Args, jobs: int) -> float:
     """Return the time that the study takes."""
     options = [str(ROOT / "configs/demo.py"), f"--steps={args.steps}", "--hellaswag_data=none"]
-    options += [f"--data_dir={ROOT / 'data/stdlib'}", f"--eval_interval={args.steps}"]
+    options += [f"--data_dir={args.data_dir.resolve()}", f"--eval_interval={args.steps}"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "study"
         folder.mkdir()

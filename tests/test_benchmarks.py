@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY, script
+from conftest import ROOT, TINY, TINY_RUN, script
 from torch.nn.attention import SDPBackend
 
 from benchmarks import gpu
@@ -301,6 +301,33 @@ def test_the_options_of_the_series_are_valid(tmp_path, rehearsal):
             checked += 1
     assert checked >= 6
     assert rehearsal or "step_micro_32_peers" in commands
+
+
+@pytest.mark.slow
+def test_a_study_is_timed_with_one_and_with_two_jobs(corpus, tmp_path):
+    path = tmp_path / "jobs.json"
+    options = ["--runs=2", "--steps=2", "--rounds=1", f"--data_dir={corpus}", f"--json={path}"]
+    result = script("benchmarks/jobs.py", *options)
+    assert result.stdout.count("finished, val loss") == 4
+    report = json.loads(path.read_text())
+    (row,) = report["rounds"]
+    assert row["ratio"] == row["one_at_a_time"] / row["several"] == report["ratio"] > 0
+    result = script("benchmarks/jobs.py", *options, "--jobs=1", check=False)
+    assert result.returncode == 1 and result.stderr.startswith("error: --rounds")
+
+
+@pytest.mark.slow
+def test_a_forecast_is_compared_with_its_run(corpus, tmp_path):
+    options = TINY_RUN | dict(data_dir=corpus, stages=2, steps=40)
+    words = [f"--{name}={value}" for name, value in options.items()]
+    script(ROOT / "benchmarks/forecast.py", *words, cwd=tmp_path)
+    path = tmp_path / "out/bench/forecast.json"
+    *phases, total = json.loads(path.read_text())["rows"]
+    names = [f"stage {stage} phase {phase}" for stage in (1, 2) for phase in (1, 2)]
+    assert [row["phase"] for row in phases] == names
+    for row in (*phases, total):
+        assert row["ratio"] == row["forecast"] / row["run"] > 0
+    assert total["run"] > sum(row["run"] for row in phases)
 
 
 def test_bad_options_end_in_one_line():
