@@ -7,10 +7,10 @@
 
 The first three are exact for DistributedDataParallel and a single process. Activations are those of
 a step that is not compiled, with a fused attention kernel; a compiled step stores less. With
-`sharding=fsdp`, the parameters, gradients and optimizer state are divided by the number of
-processes, plus the tensors that FSDP2 gathers: embeddings, head and final norm during the whole
-step, and the blocks in use. Not included: the CUDA context, communication buffers and the
-allocator's fragmentation.
+`sharding=zero1` or `fsdp`, the parameters, gradients and optimizer state are divided by the number
+of processes, plus the tensors that FSDP2 gathers: with `zero1` all parameters; with `fsdp`
+embeddings, head and final norm during the whole step, and the blocks in use. Not included: the CUDA
+context, communication buffers and the allocator's fragmentation.
 """
 
 import dataclasses
@@ -132,7 +132,7 @@ def phase_memory(
     model_config,
     batch_size: int,
     world_size: int = 1,
-    fsdp: bool = False,
+    sharding: str = "ddp",
     reduce_every_micro_batch: bool = False,
     bf16: bool = True,
     loss_rows: int = 0,
@@ -143,6 +143,7 @@ def phase_memory(
     until the last one, unless `reduce_every_micro_batch` is set.
 
     Args:
+        sharding: "ddp", "zero1" or "fsdp".
         loss_rows: rows of logits in memory at the same time: see `stagewise.loss.chunk_size`.
     """
     size = _sizes(model_config)
@@ -154,9 +155,11 @@ def phase_memory(
         trained = trained_outside + len(phase.trained_blocks) * size.block
         state = sum(getattr(size, part) for part in parts) + sum(blocks) * size.block
         gathered = gathered_gradients = 0
-        if fsdp and world_size > 1:
-            n, state = -(-n // world_size), -(-state // world_size)
+        if sharding != "ddp" and world_size > 1:
             gathered = outside + min(GATHERED_BLOCKS, phase.n_blocks) * size.block
+            if sharding == "zero1":
+                gathered = n
+            n, state = -(-n // world_size), -(-state // world_size)
             gathered_gradients = trained_outside
             gathered_gradients += min(GATHERED_BLOCKS, len(phase.trained_blocks)) * size.block
             one = phase.tokens_per_step == world_size * batch_size * model_config.block_size
@@ -172,20 +175,23 @@ def phase_memory(
 
 
 def memory_table(schedule: Schedule, model_config, batch_size: int, world_size: int, **options):
-    """Return a table of `phase_memory` for DDP and FSDP. See `phase_memory` for the options."""
-    reduce = options.pop("reduce_every_micro_batch", False)
-    ddp = phase_memory(schedule, model_config, batch_size, world_size, **options)
-    fsdp = phase_memory(schedule, model_config, batch_size, world_size, True, reduce, **options)
+    """Return a table of `phase_memory` for every `sharding`. See `phase_memory` for the options."""
+    ddp, zero1, fsdp = (
+        phase_memory(schedule, model_config, batch_size, world_size, kind, **options)
+        for kind in ("ddp", "zero1", "fsdp")
+    )
     small = max(m.total for m in ddp) < 2**30
     name, unit = ("MiB", 2**20) if small else ("GiB", 2**30)
     rows = []
-    for phase, a, b in zip(schedule.phases, ddp, fsdp):
+    for phase, a, z, b in zip(schedule.phases, ddp, zero1, fsdp):
         cells = [a.activations]
         for m in (a, b):
             cells += [m.parameters, m.gradients, m.optimizer_state, m.total]
+        cells.insert(-4, z.total)
         rows.append([phase.name, *(f"{cell / unit:.2f}" for cell in cells)])
     each = ["params", "grads", "optim", "total"]
-    header = [name, "activ.", *("DDP\n" + x for x in each), *("FSDP\n" + x for x in each)]
+    header = [name, "activ.", *("DDP\n" + x for x in each), "ZeRO-1\ntotal"]
+    header += ["FSDP\n" + x for x in each]
     align = ("left", *("right",) * (len(header) - 1))
     return "\n".join(
         [

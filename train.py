@@ -167,7 +167,7 @@ def main() -> None:
         hellaswag.download()
     # All ranks synchronize here: the download is complete.
     gloo_group = init_process_group(device, ranks, config.timeout) if ranks.launched else None
-    mesh = make_mesh(device, ranks) if config.sharding == "fsdp" else None
+    mesh = make_mesh(device, ranks) if config.sharding != "ddp" else None
     examples = []
     if task:
         encoding = get_tokenizer(meta["tokenizer"], [config.data_dir])
@@ -473,7 +473,8 @@ def wrap(
     template.set_trainable(phase.trained_blocks, phase.train_embeddings, phase.train_head)
     if config.compile != "none":
         template.compile_regions()
-    return fully_shard(template, template.transformer.h, model)
+    keep_gathered = config.sharding == "zero1"
+    return fully_shard(template, template.transformer.h, model, keep_gathered)
 
 
 def unwrap(model: torch.nn.Module) -> GPT:
@@ -511,7 +512,8 @@ def train_step(
     loss = torch.zeros((), device=device)
     for micro_step in range(grad_accum_steps):
         x, y = (t.to(device, non_blocking=True) for t in next(batches))
-        set_gradient_sync(model, reduce_every_micro_batch or micro_step == grad_accum_steps - 1)
+        last = micro_step == grad_accum_steps - 1
+        set_gradient_sync(model, reduce_every_micro_batch or last, last)
         with precision:
             micro_loss = model(x, y, **kwargs) / grad_accum_steps
         micro_loss.backward()

@@ -181,10 +181,10 @@ class Config:
     """torch.compile each block ("blocks"), or the whole model in every phase ("model")."""
     seed: Annotated[int, Meta(ge=0, lt=2**32)] = 1337
     """Random seed for weights, data order, dropout and skipped blocks."""
-    sharding: Literal["ddp", "fsdp"] = "ddp"
-    """Every process holds all weights and optimizer state ("ddp"), or a shard of each ("fsdp")."""
+    sharding: Literal["ddp", "zero1", "fsdp"] = "ddp"
+    """What is divided over the processes: nothing, the optimizer state, or also the weights."""
     reduce_every_micro_batch: bool = False
-    """With fsdp, shard gradients after each micro-batch: less memory, more communication."""
+    """With zero1 and fsdp, shard gradients after each micro-batch: less memory, more traffic."""
     deterministic: bool = False
     """Use only deterministic kernels on a GPU. This can reduce speed."""
     timeout: Annotated[int, Meta(ge=1, le=10**7)] = 600
@@ -308,14 +308,14 @@ def check(c: Config) -> None:
             f"compile=model cannot be used with {name}={getattr(c, name)}, because it would "
             "compile the model again in many steps: use --compile=blocks"
         )
-    if c.compile == "model" and c.sharding == "fsdp":
+    if c.compile == "model" and c.sharding != "ddp":
         raise UserError(
-            "compile=model cannot be used with sharding=fsdp, which gathers parameters block by "
-            "block: use --compile=blocks"
+            f"compile=model cannot be used with sharding={c.sharding}, which gathers parameters "
+            "block by block: use --compile=blocks"
         )
-    if c.reduce_every_micro_batch and c.sharding != "fsdp":
+    if c.reduce_every_micro_batch and c.sharding == "ddp":
         raise UserError(
-            f"reduce_every_micro_batch has no effect with sharding={c.sharding}: remove it, or use "
+            "reduce_every_micro_batch has no effect with sharding=ddp: remove it, or use "
             "--sharding=fsdp"
         )
     if c.init_weights and isinstance(c.continual_steps, str):

@@ -1,8 +1,9 @@
 """torch.distributed: initialization, sharded parameters, and checks that ranks agree.
 
-With --sharding=fsdp, every parameter and its optimizer state is a DTensor: each rank holds a chunk
-of its rows (`Shard(0)`). Growth, freezing and the optimizer work on these as on plain tensors. Only
-a training step or an evaluation needs full parameters; FSDP2 gathers them block by block.
+With --sharding=zero1 and fsdp, every parameter and its optimizer state is a DTensor: each rank
+holds a chunk of its rows (`Shard(0)`). Growth, freezing and the optimizer work on these as on plain
+tensors. Only a training step or an evaluation needs full parameters; FSDP2 gathers them block by
+block, and frees them after each use (fsdp) or after the step (zero1).
 """
 
 import datetime
@@ -140,12 +141,18 @@ def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def set_gradient_sync(model: nn.Module, flag: bool) -> None:
-    """Select whether the next backward pass of a wrapped model reduces gradients over all ranks."""
+def set_gradient_sync(model: nn.Module, flag: bool, last: bool) -> None:
+    """Select whether the next backward pass of a wrapped model reduces gradients over all ranks.
+
+    Args:
+        last: whether the optimizer changes the parameters after it, so that a copy that was
+            gathered with `keep_gathered` must be freed.
+    """
     if isinstance(model, DDP):
         model.require_backward_grad_sync = flag
     elif hasattr(model, "set_requires_gradient_sync"):  # an FSDPModule
         model.set_requires_gradient_sync(flag)  # type: ignore[operator]
+        model.set_reshard_after_backward(last or not model.keep_gathered)  # type: ignore[operator]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -217,7 +224,9 @@ def allocate(module: nn.Module, device: torch.device | str, mesh: "DeviceMesh | 
             setattr(part, name, nn.Parameter(sharded))
 
 
-def fully_shard(template: nn.Module, units: Iterable[nn.Module], model: nn.Module) -> nn.Module:
+def fully_shard(
+    template: nn.Module, units: Iterable[nn.Module], model: nn.Module, keep_gathered: bool = False
+) -> nn.Module:
     """Apply FSDP2 to `template`, and give it the sharded parameters of `model`.
 
     FSDP2 changes a module permanently, so that it cannot be grown afterwards. `model` is therefore
@@ -228,13 +237,16 @@ def fully_shard(template: nn.Module, units: Iterable[nn.Module], model: nn.Modul
         template: the same model on the meta device, with the same parameters frozen.
         units: the submodules that are gathered one at a time. All other parameters form a last
             unit, which is gathered for the whole forward and backward pass.
+        keep_gathered: gather each unit once per step, and keep it until the last backward pass of
+            the step; see `set_gradient_sync`. Otherwise it is freed after each use.
     """
     from torch.distributed.fsdp import fully_shard as fsdp2
 
     gc.collect()  # FSDP modules form reference cycles; the previous template holds gathered tensors
     mesh = mesh_of(next(model.parameters()))
     for unit in units:
-        fsdp2(unit, mesh=mesh)
-    fsdp2(template, mesh=mesh)
+        fsdp2(unit, mesh=mesh, reshard_after_forward=not keep_gathered)
+    fsdp2(template, mesh=mesh, reshard_after_forward=False)
+    template.keep_gathered = keep_gathered
     template.load_state_dict(model.state_dict(keep_vars=True), assign=True)
     return template

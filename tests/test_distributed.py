@@ -171,7 +171,7 @@ for name in growth.OPERATORS:
             same(states[0][p][key], states[1][q][key])
 # The estimate divides evenly; here, 65 rows are 22 + 22 + 21, and 16 rows are 6 + 6 + 4.
 schedule = schedule.make_schedule(6, 8, context_length=8, tokens_per_step=24)
-(estimate,) = memory.phase_memory(schedule, config, batch_size=1, world_size=3, fsdp=True)
+(estimate,) = memory.phase_memory(schedule, config, batch_size=1, world_size=3, sharding="fsdp")
 moments = [t.to_local() for s in states[1].values() for k, t in s.items() if k != "step"]
 local = 4 * sum(t.numel() for t in moments)
 assert 0.8 < local / estimate.optimizer_state < 1.2, (local, estimate)
@@ -203,6 +203,11 @@ FSDP_RUNS = {
         dict(steps=8, context_ramp="0:32 50%:64", tokens_per_step_ramp="0:512 50%:1024"),
     ),
     "bfloat16": ((), dict(stages=2, steps=8, dtype="bfloat16")),
+    "zero1_paper": ((), dict(stages=4, steps=16, eval_interval=5, sharding="zero1")),
+    "zero1_layer_dropout": (
+        (METHODS / "layer_dropout.py",),
+        dict(steps=16, skip_rate=0.9, eval_interval=1, sharding="zero1"),
+    ),
 }
 FSDP = dict(sharding="fsdp", batch_size=2)  # 4 micro-batches per step
 
@@ -283,24 +288,31 @@ sys.path.insert(0, {str(ROOT)!r})
 import torch
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp2
 import train
-rank, counts = os.environ["RANK"], []
+rank, counts, gathers = os.environ["RANK"], [], []
 reduce, train_step, forward = fsdp2.foreach_reduce, train.train_step, train.GPT.forward
+gather = fsdp2.foreach_all_gather
 def counted(*args, **kwargs):
     counts[-1] += 1
     return reduce(*args, **kwargs)
+def gathered(*args, **kwargs):
+    if gathers:
+        gathers[-1] += 1
+    return gather(*args, **kwargs)
 def step(*args):
     counts.append(0)
+    gathers.append(0)
     return train_step(*args)
 def poisoned(self, *args, **kwargs):  # the loss of rank 1 is not finite in step 3
     out = forward(self, *args, **kwargs)
     return out * float("nan") if len(counts) == 3 and self.training and rank == "1" else out
 fsdp2.foreach_reduce, train.train_step, train.GPT.forward = counted, step, poisoned
+fsdp2.foreach_all_gather = gathered
 train.main()
 stats = torch._dynamo.utils.counters["stats"]["unique_graphs"]
 breaks = len(torch._dynamo.utils.counters["graph_break"])
 out_dir = next(word for word in sys.argv if word.startswith("--out_dir=")).partition("=")[2]
 with open(out_dir + "/spy" + rank, "w") as f:
-    json.dump([counts, stats, breaks], f)
+    json.dump([counts, stats, breaks, gathers], f)
 """
 
 
@@ -313,15 +325,25 @@ def test_compiled_sharded_blocks_reduce_on_the_last_micro_batch_and_skip_bad_ste
     program = tmp_path / "spy.py"
     program.write_text(SPY)
     options = dict(data_dir=corpus, steps=4, hellaswag_data="none", compile="blocks", batch_size=2)
-    every = dict(sharding="fsdp", reduce_every_micro_batch=True)
+    kinds: dict = {name: dict(sharding=name) for name in ("ddp", "zero1", "fsdp")}
+    kinds["every"] = dict(sharding="fsdp", reduce_every_micro_batch=True)
+    kinds["zero1_every"] = dict(sharding="zero1", reduce_every_micro_batch=True)
     spied, rows = {}, {}
-    for name, kind in dict(ddp={}, fsdp=dict(sharding="fsdp"), every=every).items():
+    for name, kind in kinds.items():
         torchrun(2, program, *arguments(tmp_path / name, **options, **kind))
         spied[name] = json.loads((tmp_path / name / "spy1").read_text())
         rows[name] = metrics(tmp_path / name)[1:]
     units = 5  # 4 blocks, and the embeddings with the final norm
-    assert spied["fsdp"][0] == [units] * 4 and spied["every"][0] == [4 * units] * 4
-    for name in ("fsdp", "every"):
+    for name in ("zero1", "fsdp"):
+        assert spied[name][0] == [units] * 4
+    for name in ("every", "zero1_every"):
+        assert spied[name][0] == [4 * units] * 4
+    # zero1 gathers once per step, fsdp in every forward and backward pass. Step 1 finds what the
+    # evaluation before it has gathered; the evaluation after step 4 gathers again.
+    for name in ("zero1", "zero1_every"):
+        assert spied[name][3] == [0, units, units, 2 * units]
+    assert min(spied["fsdp"][3]) > 4 * units
+    for name in ("zero1", "fsdp", "every", "zero1_every"):
         assert spied[name][1] == spied["ddp"][1] and spied[name][2] == 0
         assert [row["skipped_steps"] for row in rows[name]] == [0, 0, 1, 1]
         for row, other in zip(rows[name], rows["ddp"], strict=True):

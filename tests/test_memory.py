@@ -93,8 +93,8 @@ def test_fsdp_divides_the_state_and_keeps_gathered_tensors():
     config, model_config, schedule = make({"stages": 2})
     for world_size in (2, 4):
         full = phase_memory(schedule, model_config, 2)
-        sharded = phase_memory(schedule, model_config, 2, world_size, fsdp=True)
-        every = phase_memory(schedule, model_config, 2, world_size, True, True)
+        sharded = phase_memory(schedule, model_config, 2, world_size, "fsdp")
+        every = phase_memory(schedule, model_config, 2, world_size, "fsdp", True)
         for phase, a, b, c in zip(schedule.phases, full, sharded, every, strict=True):
             assert b.optimizer_state == pytest.approx(a.optimizer_state / world_size, abs=8)
             assert b.activations == a.activations
@@ -104,7 +104,11 @@ def test_fsdp_divides_the_state_and_keeps_gathered_tensors():
             assert gathered == pytest.approx(outside + 8 * block, abs=8)
             if phase.n_blocks > memory.GATHERED_BLOCKS and phase.kind == "all_blocks":
                 assert c.gradients < b.gradients  # gradients are unsharded between micro-batches
-    alone = phase_memory(schedule, model_config, 2, 1, fsdp=True)
+        zero1 = phase_memory(schedule, model_config, 2, world_size, "zero1")
+        for a, b, z in zip(full, sharded, zero1, strict=True):
+            assert z == dataclasses.replace(b, parameters=z.parameters)
+            assert z.parameters == pytest.approx(a.parameters * (1 + 1 / world_size), abs=8)
+    alone = phase_memory(schedule, model_config, 2, 1, "fsdp")
     assert alone == phase_memory(schedule, model_config, 2, 1)
 
 
