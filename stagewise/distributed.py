@@ -247,6 +247,6 @@ def fully_shard(
     for unit in units:
         fsdp2(unit, mesh=mesh, reshard_after_forward=not keep_gathered)
     fsdp2(template, mesh=mesh, reshard_after_forward=False)
-    template.keep_gathered = keep_gathered
+    template.keep_gathered = keep_gathered  # type: ignore[assignment]
     template.load_state_dict(model.state_dict(keep_vars=True), assign=True)
     return template
