@@ -728,8 +728,14 @@ def identity_of(args: Args, name: str, source: Source, encoding: tiktoken.Encodi
     return hashlib.sha256(repr((name, about, tokenizer, source.version)).encode()).hexdigest()
 
 
-def check_disk(out: Path, source: Source, encoding: tiktoken.Encoding, numbers: list[int]) -> None:
+def check_disk(
+    out: Path, source: Source, encoding: tiktoken.Encoding, numbers: list[int], written: int = 0
+) -> None:
     """Estimate the disk space for inputs, and compare it with the free space.
+
+    Args:
+        numbers: the inputs that are not complete.
+        written: tokens of the source that have already been written, also of complete inputs.
 
     Raises:
         UserError: if there is not enough space.
@@ -737,6 +743,9 @@ def check_disk(out: Path, source: Source, encoding: tiktoken.Encoding, numbers: 
     inputs = [source.inputs[i] for i in numbers]
     per_token = 1 if encoding.name == "bytes" else TEXT_BYTES_PER_TOKEN
     shards = 2 * sum(entry.text_bytes for entry in inputs) // per_token
+    if written:  # a part of the first input may have been written
+        total = 2 * sum(entry.text_bytes for entry in source.inputs) // per_token
+        shards = min(shards, max(0, total - 2 * written))
     # Plain local files are read in place. Two inputs are prepared at a time.
     prepared = [
         (entry.size if source.repository else 0)
@@ -878,7 +887,7 @@ def tokenize_corpus(args: Args, name: str, out: Path) -> None:
             copy_tokenizer(file, folder)
         numbers = list(range(progress.number, len(source.inputs)))
         if not args.ignore_disk_space:
-            check_disk(out, source, encoding, numbers)
+            check_disk(out, source, encoding, numbers, progress.tokens)
         with (
             Workers(
                 source, encoding, work, args.processes, args.on_error, args.shuffle_seed
@@ -1113,6 +1122,7 @@ def import_shards(args: Args, out: Path, files: list[Path]) -> None:
     Raises:
         UserError: if a file is not a shard, or --tokenizer is missing or wrong.
     """
+    check_import_args(args, "shards")
     encoding = given_tokenizer(args)
     shards: list[dict[str, Any]] = []
     n_documents = 0
@@ -1148,8 +1158,26 @@ def import_shards(args: Args, out: Path, files: list[Path]) -> None:
     print_summary(out, meta)
 
 
+def check_import_args(args: Args, kind: str) -> None:
+    """Raise UserError if an option is set that has no effect when shards are imported."""
+    unused = ["subset", "split", "revision", "column", "shuffle_seed", "on_error"]
+    unused += ["shard_tokens", "ignore_disk_space"] if kind == "shards" else []
+    for name in unused:
+        if getattr(args, name) != getattr(Args, name):
+            raise UserError(
+                f"--{name}: has no effect, because --source={args.source} contains token shards, "
+                "which are imported as they are: remove it"
+            )
+
+
 def given_tokenizer(args: Args, default: str | None = None) -> tiktoken.Encoding:
     """Return the tokenizer of existing shards."""
+    known = set(tiktoken.list_encoding_names())
+    if default in known and args.tokenizer in known - {default}:
+        raise UserError(
+            f"--tokenizer={args.tokenizer}: the metadata of --source={args.source} names the "
+            f"tokenizer {default}: remove this option"
+        )
     name = args.tokenizer or default
     if not name:
         raise UserError(
@@ -1168,6 +1196,7 @@ def import_datatrove(args: Args, name: str, out: Path, files: list[Path]) -> Non
     Raises:
         UserError: if the files have 4 bytes per token, or --tokenizer is missing or wrong.
     """
+    check_import_args(args, "datatrove")
     sources = [datatrove_file(path) for path in files]
     named = {tokenizer for _, _, tokenizer in sources if tokenizer}
     if len(named) > 1:
@@ -1210,18 +1239,16 @@ def main(args: Args) -> None:
         name += "_" + re.sub(r"\W+", "_", args.subset.removeprefix("sample-"))
     out = args.out or Path("data") / name
     check_args(args, out)
+    local = not (stdlib or args.merge) and Path(args.source).exists()
+    kind, files = source_files(args.source) if local else ("", [])
     if args.merge:
         merge_parts(out, args.ignore_disk_space)
     elif args.rank is not None and args.world_size is not None:
         tokenize_parts(args, name, out, args.rank, args.world_size)
-    elif not stdlib and Path(args.source).exists():
-        kind, files = source_files(args.source)
-        if kind == "shards":
-            import_shards(args, out, files)
-        elif kind == "datatrove":
-            import_datatrove(args, name, out, files)
-        else:
-            tokenize_corpus(args, name, out)
+    elif kind == "shards":
+        import_shards(args, out, files)
+    elif kind == "datatrove":
+        import_datatrove(args, name, out, files)
     else:
         tokenize_corpus(args, name, out)
 

@@ -321,6 +321,13 @@ def source_files(source: str) -> tuple[str, list[Path]]:
     # A folder with shards may also contain a script, a vocabulary or a benchmark.
     shards = [p for p in files if SHARD_NAME.fullmatch(p.name)]
     if shards:
+        by_name: dict[str, Path] = {}
+        for shard in shards:
+            if (other := by_name.setdefault(shard.name, shard)) != shard:
+                raise UserError(
+                    f"--source={source}: {other} and {shard} have the same name: give the shards "
+                    "of one corpus, each with its own name"
+                )
         return "shards", shards
     if any(p.suffix == ".ds" for p in files):
         return "datatrove", [p for p in files if p.suffix == ".ds"]

@@ -317,9 +317,19 @@ def test_the_estimate_of_the_disk_space_is_not_too_low(source, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fineweb, "require_disk", require)
         files = local_source(*source_files(str(source)), "text")
-        fineweb.check_disk(tmp_path, files, get_tokenizer("bytes"), list(range(N_FILES)))
-    shards = 2 * load_meta(tokenize(source, tmp_path / "out"))["tokens"]
+        numbers = list(range(N_FILES))
+        fineweb.check_disk(tmp_path, files, get_tokenizer("bytes"), numbers)
+        whole = load_meta(tokenize(source, tmp_path / "out"))["tokens"]
+        # All inputs but the last are complete, and most of the last one.
+        last = get_tokenizer("bytes"), numbers[-1:]
+        fineweb.check_disk(tmp_path, files, *last, written=whole - 10)
+        fineweb.check_disk(tmp_path, files, *last, written=10)
+        files.inputs = files.inputs[-1:]
+        fineweb.check_disk(tmp_path, files, get_tokenizer("bytes"), [0])
+    shards = 2 * whole
     assert shards <= needs[0][0] <= 1.2 * shards and needs[0][1] == 0
+    *_, nearly, one, alone = (shards for shards, _ in needs)
+    assert nearly < 0.2 * shards and one == alone
 
 
 def test_progress_in_tokens_has_an_estimated_total(monkeypatch, source, tmp_path):

@@ -247,6 +247,20 @@ def test_the_tokenizer_must_be_given(tmp_path):
     assert result.returncode == 1 and result.stderr.count("\n") == 1
 
 
+def test_options_without_effect_on_shards_are_errors(tmp_path):
+    folder = tmp_path / "shards"
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        write_shard(folder / name / "x_train_000001.bin", TOKENS)
+    with pytest.raises(UserError, match="a/x_train.*b/x_train.* have the same name"):
+        import_shards(folder, tmp_path / "out")
+    (folder / "b" / "x_train_000001.bin").rename(folder / "b" / "x_val_000000.bin")
+    for options in (dict(shuffle_seed=1), dict(column="body"), dict(shard_tokens=1000)):
+        with pytest.raises(UserError, match=f"--{next(iter(options))}: has no effect"):
+            import_shards(folder, tmp_path / "out", **options)
+    assert load_meta(import_shards(folder, tmp_path / "out"))["tokens"] == 2 * len(TOKENS)
+
+
 # --------------------------------------------------------------------------------------------------
 # datatrove
 
@@ -268,6 +282,10 @@ def test_datatrove_files(tmp_path):
     assert read_corpus(out, first_shard_was_cut=True).tolist() == TOKENS.tolist()
     assert (meta["documents"], meta["tokens"]) == (5, 3000)
     assert [s["tokens"] for s in meta["shards"]] == [300, 700, 700, 700, 200, 400]
+    with pytest.raises(UserError, match="names the tokenizer gpt2: remove this option"):
+        import_shards(folder, tmp_path / "other", tokenizer="cl100k_base")
+    with pytest.raises(UserError, match="--shuffle_seed: has no effect"):
+        import_shards(folder, tmp_path / "other", shuffle_seed=3)
 
 
 @pytest.mark.parametrize(
