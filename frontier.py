@@ -33,8 +33,9 @@ import tyro
 
 import plot
 import study
-from plot import COLORS, Run
+from plot import COLORS
 from stagewise.errors import UserError, file_errors, report_user_errors
+from stagewise.runs import Run
 from study import PlannedRun
 
 matplotlib.use("Agg")
@@ -202,7 +203,8 @@ def load_points(folder: Path) -> tuple[study.Study, dict[str, list[Point]], list
             missing.append(p)
         else:
             runs.append(Finished(p, run))
-    may_differ = study.METHOD | study.RECIPE | {"steps"}
+    # Micro-batches change the speed, but not the loss.
+    may_differ = study.METHOD | study.RECIPE | {"steps", "batch_size"}
     for finished in runs[1:]:
         study.check_comparable(folder, finished.run, runs[0].run, may_differ)
     frontiers: dict[tuple[str, int], Frontier] = {}
@@ -364,7 +366,8 @@ HOW_TO_READ = (
     "over paired seeds. *FLOPs ratio*: the FLOPs that a baseline needs for the same loss, divided "
     "by the run's. A dash means that the run is outside of the range of the baselines. The steps "
     "are those of the method; methods have fewer FLOPs than a baseline of as many steps. Seconds "
-    "are the number of steps times the median step time of each phase."
+    "are the number of steps times the median step time of each phase. They are not comparable if a "
+    "method has another `batch_size` than the baseline."
 )
 
 

@@ -8,6 +8,9 @@ HellaSwag accuracy. Ticks on a curve mark stage boundaries. A solid circle marks
 a run is compute-matched: its cumulative cost equals the total cost of its baseline. This script
 reads only config.json, schedule.json and metrics.jsonl, which train.py writes.
 
+With --against, also draw figure 3: the validation loss minus that of a reference run, for example
+one that never grew, at the same number of tokens, over the tokens since the last growth step.
+
 With --html, also write a self-contained page: zoomable figures with a choice of x axis, the
 schedules, tables of results, phases and options that differ, and samples.txt of each run folder.
 
@@ -25,29 +28,27 @@ import stagewise.console  # noqa: F401  (first: Ctrl-C during the other imports)
 
 import dataclasses
 import math
+import re
 import shlex
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
 import tyro
-from msgspec import UNSET, Meta, UnsetType
 from tabulate import tabulate
 
 from cost import COST_METRICS, NAMES, Metric, cumulative_cost, make_schedules, short_number
 from schedule import Phase, Schedule
-from stagewise.config import Config, Positive, load_config, padded_vocab_size
+from stagewise.config import Config, load_config, padded_vocab_size
 from stagewise.data import load_meta
 from stagewise.errors import UserError, file_errors, report_user_errors
-from stagewise.fileio import atomic_file, convert, decode_json, read_bytes
-from stagewise.metrics import read_metrics
+from stagewise.fileio import atomic_file, read_bytes
 from stagewise.page import check_plotly, write_page
+from stagewise.runs import NoRows, PhaseSummary, Run, RunConfig, in_phase, load_run, speed
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-
-T = TypeVar("T")
 
 # Palette of Okabe and Ito, suitable for all types of color vision.
 COLORS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
@@ -89,6 +90,9 @@ class Args:
     """Quantity on the x axis."""
     match: Metric = "paper_cost"
     """Cost metric for the compute-matched point (solid circle)."""
+    against: tuple[Path, ...] = ()
+    """Reference runs for figure 3, the difference of the validation losses. Each run is compared
+    with the one of its seed. Runs named NAME_seedN are averaged over their seeds."""
     metric: Literal["acc_norm", "acc"] = "acc_norm"
     """HellaSwag metric: by lowest mean loss per token (acc_norm) or lowest total loss (acc)."""
     out: Path = Path("plots")
@@ -99,233 +103,6 @@ class Args:
     """Also write the results to this file, as a self-contained page. Needs the package plotly."""
     schedule: tuple[str, ...] = ()
     """Draw schedules instead of runs: config files of train.py, or quoted files and options."""
-
-
-# --------------------------------------------------------------------------------------------------
-# run folders
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig(Config):
-    """config.json. A missing option was added to train.py later and has its default value."""
-
-    vocab_size: int
-    hellaswag_file: str | None
-    train_tokens: int
-    world_size: int
-    device_name: str
-    torch_version: str
-    cpu: str
-    threads: int
-    command: str
-    date: str
-    corpus: str = ""  # data.fingerprint
-    matmul_dtype: str = ""  # device.matmul_dtype
-    starts: tuple[dict[str, Any], ...] = ()  # every start of the run: step, command, ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class PhaseSummary(Phase):
-    """A phase in schedule.json, with its total cost in every metric."""
-
-    tokens: int
-    paper_cost: int
-    flops: int
-    trained_parameters: int
-
-
-@dataclass(frozen=True)
-class BaselineSummary:
-    """The baseline in schedule.json: its steps, and its total cost in every metric."""
-
-    steps: Positive
-    tokens: Positive
-    paper_cost: Positive
-    flops: Positive
-
-
-@dataclass(frozen=True)
-class ScheduleSummary:
-    """The fields of schedule.json that are used here."""
-
-    steps: int
-    is_baseline: bool
-    phases: Annotated[tuple[PhaseSummary, ...], Meta(min_length=1)]
-    baseline: BaselineSummary
-
-
-Count = Annotated[int, Meta(ge=0)]
-Real = Annotated[float, Meta(ge=-1e30, le=1e30)]
-
-
-@dataclass(frozen=True)
-class Row:
-    """The columns of metrics.jsonl that are used here.
-
-    None means a value that is not finite, or, for mfu and peak_memory, an unknown one. UNSET means
-    a value that was not measured at this step.
-    """
-
-    step: Count
-    tokens: Count
-    paper_cost: Count
-    flops: Count
-    seconds: Real
-    loss: Real | None | UnsetType = UNSET
-    tokens_per_second: Annotated[float, Meta(gt=0, le=1e30)] | UnsetType = UNSET
-    mfu: Real | None | UnsetType = UNSET
-    peak_memory: Real | None | UnsetType = UNSET
-    val_loss: Real | None | UnsetType = UNSET
-    hellaswag_acc: Real | None | UnsetType = UNSET
-    hellaswag_acc_stderr: Real | None | UnsetType = UNSET
-    hellaswag_acc_norm: Real | None | UnsetType = UNSET
-    hellaswag_acc_norm_stderr: Real | None | UnsetType = UNSET
-
-
-@dataclass
-class Run:
-    """The contents of a run folder.
-
-    Attributes:
-        columns: the columns of metrics.jsonl by name. Missing values are NaN. Losses and accuracies
-            that are not finite are infinite here, so that a diverged run is not taken for one that
-            ended earlier.
-        relative_cost: the cumulative cost at every row by metric, as a fraction of the baseline's
-            total.
-    """
-
-    name: str
-    folder: Path
-    config: RunConfig
-    schedule: ScheduleSummary
-    columns: dict[str, np.ndarray]
-    relative_cost: dict[str, np.ndarray]
-    color: str = COLORS[0]
-
-    def x(self, axis: str) -> np.ndarray:
-        """Return the x coordinate of every row, for an axis of `Args.x`."""
-        if axis == "hours":
-            return self.columns["seconds"] / 3600
-        if axis == "steps":
-            return self.columns["step"]
-        return self.columns["tokens"] if axis == "tokens" else self.relative_cost[axis]
-
-    def measured(self, column: str) -> np.ndarray:
-        """Return whether each row has a value in `column`."""
-        return ~np.isnan(self.columns[column])
-
-    def curve(self, column: str, axis: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return x and y for the rows with a value in `column`, which may be none."""
-        rows = self.measured(column)
-        return self.x(axis)[rows], self.columns[column][rows]
-
-    def last(self, column: str) -> float | None:
-        """Return the last value in `column`, or None if it has no values."""
-        _, y = self.curve(column, "steps")
-        return float(y[-1]) if len(y) else None
-
-    def compute_matched_point(
-        self, column: str, axis: str, metric: str
-    ) -> tuple[float, float] | None:
-        """Return the interpolated point of a curve at which the run is compute-matched.
-
-        Return None if the run never costs as much as its baseline.
-        """
-        x, y = self.curve(column, axis)
-        cost = self.relative_cost[metric][self.measured(column)]
-        # The end of a compute-matched schedule is rounded, so it may be half a step too early.
-        half_step = 0.5 * self.schedule.phases[-1].tokens_per_step / self.schedule.baseline.tokens
-        if not len(y) or not cost[-1] >= 1 - half_step:
-            return None
-        # NaN between a finite and an infinite value.
-        value = float(np.interp(1, cost, y))
-        return float(np.interp(1, cost, x)), math.inf if math.isnan(value) else value
-
-    @property
-    def is_baseline(self) -> bool:
-        return self.schedule.is_baseline
-
-    def stage_starts(self) -> list[int]:
-        """Return the steps at which a stage or continual training begins, without step 0."""
-        if self.is_baseline:
-            return []
-        # Ramps split phases, so consecutive phases may belong to the same stage.
-        parts = [(p.stage, p.kind == "continual") for p in self.schedule.phases]
-        phases = zip(parts, parts[1:], self.schedule.phases[1:])
-        return [p.start for former, part, p in phases if part != former]
-
-    @property
-    def task(self) -> str:
-        """The task in figure 2: "HellaSwag", or "HellaSwag-style" for the corpus's own task."""
-        own = str(Path(self.config.data_dir) / "hellaswag.jsonl")
-        return "HellaSwag-style" if self.config.hellaswag_file == own else "HellaSwag"
-
-
-def load_run(folder: Path) -> Run:
-    """Read a run folder.
-
-    Raises:
-        NoRows: if metrics.jsonl is empty.
-        UserError: if files are missing or corrupted.
-    """
-    config, schedule = read_config(folder), _read(folder / "schedule.json", ScheduleSummary)
-    path = folder / "metrics.jsonl"
-    rows, names = [], [field.name for field in dataclasses.fields(Row)]
-    for number, parsed in enumerate(read_metrics(path), start=1):
-        try:
-            row = convert(parsed, Row)
-            rows.append([_number(name, getattr(row, name)) for name in names])
-        except (ValueError, OverflowError) as error:
-            raise _corrupted(f"{path}, line {number}", error) from None
-    if not rows:
-        raise NoRows(f"{path}: is empty: wait until the run logs a row, or train it again")
-    columns = dict(zip(names, np.array(rows).T))
-    cost: dict[str, np.ndarray] = {
-        m: columns[m] / getattr(schedule.baseline, m) for m in COST_METRICS
-    }
-    return Run(folder.resolve().name, folder, config, schedule, columns, cost)
-
-
-class NoRows(UserError):
-    """A run that has not logged a row yet."""
-
-
-def _number(column, value):
-    if value is None:
-        return math.nan if column in ("mfu", "peak_memory") else math.inf
-    return math.nan if value is UNSET else float(value)
-
-
-def read_config(folder: Path) -> RunConfig:
-    """Return config.json of a run folder.
-
-    Raises:
-        UserError: if it is missing or corrupted.
-    """
-    path = folder / "config.json"
-    raw = _read(path, dict)
-    if isinstance(raw.get("freezing"), bool):  # until version 0.2
-        raw["freezing"] = "all_but_new" if raw["freezing"] else "none"
-    try:
-        return convert(raw, RunConfig)
-    except ValueError as error:
-        raise _corrupted(path, error) from None
-
-
-def _read(path: Path, schema: type[T]) -> T:
-    with file_errors(path, "specify a run folder that train.py wrote and that is readable"):
-        text = read_bytes(path)
-    try:
-        return decode_json(text, schema)
-    except ValueError as error:
-        raise _corrupted(path, error) from None
-
-
-def _corrupted(where, error):
-    return UserError(
-        f"{where}: is corrupted, or was written by another version of train.py ({error}): restore "
-        "the file, or train the run again in another folder"
-    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -461,8 +238,89 @@ def accuracy_label(runs: list[Run], args: Args) -> str:
     return f"{task} accuracy ({args.metric})"
 
 
-def draw_figures(runs: list[Run], args: Args) -> list[str]:
-    """Write both figures to `args.out`. Figure 2 needs HellaSwag scores.
+def last_growth(run: Run) -> int:
+    """Return the number of tokens before the last growth step, or 0 if the model does not grow."""
+    seen = grown = blocks = 0
+    for phase in run.schedule.phases:
+        if seen and phase.n_blocks > blocks:
+            grown = seen
+        blocks, seen = phase.n_blocks, seen + phase.tokens
+    return grown
+
+
+def loss_difference(run: Run, reference: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Return tokens since the last growth step, and the validation loss minus the reference's.
+
+    The reference's loss is interpolated linearly between its evaluations. Evaluations outside
+    their range, and losses that are not finite, are left out.
+    """
+    x, y = run.curve("val_loss", "tokens")
+    tokens, losses = reference.curve("val_loss", "tokens")
+    since = x - last_growth(run)
+    expected = np.interp(x, tokens, losses, left=np.nan, right=np.nan)
+    known = (since > 0) & np.isfinite(y) & np.isfinite(expected)
+    return since[known], (y - expected)[known]
+
+
+def reference_of(run: Run, references: list[Run]) -> Run:
+    """Return the reference run with the seed of `run`.
+
+    Raises:
+        UserError: if there is none, or the runs were trained on different data.
+    """
+    for reference in references:
+        if reference.config.seed == run.config.seed:
+            if note := run_notes([run, reference], baselines=False):
+                raise UserError(f"--against: {reference.folder} and {run.folder}: {note[0]}")
+            return reference
+    raise UserError(
+        f"--against: none of the reference runs has seed {run.config.seed}, that of {run.folder}: "
+        "add one, or leave out this run"
+    )
+
+
+def figure_difference(runs: list[Run], references: list[Run], args: Args):
+    """Return figure 3. Faint lines are single runs, bold lines means over seeds.
+
+    Seeds that were evaluated at different steps have no mean.
+
+    Raises:
+        UserError: if a run has no reference, or no evaluation after its last growth step.
+    """
+    fig, ax = plt.subplots(layout="constrained")
+    names: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for run in runs:
+        x, y = loss_difference(run, reference_of(run, references))
+        if not len(x):
+            raise UserError(
+                f"{run.folder}: has no evaluation after its last growth step that its reference "
+                "run covers: leave it out"
+            )
+        names.setdefault(re.sub(r"_seed\d+$", "", run.name), []).append((x, y))
+    for (name, curves), color in zip(names.items(), COLORS * len(names)):
+        first, _ = curves[0]
+        same = all(np.array_equal(x, first) for x, _ in curves)
+        for x, y in curves if len(curves) > 1 else ():
+            ax.plot(x, y, color=color, alpha=0.4, linewidth=0.8)
+        if same:
+            mean = np.mean([y for _, y in curves], axis=0)
+            marker = "o" if len(first) < 3 else ""
+            ax.plot(first, mean, color=color, linewidth=1.8, marker=marker)
+        seeds = f" ({len(curves)} seeds)" if len(curves) > 1 else ""
+        ax.plot([], [], color=color, linewidth=1.8, label=_plain(name) + seeds)
+    ax.axhline(0, color="#555555", linewidth=0.9)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+    ax.set_xlabel("training tokens since the last growth step")
+    ax.set_ylabel("validation loss minus reference (nats per token)")
+    fig.legend(loc="outside right upper")
+    if args.title:
+        ax.set_title(_plain(args.title), fontsize=9, loc="left", color="#444444")
+    return fig
+
+
+def draw_figures(runs: list[Run], args: Args, references: list[Run] | None = None) -> list[str]:
+    """Write the figures to `args.out`. Figure 2 needs HellaSwag scores, figure 3 `references`.
 
     Returns:
         The file names without suffixes.
@@ -475,6 +333,8 @@ def draw_figures(runs: list[Run], args: Args) -> list[str]:
         figures = {"figure1_loss": figure_loss(runs, args)}
         if any(run.measured(f"hellaswag_{args.metric}").any() for run in runs):
             figures["figure2_hellaswag"] = figure_hellaswag(runs, args)
+        if references:
+            figures["figure3_difference"] = figure_difference(runs, references, args)
         for name, fig in figures.items():
             save(fig, args.out / name)
             plt.close(fig)
@@ -784,22 +644,6 @@ def describe_phase(phase: PhaseSummary) -> list[str]:
     return lines + ["blocks are skipped"] * bool(phase.skip)
 
 
-def in_phase(run: Run, phase: PhaseSummary, column: str) -> np.ndarray:
-    """Return the values of a column in a phase, ordered by step."""
-    steps, values = run.curve(column, "steps")
-    return values[(steps > phase.start) & (steps <= phase.stop)]
-
-
-def speed(run: Run, phase: PhaseSummary) -> float:
-    """Return the median of the tokens per second in a phase.
-
-    The first row is excluded, because it may include compilation. If there are no other rows, the
-    result is NaN; a smaller log_interval avoids this.
-    """
-    rows = in_phase(run, phase, "tokens_per_second")[1:]
-    return float(np.median(rows)) if len(rows) else math.nan
-
-
 def phase_table(runs: list[Run]) -> dict[str, Any]:
     """Return a table of the page with speed and memory of every phase."""
     rows = []
@@ -856,10 +700,10 @@ def samples(run: Run) -> str:
         return read_bytes(path).decode("utf-8", "replace")[:MAX_SAMPLES]
 
 
-def run_notes(runs: list[Run]) -> list[str]:
-    """Return what to know before comparing these runs."""
+def run_notes(runs: list[Run], baselines: bool = True) -> list[str]:
+    """Return what to know before comparing these runs, with or without their baselines."""
     notes = []
-    if len({run.schedule.baseline for run in runs}) > 1:
+    if baselines and len({run.schedule.baseline for run in runs}) > 1:
         notes.append(
             "These runs have different baselines: paper cost and FLOPs are relative to the "
             "baseline of each run."
@@ -873,8 +717,9 @@ def main(args: Args) -> None:
     if args.schedule:
         if args.runs:
             raise UserError("--schedule draws configurations, not runs: remove the run folders")
-        if args.html:
-            raise UserError("--html cannot be used with --schedule: remove one of them")
+        for name in ("html", "against"):
+            if getattr(args, name):
+                raise UserError(f"--{name} cannot be used with --schedule: remove one of them")
         with file_errors(f"--out={args.out}", "use another folder"):
             args.out.mkdir(parents=True, exist_ok=True)
         draw_schedules(args)
@@ -901,7 +746,7 @@ def main(args: Args) -> None:
     print(table(runs, args))
     for note in run_notes(runs):
         print(f"note: {note[0].lower()}{note[1:-1]}")
-    draw_figures(runs, args)
+    draw_figures(runs, args, [load_run(folder) for folder in args.against])
     if args.html:
         write_html(runs, args)
 

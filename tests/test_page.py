@@ -10,6 +10,7 @@ from conftest import script
 
 import plot
 from stagewise.errors import UserError
+from stagewise.runs import load_run
 
 TEXT = "</script><script>document.title = 'changed'</script>\nOnce upon a time &amp; <b>"
 NAMES = ["baseline", "<b>s4<i> & $x$ &lt;"]  # names of folders
@@ -69,7 +70,7 @@ def test_the_page_contains_the_runs_and_loads_nothing(runs, tmp_path):
     page = write(runs, tmp_path / "new" / "page.html", "--match=flops", "--x=flops")
     assert not page.loads and len(page.scripts) == 3
     data = data_of(page)
-    loaded = [plot.load_run(folder) for folder in runs]
+    loaded = [load_run(folder) for folder in runs]
     assert [run["name"] for run in data["runs"]] == [run.name for run in loaded]
     for run, expected in zip(data["runs"], loaded):
         for axis in plot.X_LABELS:
@@ -124,7 +125,7 @@ def test_mistakes_are_named(runs, tmp_path, monkeypatch):
     pytest.importorskip("plotly")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="page.html: File exists: free disk"):
-        plot.write_html([plot.load_run(runs[0])], plot.Args(html=tmp_path / "file" / "page.html"))
+        plot.write_html([load_run(runs[0])], plot.Args(html=tmp_path / "file" / "page.html"))
 
 
 @pytest.fixture
@@ -144,7 +145,7 @@ def browser():
 def test_the_page_in_a_browser(runs, tmp_path, browser, width):
     """Every x axis is selected, and the values that are drawn are read. Then a figure is zoomed."""
     write(runs, tmp_path / "page.html")
-    loaded = [plot.load_run(folder) for folder in runs]
+    loaded = [load_run(folder) for folder in runs]
     context = browser.new_context(viewport={"width": width, "height": 800}, offline=True)
     page = context.new_page()
     errors, requests = [], []

@@ -8,6 +8,7 @@ import xml.etree.ElementTree
 
 import matplotlib.colors
 import matplotlib.image
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from conftest import metrics, script
@@ -17,6 +18,7 @@ from cost import make_schedules
 from model import GPTConfig
 from stagewise.config import Config, load_config
 from stagewise.errors import UserError
+from stagewise.runs import load_run
 
 OPTIONS = {
     "baseline": dict(steps=16, eval_interval=2),
@@ -50,6 +52,51 @@ def edit(path, **changes):
     path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
 
 
+def test_the_difference_from_a_reference_after_growth(runs, run_train, tmp_path):
+    """Figure 3, with two seeds; values outside the reference's range are left out."""
+    baseline, s4 = map(load_run, runs)
+    since, difference = plot.loss_difference(s4, baseline)
+    at = {row["tokens"]: row["val_loss"] for row in metrics(runs[0]) if "val_loss" in row}
+    grown = 12 * 1024  # the last stage starts after 12 of 16 steps
+    expected = {
+        row["tokens"] - grown: row["val_loss"] - at[row["tokens"]]
+        for row in metrics(runs[1])
+        if "val_loss" in row and grown < row["tokens"] <= 16 * 1024
+    }
+    assert since.tolist() == list(expected) == [2048, 4096]
+    assert difference == pytest.approx(list(expected.values()))
+    assert plot.last_growth(baseline) == 0
+    assert not plot.loss_difference(baseline, baseline)[1].any()
+
+    others = [run_train(f"{name}_seed2", seed=2, **OPTIONS[name]) for name in OPTIONS]
+    paths = [runs[1].rename(tmp_path / "s4_seed1"), others[1]]
+    args = ("--against", str(runs[0]), str(others[0]), "--out", str(tmp_path / "out"))
+    script("plot.py", *map(str, paths), *args)
+    image = (tmp_path / "out" / "figure3_difference.svg").read_text()
+    assert "s4 (2 seeds)" in image and "since the last growth step" in image
+    with plt.style.context(plot.STYLE):
+        references = [load_run(runs[0]), load_run(others[0])]
+        figure = plot.figure_difference([load_run(p) for p in paths], references, plot.Args())
+    one, two, mean = (line.get_ydata() for line in figure.axes[0].lines[:3])
+    assert mean == pytest.approx((one + two) / 2) and one == pytest.approx(difference)
+    plt.close(figure)
+
+
+def test_a_difference_needs_a_reference_of_the_same_seed_and_evaluations(runs, run_train, tmp_path):
+    other = load_run(run_train("other", seed=2, **OPTIONS["baseline"]))
+    with pytest.raises(UserError, match="none of the reference runs has seed 1337, that of .*s4"):
+        plot.reference_of(load_run(runs[1]), [other])
+    short = load_run(run_train("short", steps=4, eval_interval=2))
+    with pytest.raises(UserError, match="s4: has no evaluation after its last growth step"):
+        plot.figure_difference([load_run(runs[1])], [short], plot.Args())
+    plt.close("all")
+    edit(runs[1] / "config.json", corpus="0" * 64)
+    with pytest.raises(UserError, match="--against: .*baseline and .*s4: These runs were trained"):
+        plot.reference_of(load_run(runs[1]), [load_run(runs[0])])
+    with pytest.raises(UserError, match="--against cannot be used with --schedule"):
+        plot.main(plot.Args(schedule=("configs/demo.py",), against=(runs[0],)))
+
+
 def test_both_figures_and_the_table_from_real_runs(runs, tmp_path):
     result = script("plot.py", *runs, "--out", tmp_path / "plots")
     for name in ("figure1_loss", "figure2_hellaswag"):
@@ -77,7 +124,7 @@ def test_both_figures_and_the_table_from_real_runs(runs, tmp_path):
 
 @pytest.mark.parametrize("axis", ["steps", "tokens", "paper_cost", "flops", "hours"])
 def test_every_axis_shows_the_runs_own_numbers(runs, axis):
-    loaded = [plot.load_run(r) for r in runs]
+    loaded = [load_run(r) for r in runs]
     _, ax = plot.draw(loaded, "val_loss", plot.Args(x=axis), "loss")
     rows = [row for row in metrics(runs[1]) if "val_loss" in row]
     base = schedule_of(runs[1])["baseline"]
@@ -99,7 +146,7 @@ def circles(fig_ax):
 
 @pytest.mark.parametrize("match", ["paper_cost", "flops", "tokens"])
 def test_the_circle_is_at_the_compute_matched_step(runs, match):
-    run = plot.load_run(runs[1])
+    run = load_run(runs[1])
     found = circles(plot.draw([run], "val_loss", plot.Args(match=match), "loss"))
     step = schedule_of(runs[1])["compute_matched_step"][match]
     (circle,) = found
@@ -109,14 +156,14 @@ def test_the_circle_is_at_the_compute_matched_step(runs, match):
 
 
 def test_no_circle_before_the_run_is_compute_matched(run_train):
-    run = plot.load_run(run_train("short", stages=4, steps=16))
+    run = load_run(run_train("short", stages=4, steps=16))
     assert circles(plot.draw([run], "val_loss", plot.Args(match="paper_cost"), "loss")) == []
 
 
 def test_a_compute_matched_run_may_end_half_of_its_last_step_early(run_train):
     """Steps of the last phase are four times those of the baseline, and so is the rounding."""
     ramp = dict(tokens_per_step_ramp="0:1024 50%:4096", steps=16)
-    run = plot.load_run(run_train("ramp", **ramp))
+    run = load_run(run_train("ramp", **ramp))
     assert not run.is_baseline
     end = run.relative_cost["tokens"][-1]
     for end_cost, matched in ((1 - 1.9 / 16, True), (1 - 2.1 / 16, False)):
@@ -126,8 +173,8 @@ def test_a_compute_matched_run_may_end_half_of_its_last_step_early(run_train):
 
 
 def test_stage_boundaries(runs):
-    run = plot.load_run(runs[1])
-    assert run.stage_starts() == [4, 8, 12, 16] and plot.load_run(runs[0]).stage_starts() == []
+    run = load_run(runs[1])
+    assert run.stage_starts() == [4, 8, 12, 16] and load_run(runs[0]).stage_starts() == []
     _, ax = plot.draw([run], "val_loss", plot.Args(), "loss")
     (ticks,) = [line for line in ax.lines if line.get_marker() == "|" and len(line.get_xdata())]
     assert ticks.get_xdata().tolist() == [4, 8, 12, 16]
@@ -138,7 +185,7 @@ def test_a_phase_that_a_ramp_cuts_is_no_stage_boundary(run_train):
     path = run_train("ramp", stages=2, steps=8, continual_steps=6, context_ramp=ramp)
     names = [p["name"] for p in schedule_of(path)["phases"]]
     assert sum(", part 2" in name for name in names) == 2
-    assert plot.load_run(path).stage_starts() == [4, 8]
+    assert load_run(path).stage_starts() == [4, 8]
 
 
 def test_a_run_that_has_only_begun_can_be_drawn(runs):
@@ -151,22 +198,22 @@ def test_a_run_without_hellaswag_has_one_figure(run_train, tmp_path):
     path = run_train("none", hellaswag_data="none", steps=4)
     out = tmp_path / "plots"
     out.mkdir()
-    assert plot.draw_figures([plot.load_run(path)], plot.Args(out=out)) == ["figure1_loss"]
+    assert plot.draw_figures([load_run(path)], plot.Args(out=out)) == ["figure1_loss"]
 
 
 def test_folders_that_are_no_runs_are_refused(tmp_path, runs):
     with pytest.raises(UserError, match="config.json: No such file .* specify a run folder"):
-        plot.load_run(tmp_path)
+        load_run(tmp_path)
     (runs[0] / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="metrics.jsonl: is empty"):
-        plot.load_run(runs[0])
+        load_run(runs[0])
     for corrupted in ('{\n{"step": 1}\n', '[1]\n{"step": 1}\n', '{"step": 1}\n'):
         (runs[0] / "metrics.jsonl").write_text(corrupted)
         with pytest.raises(UserError, match=r"metrics.jsonl.* (is corrupted|not a valid row)"):
-            plot.load_run(runs[0])
+            load_run(runs[0])
     (runs[0] / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="metrics.jsonl: No such file"):
-        plot.load_run(runs[0])
+        load_run(runs[0])
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--out="):
         plot.main(plot.Args(runs=(runs[1],), out=tmp_path / "file"))
@@ -188,25 +235,25 @@ def test_corrupted_files_are_named(run_train, file, changes, named):
     path = run_train("x", steps=2)
     edit(path / file, **changes)
     with pytest.raises(UserError, match=f"{file}: is corrupted.*{named}"):
-        plot.load_run(path)
+        load_run(path)
 
 
 def test_an_option_that_a_kept_run_lacks_has_its_default(run_train):
     path = run_train("x", steps=2)
     edit(path / "config.json", growth=None, skip_rate=None)
-    config = plot.load_run(path).config
+    config = load_run(path).config
     assert (config.growth, config.skip_rate, config.steps) == ("random", 0.2, 2)
 
 
 def test_a_live_runs_truncated_row_is_left_out(runs):
-    complete = plot.load_run(runs[1]).columns["step"]
+    complete = load_run(runs[1]).columns["step"]
     with open(runs[1] / "metrics.jsonl", "a") as f:
         f.write('{"step": 99, "lo')
-    assert plot.load_run(runs[1]).columns["step"].tolist() == complete.tolist()
+    assert load_run(runs[1]).columns["step"].tolist() == complete.tolist()
 
 
 def test_a_baseline_that_continues_is_still_the_baseline(run_train):
-    run = plot.load_run(run_train("longer", steps=8, continual_steps=4, eval_interval=2))
+    run = load_run(run_train("longer", steps=8, continual_steps=4, eval_interval=2))
     figure = plot.draw([run], "val_loss", plot.Args(), "loss")
     assert run.stage_starts() == [] and circles(figure) == []
     dashed = [line for line in figure[1].lines if line.get_linestyle() == "--"]
@@ -218,10 +265,10 @@ def test_a_baseline_that_continues_is_still_the_baseline(run_train):
 def test_only_schedule_json_says_what_a_baseline_is(run_train):
     """A schedule of full depth that skips blocks is none."""
     path = run_train("skips", steps=8, skip_policy="layer_dropout", skip_rate=0.5)
-    run = plot.load_run(path)
+    run = load_run(path)
     assert len(run.schedule.phases) == 1 and not run.is_baseline
     edit(path / "schedule.json", is_baseline=True)
-    assert plot.load_run(path).is_baseline
+    assert load_run(path).is_baseline
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
@@ -246,7 +293,7 @@ def test_a_figure_that_cannot_be_written_leaves_the_former_one(runs, tmp_path, m
 
 
 def test_the_same_runs_give_the_same_files(runs, tmp_path):
-    loaded = [plot.load_run(r) for r in runs]
+    loaded = [load_run(r) for r in runs]
     files = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -314,7 +361,7 @@ def test_a_value_that_is_no_number_is_named_with_its_line(runs, value):
     lines[2] = json.dumps(rows[2] | {"seconds": "VALUE"}).replace('"VALUE"', value)
     (runs[1] / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     with pytest.raises(UserError, match="metrics.jsonl, line 3: "):
-        plot.load_run(runs[1])
+        load_run(runs[1])
 
 
 def test_runs_with_equal_names_and_other_data_are_told_apart(runs, tmp_path, capsys):
