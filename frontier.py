@@ -34,8 +34,8 @@ import tyro
 import plot
 import study
 from plot import COLORS
+from runs import Run
 from stagewise.errors import UserError, file_errors, report_user_errors
-from stagewise.runs import Run
 from study import PlannedRun
 
 matplotlib.use("Agg")

@@ -39,13 +39,13 @@ import tyro
 from tabulate import tabulate
 
 from cost import COST_METRICS, NAMES, Metric, cumulative_cost, make_schedules, short_number
+from runs import NoRows, PhaseSummary, Run, RunConfig, in_phase, load_run, speed
 from schedule import Phase, Schedule
 from stagewise.config import Config, load_config, padded_vocab_size
 from stagewise.data import load_meta
 from stagewise.errors import UserError, file_errors, report_user_errors
 from stagewise.fileio import atomic_file, read_bytes
 from stagewise.page import check_plotly, write_page
-from stagewise.runs import NoRows, PhaseSummary, Run, RunConfig, in_phase, load_run, speed
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 import plot
 from cost import NAMES, cumulative_cost, make_schedules
+from runs import Run, in_phase, load_run, read_config, speed
 from stagewise.config import INPUTS, Config, grad_accum_steps, load_config, padded_vocab_size
 from stagewise.data import fingerprint, load_meta
 from stagewise.errors import UserError, file_errors, report_user_errors
@@ -53,7 +54,6 @@ from stagewise.fileio import atomic_write, convert, open_file, read_bytes
 from stagewise.metrics import last_row
 from stagewise.monitor import EXIT_STOPPED
 from stagewise.page import check_plotly
-from stagewise.runs import Run, in_phase, load_run, read_config, speed
 from train import duration, make_model_config
 
 ROOT = Path(__file__).resolve().parent

@@ -41,6 +41,7 @@ from fineweb import read_documents
 from growth import OPERATORS
 from hellaswag import ending_losses, load_examples
 from model import GPT
+from runs import load_run
 from schedule import SKIP_POLICIES
 from stagewise.checkpoint import (
     SUMS,
@@ -65,7 +66,6 @@ from stagewise.errors import UserError
 from stagewise.fileio import sha256
 from stagewise.metrics import MetricsWriter, read_metrics
 from stagewise.monitor import LossMonitor
-from stagewise.runs import load_run
 from stagewise.sources import local_source, prepare, source_files
 from study import load_study
 

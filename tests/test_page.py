@@ -9,8 +9,8 @@ import pytest
 from conftest import script
 
 import plot
+from runs import load_run
 from stagewise.errors import UserError
-from stagewise.runs import load_run
 
 TEXT = "</script><script>document.title = 'changed'</script>\nOnce upon a time &amp; <b>"
 NAMES = ["baseline", "<b>s4<i> & $x$ &lt;"]  # names of folders

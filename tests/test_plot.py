@@ -16,9 +16,9 @@ from conftest import metrics, script
 import plot
 from cost import make_schedules
 from model import GPTConfig
+from runs import load_run
 from stagewise.config import Config, load_config
 from stagewise.errors import UserError
-from stagewise.runs import load_run
 
 OPTIONS = {
     "baseline": dict(steps=16, eval_interval=2),
