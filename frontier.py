@@ -366,8 +366,8 @@ HOW_TO_READ = (
     "over paired seeds. *FLOPs ratio*: the FLOPs that a baseline needs for the same loss, divided "
     "by the run's. A dash means that the run is outside of the range of the baselines. The steps "
     "are those of the method; methods have fewer FLOPs than a baseline of as many steps. Seconds "
-    "are the number of steps times the median step time of each phase. They are not comparable if a "
-    "method has another `batch_size` than the baseline."
+    "are the number of steps times the median step time of each phase. They are not comparable if "
+    "a method has another `batch_size` than the baseline."
 )
 
 
