@@ -1054,14 +1054,31 @@ def read_job(parts: Path) -> Job:
         return decode_json(read_bytes(parts / JOB), Job)
 
 
-def merge_parts(out: Path, ignore_disk_space: bool) -> None:
+def check_merge_args(args: Args, parts: Path, job: Job) -> None:
+    """Raise UserError if an option contradicts those with which the parts were written."""
+    source = str(job.about["source"])  # of a dataset on the Hub, with its subset
+    of_hub = source.startswith(f"{args.source} ")
+    written = {"source": args.source if of_hub else source, "shard_tokens": job.shard_tokens}
+    if args.tokenizer in ("bytes", *tiktoken.list_encoding_names()):
+        written["tokenizer"] = job.about["tokenizer"]
+    for name, value in written.items():
+        given = getattr(args, name)
+        if given not in (value, getattr(Args, name)):
+            raise UserError(
+                f"--{name}={given}: the parts in {parts} were written with --{name}={value}: "
+                "use this value, or another --out"
+            )
+
+
+def merge_parts(args: Args, out: Path) -> None:
     """Concatenate the parts in OUT.parts, and cut them into the shards of `out`.
 
     Raises:
-        UserError: if parts are missing or corrupted.
+        UserError: if parts are missing or corrupted, or were written with other options.
     """
     parts = parts_folder(out)
     job = read_job(parts)
+    check_merge_args(args, parts, job)
     if missing := _missing(parts, job):
         raise UserError(
             f"{parts}: {len(missing)} of {job.inputs} parts are missing, for example part "
@@ -1082,7 +1099,7 @@ def merge_parts(out: Path, ignore_disk_space: bool) -> None:
         progress = load_progress(folder, f"merge of {job.identity}")
         if job.tokenizer_file:
             copy_tokenizer(parts / bpe.FILE, folder)
-        if not ignore_disk_space:
+        if not args.ignore_disk_space:
             require_disk(out, 2 * (total - progress.tokens), 0)
         with (
             ShardWriter(folder, job.name, job.shard_tokens, progress) as writer,
@@ -1242,7 +1259,7 @@ def main(args: Args) -> None:
     local = not (stdlib or args.merge) and Path(args.source).exists()
     kind, files = source_files(args.source) if local else ("", [])
     if args.merge:
-        merge_parts(out, args.ignore_disk_space)
+        merge_parts(args, out)
     elif args.rank is not None and args.world_size is not None:
         tokenize_parts(args, name, out, args.rank, args.world_size)
     elif kind == "shards":

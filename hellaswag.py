@@ -260,7 +260,13 @@ def load_examples(
         if longest > block_size:
             raise UserError(
                 f"{where}: an ending has {longest} tokens, more than block_size={block_size}: "
-                "shorten it, or use a model with a longer context"
+                "use a model with a longer context"
+                + (
+                    f", or only the examples before it: --limit={len(examples)} (in train.py, "
+                    f"--hellaswag_limit={len(examples)})"
+                    if examples
+                    else ""
+                )
             )
         examples.append(example)
     if not examples:

@@ -223,6 +223,13 @@ def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
         raise UserError(f"{path}: two runs have the same name: rename one of them")
     for run in runs:
         if f"{run.against}_seed{run.seed}" not in names:
+            against = study.runs[run.entry].get("against", "baseline")
+            if study.runs[against].get("steps") and run.against == against:
+                raise UserError(
+                    f"{path}, runs.{run.entry}: runs.{against} lists numbers of steps, so this "
+                    "run needs a list too, to be compared with the run of the same number: "
+                    "add steps = [...], with numbers that both lists contain"
+                )
             raise UserError(
                 f"{path}, runs.{run.entry}: {run.against} has no run with seed {run.seed} to "
                 f"compare with: add it to runs.{study.runs[run.entry].get('against', 'baseline')}"
@@ -773,7 +780,8 @@ def load_results(folder: Path) -> tuple[Study, list[Result], list[PlannedRun]]:
             raise _no_baseline(p.against)
         results.append(Result(p, run, baseline))
         check_comparable(folder, run, baseline, METHOD)
-        check_comparable(folder, run, results[0].run, METHOD | RECIPE)
+        # Runs of another length are only compared with a baseline of their own length.
+        check_comparable(folder, run, results[0].run, METHOD | RECIPE | {"steps"})
         seconds = seconds_at(run, run.columns["step"])
         run.relative_cost["seconds"] = seconds / total_seconds(baseline)
     return study, results, missing
@@ -910,13 +918,16 @@ def machine(config: plot.RunConfig) -> str:
 
 def conditions(results: list[Result]) -> str:
     """Describe the model, the data and the hardware in a few sentences."""
-    baseline = results[0].baseline
+    # The longest, if there are several numbers of steps.
+    baseline = max((r.baseline for r in results), key=lambda run: run.schedule.steps)
     c, totals = baseline.config, baseline.schedule.baseline
     parameters = baseline.schedule.phases[-1].trained_parameters
     dates = sorted({r.run.config.date for r in results})
+    shorter = len({r.baseline.schedule.steps for r in results}) > 1
     return (
         f"GPT-2 with {c.n_layer} blocks of width {c.n_embd}, {c.n_head} heads, context "
-        f"{c.block_size:,}: {parameters / 1e6:,.1f}M parameters. A baseline has {totals.steps:,} "
+        f"{c.block_size:,}: {parameters / 1e6:,.1f}M parameters. "
+        f"{'The longest' if shorter else 'A'} baseline has {totals.steps:,} "
         f"steps of {c.tokens_per_step:,} tokens: {totals.tokens / 1e6:,.1f}M tokens of "
         f"`{c.data_dir}`, {totals.tokens / c.train_tokens:.2f} epochs, "
         f"{100 * totals.tokens / PAPER_TOKENS:.3g}% of the paper's tokens. Trained on {machine(c)} "

@@ -216,9 +216,10 @@ def load_meta(data_dir: str | Path) -> dict[str, Any]:
     try:
         text = read_bytes(path)
     except FileNotFoundError:
+        source = " --source stdlib" if path.parent.name == "stdlib" else ""
         raise UserError(
             f"{path.absolute()}: not found: data_dir must contain a corpus; write one with "
-            f"fineweb.py --out {data_dir}{_import_hint(path.parent)}"
+            f"fineweb.py{source} --out {data_dir}{_import_hint(path.parent)}"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(

@@ -173,6 +173,10 @@ def test_missing_changed_and_foreign_parts_are_errors(source, tmp_path):
     with pytest.raises(UserError, match="parts of another source or version, or with other"):
         tokenize(source, out, rank=0, world_size=2, shard_tokens=6000)
     tokenize(source, out, rank=0, world_size=2)
+    for options in (dict(source="other"), dict(tokenizer="gpt2"), dict(shard_tokens=9)):
+        name, value = options.popitem()
+        with pytest.raises(UserError, match=f"--{name}={value}: the parts in .* written with"):
+            fineweb.main(fineweb.replace(merge, **{name: value}))
     path = parts / "000002" / "part_train_000000.bin"
     content = path.read_bytes()
     path.write_bytes(content[:-1] + b"\1")

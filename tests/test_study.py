@@ -177,6 +177,14 @@ def test_the_first_seeds_come_first(tmp_path):
             'title = "x"\n[runs.baseline]\n[runs.s4]\nseeds = [1, 2]',
             "runs.s4: baseline has no run with seed 2 to compare with",
         ),
+        (
+            'title = "x"\n[runs.baseline]\nsteps = [4, 8]\n[runs.s4]\n',
+            "runs.s4: runs.baseline lists numbers of steps, so this run needs a list too",
+        ),
+        (
+            'title = "x"\n[runs.baseline]\nsteps = [4]\n[runs.s4]\nsteps = [8]',
+            "runs.s4: baseline_8 has no run with seed 1 to compare with: add it to runs.baseline",
+        ),
     ],
 )
 def test_a_file_that_is_no_study_is_refused(tmp_path, text, named):
@@ -742,6 +750,31 @@ def test_an_unfinished_run_is_not_reported(copy):
     _, results, missing = study.load_results(copy)
     names = ["decays_seed1", "decays_s2_seed1", "later_seed1", "s4_seed2"]
     assert len(results) == 4 and [r.name for r in missing] == names
+
+
+LENGTHS = """
+title = "Lengths"
+options = {options}
+[runs.baseline]
+steps = [8, 16]
+[runs.s2]
+options = ["--stages=2"]
+steps = [16]
+"""
+
+
+def test_runs_of_several_lengths_are_reported(
+    corpus, tmp_path, monkeypatch, restored_signals, capsys
+):
+    folder = write_study(tmp_path / "x", LENGTHS, data_dir=corpus, hellaswag_data="none")
+    text = (folder / "study.toml").read_text()
+    (folder / "study.toml").write_text(text.replace('"--steps=16", ', ""))
+    instead_of_training(monkeypatch, train_here)
+    study.main(study.RunArgs(folder, out=tmp_path / "out"))
+    study.main(study.ReportArgs(folder))
+    page = (folder / "README.md").read_text()
+    assert "The longest baseline has 16 steps of 1,024 tokens" in page
+    assert all(f"| {label} " in page for label in ("baseline_8", "baseline_16", "s2_16"))
 
 
 def test_what_is_no_baseline_is_not_compared_with(copy):
