@@ -22,6 +22,7 @@ from tabulate import tabulate
 import growth
 from schedule import Phase, Schedule
 
+KINDS = {"ddp": "DDP", "zero1": "ZeRO-1", "fsdp": "FSDP"}  # values of --sharding
 GATHERED_BLOCKS = 2  # FSDP2 gathers the next block during the computation of the current one
 
 
@@ -174,29 +175,33 @@ def phase_memory(
     return result
 
 
-def memory_table(schedule: Schedule, model_config, batch_size: int, world_size: int, **options):
-    """Return a table of `phase_memory` for every `sharding`. See `phase_memory` for the options."""
-    ddp, zero1, fsdp = (
-        phase_memory(schedule, model_config, batch_size, world_size, kind, **options)
-        for kind in ("ddp", "zero1", "fsdp")
-    )
-    small = max(m.total for m in ddp) < 2**30
+def memory_table(
+    schedule: Schedule, model_config, batch_size: int, world_size: int, sharding: str, **options
+) -> str:
+    """Return a table of `phase_memory`: the parts for `sharding`, and the totals for all kinds.
+
+    See `phase_memory` for the options.
+    """
+    memory = {
+        kind: phase_memory(schedule, model_config, batch_size, world_size, kind, **options)
+        for kind in KINDS
+    }
+    small = max(m.total for m in memory["ddp"]) < 2**30
     name, unit = ("MiB", 2**20) if small else ("GiB", 2**30)
     rows = []
-    for phase, a, z, b in zip(schedule.phases, ddp, zero1, fsdp):
-        cells = [a.activations]
-        for m in (a, b):
-            cells += [m.parameters, m.gradients, m.optimizer_state, m.total]
-        cells.insert(-4, z.total)
+    for i, phase in enumerate(schedule.phases):
+        cells = [
+            *dataclasses.astuple(memory[sharding][i]),
+            *(memory[kind][i].total for kind in KINDS),
+        ]
         rows.append([phase.name, *(f"{cell / unit:.2f}" for cell in cells)])
-    each = ["params", "grads", "optim", "total"]
-    header = [name, "activ.", *("DDP\n" + x for x in each), "ZeRO-1\ntotal"]
-    header += ["FSDP\n" + x for x in each]
+    header = [name, "params", "grads", "optim", "activ.", *(f"{x}\ntotal" for x in KINDS.values())]
     align = ("left", *("right",) * (len(header) - 1))
     return "\n".join(
         [
             tabulate(rows, header, "simple", colalign=align, disable_numparse=True),
-            f"Estimated memory per process, for world size {world_size}. total: with activations, "
-            "without the CUDA context.",
+            f"Estimated memory per process, for world size {world_size}. params to activ.: with "
+            f"{KINDS[sharding]}.",
+            "total: the sum, with each kind of --sharding, without the CUDA context.",
         ]
     )

@@ -1109,7 +1109,7 @@ def print_memory(
     rows, V = config.batch_size * config.block_size, model_config.vocab_size
     print(
         memory_table(
-            schedule, model_config, config.batch_size, world_size,
+            schedule, model_config, config.batch_size, world_size, config.sharding,
             reduce_every_micro_batch=config.reduce_every_micro_batch,
             bf16=bf16, loss_rows=chunk_size(rows, V, LOGITS_BYTES[kind], kind),
         )
