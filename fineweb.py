@@ -745,7 +745,8 @@ def check_disk(
     shards = 2 * sum(entry.text_bytes for entry in inputs) // per_token
     if written:  # a part of the first input may have been written
         total = 2 * sum(entry.text_bytes for entry in source.inputs) // per_token
-        shards = min(shards, max(0, total - 2 * written))
+        unread = 2 * sum(entry.text_bytes for entry in inputs[1:]) // per_token
+        shards = max(unread, min(shards, total - 2 * written))
     # Plain local files are read in place. Two inputs are prepared at a time.
     prepared = [
         (entry.size if source.repository else 0)
@@ -1057,8 +1058,9 @@ def read_job(parts: Path) -> Job:
 def check_merge_args(args: Args, parts: Path, job: Job) -> None:
     """Raise UserError if an option contradicts those with which the parts were written."""
     source = str(job.about["source"])  # of a dataset on the Hub, with its subset
-    of_hub = source.startswith(f"{args.source} ")
-    written = {"source": args.source if of_hub else source, "shard_tokens": job.shard_tokens}
+    same = source.startswith(f"{args.source} ")
+    same |= Path(args.source).exists()  # a folder may have several names
+    written = {"source": args.source if same else source, "shard_tokens": job.shard_tokens}
     if args.tokenizer in ("bytes", *tiktoken.list_encoding_names()):
         written["tokenizer"] = job.about["tokenizer"]
     for name, value in written.items():

@@ -240,9 +240,11 @@ def accuracy_label(runs: list[Run], args: Args) -> str:
 
 def last_growth(run: Run) -> int:
     """Return the number of tokens before the last growth step, or 0 if the model does not grow."""
-    seen = grown = blocks = 0
+    # The tokens of initial weights count too.
+    seen = int(run.columns["tokens"][0]) if run.columns["step"][0] == 0 else 0
+    grown = blocks = 0
     for phase in run.schedule.phases:
-        if seen and phase.n_blocks > blocks:
+        if blocks and phase.n_blocks > blocks:
             grown = seen
         blocks, seen = phase.n_blocks, seen + phase.tokens
     return grown
@@ -268,11 +270,16 @@ def reference_of(run: Run, references: list[Run]) -> Run:
     Raises:
         UserError: if there is none, or the runs were trained on different data.
     """
-    for reference in references:
-        if reference.config.seed == run.config.seed:
-            if note := run_notes([run, reference], baselines=False):
-                raise UserError(f"--against: {reference.folder} and {run.folder}: {note[0]}")
-            return reference
+    same = [r for r in references if r.config.seed == run.config.seed]
+    if len(same) > 1:
+        raise UserError(
+            f"--against: {same[0].folder} and {same[1].folder} have the same seed: specify one "
+            "reference run per seed"
+        )
+    for reference in same:
+        if note := run_notes([run, reference], baselines=False):
+            raise UserError(f"--against: {reference.folder} and {run.folder}: {note[0]}")
+        return reference
     raise UserError(
         f"--against: none of the reference runs has seed {run.config.seed}, that of {run.folder}: "
         "add one, or leave out this run"

@@ -175,7 +175,8 @@ def main() -> None:
         limit = config.hellaswag_limit
         examples = hellaswag.load_examples(task, encoding, config.block_size, limit)
 
-    check_memory(summary["parameters"], device, shards=mesh.size() if mesh else 1)
+    gathered = bool(mesh) and config.sharding == "zero1"
+    check_memory(summary["parameters"], device, mesh.size() if mesh else 1, gathered)
     if config.calibrate:
         new_batches = functools.partial(
             train_batches, train_data, order, step=0, config=config, ranks=ranks, device=device

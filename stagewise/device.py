@@ -124,16 +124,19 @@ def autocast(device: torch.device, dtype: str, n_embd: int) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
-def check_memory(parameters: int, device: torch.device, shards: int = 1) -> None:
+def check_memory(
+    parameters: int, device: torch.device, shards: int = 1, gathered: bool = False
+) -> None:
     """Check that the training state fits into memory: weights, gradients and AdamW's two moments.
 
     They need 16 bytes per parameter, divided by the number of processes over which they are
-    sharded. Activations, which depend on batch_size, are not included.
+    sharded. If all weights are gathered during a step, they need 4 bytes more. Activations, which
+    depend on batch_size, are not included.
 
     Raises:
         UserError: if it does not fit.
     """
-    needed = 16 * parameters / shards
+    needed = 16 * parameters / shards + 4 * parameters * gathered
     if device.type == "cuda":
         available = torch.cuda.mem_get_info(device)[1]
     else:
@@ -141,12 +144,13 @@ def check_memory(parameters: int, device: torch.device, shards: int = 1) -> None
         with contextlib.suppress(OSError, ValueError):  # no limit: "max"
             available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     if needed > available:
+        more = shards > 1 and not gathered
         raise UserError(
             f"a model of {parameters:,} parameters needs {needed / 2**30:,.1f} GiB for weights, "
             f"gradients and optimizer state"
             + (f" in each of {shards} processes" if shards > 1 else "")
             + f", but {device} has {available / 2**30:,.1f} GiB: lower n_layer or n_embd, or use "
-            f"{'more processes' if shards > 1 else 'several GPUs with --sharding=fsdp'}"
+            f"{'more processes' if more else 'several GPUs with --sharding=fsdp'}"
         )
 
 

@@ -325,8 +325,8 @@ def source_files(source: str) -> tuple[str, list[Path]]:
         for shard in shards:
             if (other := by_name.setdefault(shard.name, shard)) != shard:
                 raise UserError(
-                    f"--source={source}: {other} and {shard} have the same name: give the shards "
-                    "of one corpus, each with its own name"
+                    f"--source={source}: {other} and {shard} have the same name: use shards of "
+                    "a single corpus, with distinct file names"
                 )
         return "shards", shards
     if any(p.suffix == ".ds" for p in files):
