@@ -203,7 +203,7 @@ def load_points(folder: Path) -> tuple[study.Study, dict[str, list[Point]], list
             missing.append(p)
         else:
             runs.append(Finished(p, run))
-    # Micro-batches change the speed, but not the loss.
+    # The loss does not depend on the size of micro-batches, apart from rounding and dropout masks.
     may_differ = study.METHOD | study.RECIPE | {"steps", "batch_size"}
     for finished in runs[1:]:
         study.check_comparable(folder, finished.run, runs[0].run, may_differ)

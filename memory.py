@@ -8,9 +8,9 @@
 The first three are exact for DistributedDataParallel and a single process. Activations are those of
 a step that is not compiled, with a fused attention kernel; a compiled step stores less. With
 `sharding=zero1` or `fsdp`, the parameters, gradients and optimizer state are divided by the number
-of processes, plus the tensors that FSDP2 gathers: with `zero1` all parameters; with `fsdp`
-embeddings, head and final norm during the whole step, and the blocks in use. Not included: the CUDA
-context, communication buffers and the allocator's fragmentation.
+of processes, plus the tensors that FSDP2 gathers: with `zero1` all parameters; with `fsdp` the
+embeddings, head and final norm, and the blocks in use. Not included: the CUDA context,
+communication buffers and the allocator's fragmentation.
 """
 
 import dataclasses

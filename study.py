@@ -226,9 +226,9 @@ def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
             against = study.runs[run.entry].get("against", "baseline")
             if study.runs[against].get("steps") and run.against == against:
                 raise UserError(
-                    f"{path}, runs.{run.entry}: runs.{against} lists numbers of steps, so this "
-                    "run needs a list too, to be compared with the run of the same number: "
-                    "add steps = [...], with numbers that both lists contain"
+                    f"{path}, runs.{run.entry}: runs.{against} lists several numbers of steps, so "
+                    "this run must list them too: add steps = [...] with numbers from that list; "
+                    "each run is compared with the one of the same length"
                 )
             raise UserError(
                 f"{path}, runs.{run.entry}: {run.against} has no run with seed {run.seed} to "

@@ -316,7 +316,7 @@ def check(c: Config) -> None:
     if c.reduce_every_micro_batch and c.sharding == "ddp":
         raise UserError(
             "reduce_every_micro_batch has no effect with sharding=ddp: remove it, or use "
-            "--sharding=fsdp"
+            "--sharding=zero1 or --sharding=fsdp"
         )
     if c.init_weights and isinstance(c.continual_steps, str):
         raise UserError(

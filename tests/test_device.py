@@ -69,3 +69,15 @@ def test_auto_is_bfloat16_for_wide_models_on_cpus_with_matrix_units(
 ):
     monkeypatch.setattr(device, "_cpuinfo", lambda: f"processor\t: 0\n{features}\n")
     assert device.matmul_dtype(torch.device("cpu"), "auto", n_embd) == expected
+
+
+def test_gathered_weights_count_in_full(monkeypatch):
+    """With zero1, 8 processes need 4 + 16/8 bytes per parameter each, with fsdp 16/8."""
+    monkeypatch.setattr(device.os, "sysconf", lambda name: 1000)  # pages, and their size
+    cpu = torch.device("cpu")
+    device.check_memory(250_000, cpu, shards=8)
+    device.check_memory(160_000, cpu, shards=8, gathered=True)
+    with pytest.raises(UserError, match="8 processes.*several GPUs with --sharding=fsdp"):
+        device.check_memory(250_000, cpu, shards=8, gathered=True)
+    with pytest.raises(UserError, match="or use more processes"):
+        device.check_memory(600_000, cpu, shards=8)

@@ -1,5 +1,6 @@
 """Comparison at equal compute, from real runs."""
 
+import json
 import math
 import re
 import shutil
@@ -121,6 +122,19 @@ def test_the_page_has_a_row_for_every_method_and_budget(tiny, tmp_path, capsys):
     shutil.rmtree(folder / "baseline_16_seed2"), shutil.rmtree(folder / "baseline_32_seed2")
     with pytest.raises(UserError, match="no seed has two finished runs of 'baseline'"):
         frontier.main(frontier.Args(folder))
+
+
+def test_micro_batches_may_differ_but_not_the_model(tiny, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny, folder)
+    path = next(folder.glob("stacked_*_seed1")) / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"batch_size": 2}))
+    before, after = (frontier.load_points(f)[1]["stacked"] for f in (tiny, folder))
+    assert [str(p.gain("flops")) for p in before] == [str(p.gain("flops")) for p in after]
+    path.write_text(json.dumps(config | {"n_head": 1}))
+    with pytest.raises(UserError, match="stacked_.*n_head is 1, but 2 in"):
+        frontier.load_points(folder)
 
 
 def test_the_finding_counts_the_methods_on_either_side_of_the_baseline(tiny):

@@ -328,12 +328,14 @@ def test_the_estimate_of_the_disk_space_is_not_too_low(source, tmp_path):
         last = get_tokenizer("bytes"), numbers[-1:]
         fineweb.check_disk(tmp_path, files, *last, written=whole - 10)
         fineweb.check_disk(tmp_path, files, *last, written=10)
+        # Inputs that have not been read count fully, however many tokens the others had.
+        fineweb.check_disk(tmp_path, files, last[0], numbers[-2:], written=10 * whole)
         files.inputs = files.inputs[-1:]
         fineweb.check_disk(tmp_path, files, get_tokenizer("bytes"), [0])
     shards = 2 * whole
     assert shards <= needs[0][0] <= 1.2 * shards and needs[0][1] == 0
-    *_, nearly, one, alone = (shards for shards, _ in needs)
-    assert nearly < 0.2 * shards and one == alone
+    *_, nearly, one, unread, alone = (shards for shards, _ in needs)
+    assert nearly < 0.2 * shards and one == unread == alone
 
 
 def test_progress_in_tokens_has_an_estimated_total(monkeypatch, source, tmp_path):

@@ -1,5 +1,6 @@
 """Figures and table, from real run folders."""
 
+import dataclasses
 import errno
 import json
 import re
@@ -66,6 +67,9 @@ def test_the_difference_from_a_reference_after_growth(runs, run_train, tmp_path)
     assert since.tolist() == list(expected) == [2048, 4096]
     assert difference == pytest.approx(list(expected.values()))
     assert plot.last_growth(baseline) == 0
+    # Initial weights that cost 500 tokens, counted in every row.
+    later = dataclasses.replace(s4, columns=s4.columns | {"tokens": s4.columns["tokens"] + 500})
+    assert plot.last_growth(later) == grown + 500
     assert not plot.loss_difference(baseline, baseline)[1].any()
 
     others = [run_train(f"{name}_seed2", seed=2, **OPTIONS[name]) for name in OPTIONS]
@@ -86,6 +90,8 @@ def test_a_difference_needs_a_reference_of_the_same_seed_and_evaluations(runs, r
     other = load_run(run_train("other", seed=2, **OPTIONS["baseline"]))
     with pytest.raises(UserError, match="none of the reference runs has seed 1337, that of .*s4"):
         plot.reference_of(load_run(runs[1]), [other])
+    with pytest.raises(UserError, match="have the same seed: specify one reference run per seed"):
+        plot.reference_of(other, [other, other])
     short = load_run(run_train("short", steps=4, eval_interval=2))
     with pytest.raises(UserError, match="s4: has no evaluation after its last growth step"):
         plot.figure_difference([load_run(runs[1])], [short], plot.Args())

@@ -179,7 +179,7 @@ def test_the_first_seeds_come_first(tmp_path):
         ),
         (
             'title = "x"\n[runs.baseline]\nsteps = [4, 8]\n[runs.s4]\n',
-            "runs.s4: runs.baseline lists numbers of steps, so this run needs a list too",
+            "runs.s4: runs.baseline lists several numbers of steps, so this run must list them",
         ),
         (
             'title = "x"\n[runs.baseline]\nsteps = [4]\n[runs.s4]\nsteps = [8]',
