@@ -268,22 +268,23 @@ def reference_of(run: Run, references: list[Run]) -> Run:
     """Return the reference run with the seed of `run`.
 
     Raises:
-        UserError: if there is none, or the runs were trained on different data.
+        UserError: if there is none, or several, or the runs were trained on different data.
     """
     same = [r for r in references if r.config.seed == run.config.seed]
+    if not same:
+        raise UserError(
+            f"--against: none of the reference runs has seed {run.config.seed}, that of "
+            f"{run.folder}: add one, or leave out this run"
+        )
     if len(same) > 1:
         raise UserError(
             f"--against: {same[0].folder} and {same[1].folder} have the same seed: specify one "
             "reference run per seed"
         )
-    for reference in same:
-        if note := run_notes([run, reference], baselines=False):
-            raise UserError(f"--against: {reference.folder} and {run.folder}: {note[0]}")
-        return reference
-    raise UserError(
-        f"--against: none of the reference runs has seed {run.config.seed}, that of {run.folder}: "
-        "add one, or leave out this run"
-    )
+    (reference,) = same
+    if note := run_notes([run, reference], baselines=False):
+        raise UserError(f"--against: {reference.folder} and {run.folder}: {note[0]}")
+    return reference
 
 
 def figure_difference(runs: list[Run], references: list[Run], args: Args):
@@ -311,13 +312,14 @@ def figure_difference(runs: list[Run], references: list[Run], args: Args):
             ax.plot(x, y, color=color, alpha=0.4, linewidth=0.8)
         if same:
             mean = np.mean([y for _, y in curves], axis=0)
-            marker = "o" if len(first) < 3 else ""
-            ax.plot(first, mean, color=color, linewidth=1.8, marker=marker)
+            ax.plot(first, mean, color=color, linewidth=1.8, marker=".")
         seeds = f" ({len(curves)} seeds)" if len(curves) > 1 else ""
         ax.plot([], [], color=color, linewidth=1.8, label=_plain(name) + seeds)
     ax.axhline(0, color="#555555", linewidth=0.9)
     ax.set_xscale("log")
+    ax.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+    ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     ax.set_xlabel("training tokens since the last growth step")
     ax.set_ylabel("validation loss minus reference (nats per token)")
     fig.legend(loc="outside right upper")
