@@ -638,6 +638,18 @@ def _lr_position(schedule, step):
     return position, max(ends[cycle], ends[-1])
 
 
+def decay_start(schedule: Schedule, config) -> int | None:
+    """Return the step before which the final decay of "wsd" has no effect; None for other curves.
+
+    From there, training can be continued with more steps as if it had been longer from the start.
+    """
+    if config.lr_schedule != "wsd":
+        return None
+    _, length = _lr_position(schedule, schedule.n_steps - 1)
+    # Rounded, so that 28.000000000000004 steps are 28.
+    return schedule.n_steps - math.ceil(round(max(1, config.decay_fraction * length), 6))
+
+
 def round_half_up(x) -> int:
     """Round to the nearest integer, with halves rounded up (`round` rounds them to even)."""
     return math.floor(x + Fraction(1, 2))

@@ -47,11 +47,13 @@ from tqdm import tqdm
 import plot
 from cost import NAMES, cumulative_cost, make_schedules
 from runs import Run, in_phase, load_run, read_config, speed
+from schedule import begun, decay_start, learning_rate
+from stagewise.checkpoint import FOLDER, checkpoints
 from stagewise.config import INPUTS, Config, grad_accum_steps, load_config, padded_vocab_size
 from stagewise.data import fingerprint, load_meta
 from stagewise.errors import UserError, file_errors, report_user_errors
 from stagewise.fileio import atomic_write, convert, open_file, read_bytes
-from stagewise.metrics import last_row
+from stagewise.metrics import last_row, read_metrics
 from stagewise.monitor import EXIT_STOPPED
 from stagewise.page import check_plotly
 from train import duration, make_model_config
@@ -482,6 +484,26 @@ class Position(Struct):
     loss: float | None = None  # None before the first step, and if it is not finite
 
 
+def common_steps(shorter: Config, longer: Config) -> int:
+    """Return the step up to which both runs are identical and after which `shorter` decays, or 0.
+
+    With "wsd", a run is a part of every longer run until its learning rate starts to decay.
+    """
+    schedules = []
+    for config in (shorter, longer):
+        model_config = make_model_config(config, padded_vocab_size(load_meta(config.data_dir)))
+        schedules.append(make_schedules(config, model_config)[0])
+    short, long = schedules
+    start = decay_start(short, shorter) or 0
+    if short.n_steps >= long.n_steps or begun(short.phases, start) != begun(long.phases, start):
+        return 0
+    same = all(
+        learning_rate(step, short, shorter) == learning_rate(step, long, longer)
+        for step in range(start)
+    )
+    return start if same else 0
+
+
 class Training:
     """Trains runs, several at a time, and shows the progress of all of them.
 
@@ -509,6 +531,7 @@ class Training:
         flops: Mapping[str, int],
     ):
         self.args, self.out, self.n_runs = args, out, len(chosen)
+        self._runs, self._configs = chosen, configs
         self.finished = [run.name for run in chosen if run not in waiting]
         self.failed: list[str] = []
         self._environments = {}
@@ -580,6 +603,7 @@ class Training:
             shutil.rmtree(self.out / name / "checkpoints", ignore_errors=True)
 
     def _start(self, run, slot):
+        self._branch(run)
         launcher = [sys.executable]
         if self.args.processes > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone"]
@@ -591,6 +615,35 @@ class Training:
         group = os.environ.get("WANDB_RUN_GROUP", self.args.folder.resolve().name)
         env = self._environments[run.name][slot] | {"WANDB_RUN_GROUP": group}
         return Job(run, command, env, self.out / f"{run.name}.log")
+
+    def _branch(self, run):
+        """Copy the beginning of a new run from a shorter one, if both begin identically."""
+        folder, config = self.out / run.name, self._configs[run.name]
+        if checkpoints(folder):
+            return
+        shorter = [
+            (step, other.name)
+            for other in self._runs
+            if (other.entry, other.seed) == (run.entry, run.seed)
+            and (step := common_steps(self._configs[other.name], config))
+        ]
+        for step, name in sorted(shorter, reverse=True):
+            source = self.out / name
+            checkpoint = f"step_{step:08d}"
+            if not (source / FOLDER / checkpoint).exists():
+                continue
+            rows = [row for row in read_metrics(source / "metrics.jsonl") if row["step"] <= step]
+            partial = folder / FOLDER / ".partial"
+            with file_errors(folder, "free disk space, or make it writable"):
+                partial.mkdir(parents=True, exist_ok=True)
+                text = "".join(json.dumps(row) + "\n" for row in rows)
+                atomic_write(folder / "metrics.jsonl", text)
+                shutil.copytree(source / FOLDER / checkpoint, partial, dirs_exist_ok=True)
+                partial.rename(folder / FOLDER / checkpoint)
+            self._done[run.name] = self._read(run.name).flops
+            self._start_flops += self._done[run.name]  # not trained now
+            tqdm.write(f"{run.name}: continues {name} from step {step}")
+            return
 
     def _finish(self, job):
         """Record the result of a process that has ended."""

@@ -41,7 +41,7 @@ import hellaswag
 from cost import COST_METRICS, NAMES, cumulative_cost, make_schedules, summarize, summary_table
 from memory import memory_table
 from model import GPT, GPTConfig
-from schedule import Phase, Schedule, begun, learning_rate
+from schedule import Phase, Schedule, begun, decay_start, learning_rate
 from stagewise import bpe
 from stagewise.checkpoint import (
     FOLDER,
@@ -227,6 +227,8 @@ def main() -> None:
 
     # --- outputs
     milestones = {p.stop for p in schedule.phases if p.milestone}
+    if start := decay_start(schedule, config):
+        milestones.add(start)
     if ranks.master:
         train_tokens = len(train_data) * config.block_size
         if step < schedule.n_steps:  # the files of a finished run describe what trained it

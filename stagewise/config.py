@@ -66,9 +66,11 @@ class Config:
     eval_tokens: Positive = 10_485_760
     """Validation tokens per evaluation, always the same ones, or all if there are fewer."""
     checkpoint_interval: Positive = 1000
-    """Steps between checkpoints. Others are saved at the end of each stage and on a signal."""
+    """Steps between checkpoints. Others are saved at the end of each stage, where "wsd" starts to
+    decay, and on a signal."""
     keep_checkpoints: Positive = 2
-    """Number of recent checkpoints to keep. Those at the end of a stage are always kept."""
+    """Number of recent checkpoints to keep. Those at the end of a stage and where "wsd" starts to
+    decay are always kept."""
     wandb: str = ""
     """Weights & Biases project to log the rows of metrics.jsonl to. Needs the package wandb."""
     tensorboard: bool = False

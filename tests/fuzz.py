@@ -37,7 +37,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plot
 import train
 from cost import COST_METRICS, cumulative_cost, make_schedules
-from fineweb import read_documents
 from growth import OPERATORS
 from hellaswag import ending_losses, load_examples
 from model import GPT
@@ -67,6 +66,7 @@ from stagewise.fileio import sha256
 from stagewise.metrics import MetricsWriter, read_metrics
 from stagewise.monitor import LossMonitor
 from stagewise.sources import local_source, prepare, source_files
+from stagewise.tokenizing import read_documents
 from study import load_study
 
 ROOT = Path(__file__).resolve().parent.parent

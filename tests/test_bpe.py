@@ -9,8 +9,8 @@ from conftest import SHARED_DATA
 
 import hellaswag
 import sample
-from fineweb import stdlib_documents
 from stagewise import bpe
+from stagewise.builtin import stdlib_documents
 from stagewise.data import get_tokenizer
 from stagewise.errors import UserError
 

@@ -15,9 +15,11 @@ import pytest
 from conftest import ROOT, script
 
 import fineweb
-from stagewise import sources
+from stagewise import builtin, sources
 from stagewise.data import get_tokenizer, load_meta, open_shard
 from stagewise.errors import UserError
+from stagewise.tokenizing import DOCUMENTS_AT_A_TIME, Chunk
+from stagewise.writer import PROGRESS, Progress, ShardWriter, atomic_folder
 
 TEXTS = ["First document.\nTwo lines.", "Second — with ünïcode.", "Third " * 40, "", "Last"]
 
@@ -105,7 +107,7 @@ def test_continuation_task_is_made_of_held_out_documents(corpus):
 
 def test_continuation_task_is_empty_if_the_held_out_documents_are_too_short():
     held_out = [("a", "x" * 100 + " and this is how it ends\n")]
-    assert fineweb.continuation_task(held_out, "", 10) == []
+    assert builtin.continuation_task(held_out, "", 10) == []
 
 
 @pytest.mark.parametrize(
@@ -224,7 +226,7 @@ def test_finished_shards_are_kept_after_a_bad_document(monkeypatch, tmp_path, ca
 
 
 def test_many_documents_keep_their_order(monkeypatch, tmp_path):
-    texts = [f"document {i} " * (i % 7 + 1) for i in range(40 * fineweb.DOCUMENTS_AT_A_TIME - 1)]
+    texts = [f"document {i} " * (i % 7 + 1) for i in range(40 * DOCUMENTS_AT_A_TIME - 1)]
     out = run(monkeypatch, tmp_path, write(tmp_path / "x.jsonl", texts))
     assert read_corpus(out).tolist() == stream(texts)
 
@@ -323,12 +325,12 @@ def test_command_line(tmp_path):
 )
 @pytest.mark.parametrize("n_parts", [1, 7])
 def test_validation_gets_one_shard_but_at_most_a_tenth(tmp_path, n, sizes, n_parts):
-    progress = fineweb.Progress("x", [])
-    with fineweb.ShardWriter(tmp_path, "x", 100, progress) as writer:
+    progress = Progress("x", [])
+    with ShardWriter(tmp_path, "x", 100, progress) as writer:
         for i, part in enumerate(np.array_split(np.arange(n, dtype=np.uint16), n_parts)):
-            writer.add(fineweb.Chunk(0, i, 1, n_parts, 0, part))
+            writer.add(Chunk(0, i, 1, n_parts, 0, part))
         writer.finish()
-    (tmp_path / fineweb.PROGRESS).unlink(missing_ok=True)
+    (tmp_path / PROGRESS).unlink(missing_ok=True)
     assert [s["tokens"] for s in writer.shards] == sizes
     assert writer.shards[0]["tokens"] == min(100, n // 10)
     assert [s["split"] for s in writer.shards] == ["val"] + ["train"] * (len(sizes) - 1)
@@ -445,7 +447,7 @@ def test_full_disk(monkeypatch, tmp_path):
         path.write_bytes(b"a part")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fineweb, "write_shard", write_shard)
+    monkeypatch.setattr("stagewise.writer.write_shard", write_shard)
     with pytest.raises(UserError, match="cannot be written .*No space left on device"):
         run(monkeypatch, tmp_path, "stdlib")
     assert not list(tmp_path.glob("out*"))
@@ -453,7 +455,7 @@ def test_full_disk(monkeypatch, tmp_path):
 
 def test_out_that_appears_meanwhile_is_not_overwritten(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(UserError, match="cannot be written"), fineweb.atomic_folder(out) as folder:
+    with pytest.raises(UserError, match="cannot be written"), atomic_folder(out) as folder:
         (folder / "new").write_text("new")
         out.mkdir()
         (out / "file").write_text("old")
@@ -506,14 +508,14 @@ def test_an_interrupted_corpus_that_was_changed_is_not_continued(monkeypatch, tm
     with pytest.raises(UserError, match="document 70 "):
         run(monkeypatch, tmp_path, source, shard_tokens=500)
     partial = tmp_path / "out.partial"
-    progress = json.loads((partial / fineweb.PROGRESS).read_text())
+    progress = json.loads((partial / PROGRESS).read_text())
     if how == "shard":
         path = partial / progress["shards"][0]["file"]
         path.write_bytes(path.read_bytes()[:-1] + b"x")
     elif how == "progress":
-        (partial / fineweb.PROGRESS).write_text("{")
+        (partial / PROGRESS).write_text("{")
     else:
-        (partial / fineweb.PROGRESS).write_text(json.dumps(progress | {"document": -5}))
+        (partial / PROGRESS).write_text(json.dumps(progress | {"document": -5}))
     with pytest.raises(UserError, match="progress.json: the interrupted run cannot be continued"):
         run(monkeypatch, tmp_path, source, shard_tokens=500, on_error="skip")
 

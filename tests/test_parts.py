@@ -116,7 +116,8 @@ def test_ranks_of_prose_with_the_bpe_of_gpt2(monkeypatch, tmp_path):
 KILLED = """
 import os, signal, sys
 import fineweb, tyro
-original = fineweb.write_shard
+from stagewise import writer
+original = writer.write_shard
 written = 0
 def write_shard(path, tokens):
     global written
@@ -124,7 +125,7 @@ def write_shard(path, tokens):
     if written == int(os.environ["KILL"]):
         os.kill(os.getpid(), signal.SIGKILL)
     original(path, tokens)
-fineweb.write_shard = write_shard
+writer.write_shard = write_shard
 fineweb.main(tyro.cli(fineweb.Args, config=(tyro.conf.FlagCreatePairsOff,), use_underscores=True))
 """
 
@@ -390,7 +391,7 @@ def test_text_files_of_an_input(monkeypatch, tmp_path):
 
 def test_an_interrupted_run_keeps_its_tokenizer(monkeypatch, source, tmp_path):
     """Training it again could give another one, if the library has changed."""
-    monkeypatch.setattr(fineweb, "SAMPLE_BYTES", 5000)
+    monkeypatch.setattr("stagewise.tokenizing.SAMPLE_BYTES", 5000)
     bad = source / "9.jsonl"
     bad.write_text('{"text": null}\n')
     with pytest.raises(UserError, match="document 0 is not valid text .9.jsonl"):
@@ -409,7 +410,7 @@ def test_an_interrupted_run_keeps_its_tokenizer(monkeypatch, source, tmp_path):
 
 
 def test_the_sample_is_bounded(monkeypatch, source, tmp_path):
-    monkeypatch.setattr(fineweb, "SAMPLE_BYTES", 5000)
+    monkeypatch.setattr("stagewise.tokenizing.SAMPLE_BYTES", 5000)
     seen = []
     train = bpe.train_bpe
 
@@ -439,7 +440,7 @@ def fail_at(monkeypatch, n):
             raise OSError(28, "No space left on device")
         write_shard(path, tokens)
 
-    monkeypatch.setattr(fineweb, "write_shard", write)
+    monkeypatch.setattr("stagewise.writer.write_shard", write)
 
 
 def test_a_merge_does_not_continue_a_single_process(source, tmp_path, monkeypatch):
@@ -478,8 +479,8 @@ def test_the_last_step_can_be_repeated(source, tmp_path, monkeypatch, moment):
         monkeypatch.undo()
     else:
         script = (
-            "import os, fineweb; from pathlib import Path\n"
-            "fineweb.fsync = lambda path: os._exit(9)\n"
+            "import os, fineweb, stagewise.writer; from pathlib import Path\n"
+            "stagewise.writer.fsync = lambda path: os._exit(9)\n"
             f"fineweb.main(fineweb.Args({str(source)!r}, Path({str(out)!r}), tokenizer='bytes', "
             "shard_tokens=40_000, processes=1))"
         )

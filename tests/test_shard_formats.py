@@ -11,8 +11,8 @@ from conftest import script
 from test_fineweb import TEXTS, read_corpus, stream, write
 
 import fineweb
-from fineweb import stdlib_documents
 from stagewise import bpe
+from stagewise.builtin import stdlib_documents
 from stagewise.data import Shards, get_tokenizer, load_meta, verify_shards, write_shard
 from stagewise.errors import UserError
 

@@ -481,6 +481,52 @@ def test_a_study_that_is_stopped_saves_and_continues(corpus, tmp_path, how):
         assert load_checkpoint(outs[0])["step"] > step
 
 
+BRANCHES = """
+title = "Branches"
+options = {options}
+[runs.baseline]
+options = ["--lr_schedule=wsd", "--decay_fraction=0.25", "--warmup_steps=3"]
+steps = [8, 14, 24]
+seeds = [1, 2]
+[runs.cosine]
+options = ["--lr_schedule=cosine"]
+against = "cosine"
+steps = [8, 14]
+[runs.s2]
+options = ["--stages=2", "--lr_schedule=wsd"]
+steps = [8, 14]
+"""
+
+
+def test_a_longer_run_continues_a_shorter_one_as_if_trained_from_the_start(
+    corpus, tmp_path, monkeypatch, restored_signals, capsys
+):
+    """Only where both begin identically: not with a cosine, not with stages."""
+    options = dict(data_dir=corpus, hellaswag_data="none", log_interval=1)
+    folder = write_study(tmp_path / "x", BRANCHES, **options)
+    text = (folder / "study.toml").read_text()
+    (folder / "study.toml").write_text(re.sub(r'"--steps=\d+", ', "", text))
+    first_steps = {}
+
+    def train_one(command):
+        run = Path(command[-2].removeprefix("--out_dir="))
+        train_here(command)
+        first_steps[run.name] = json.loads((run / "config.json").read_text())["starts"][0]["step"]
+        return 0
+
+    instead_of_training(monkeypatch, train_one)
+    study.main(study.RunArgs(folder, out=tmp_path / "out"))
+    longer = {name: step for name, step in first_steps.items() if step}
+    assert longer == {f"baseline_{n}_seed{s}": k for n, k in ((14, 6), (24, 10)) for s in (1, 2)}
+    assert "baseline_24_seed2: continues baseline_14_seed2 from step 10" in capsys.readouterr().out
+    direct = tmp_path / "direct"
+    shutil.copytree(folder, direct, ignore=shutil.ignore_patterns("*_seed*"))
+    study.main(study.RunArgs(direct, only=("baseline_24_seed2",), out=tmp_path / "alone"))
+    assert first_steps["baseline_24_seed2"] == 0
+    rows = [without_clock(metrics(f / "baseline_24_seed2")) for f in (folder, direct)]
+    assert rows[0] == rows[1] and len(rows[0]) == 25 and rows[0][-1]["val_loss"]
+
+
 @pytest.mark.slow
 def test_runs_that_train_at_the_same_time_give_the_same_results(tiny, corpus, tmp_path):
     """Also on a terminal: a bar over all runs."""
