@@ -193,10 +193,21 @@ def make_schedules(config, model_config) -> tuple[Schedule, Schedule]:
     continual_steps = config.continual_steps
     if isinstance(continual_steps, str):
         metric: Metric = "flops" if continual_steps == "match_flops" else "paper_cost"
-        before = schedules.schedule_from_config(config, 0)
-        matched = compute_matched_steps(before, baseline, model_config)[metric]
-        continual_steps = max(0, matched - config.steps)
+        continual_steps = _matching_steps(config, baseline, metric, model_config)
     return schedules.schedule_from_config(config, continual_steps), baseline
+
+
+def _matching_steps(config, baseline, metric, model_config):
+    """Return the number of continual steps with which a run costs as much as its baseline."""
+    n_steps = former = 0
+    # Repeated, because ramps and skipped blocks change the cost of the continual steps themselves.
+    for _ in range(20):
+        schedule = schedules.schedule_from_config(config, n_steps)
+        matched = compute_matched_step(schedule, baseline, metric, model_config)
+        former, n_steps = n_steps, max(0, round_half_up(matched) - config.steps)
+        if n_steps == former:
+            break
+    return n_steps
 
 
 # --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ weights are interchangeable. These methods of `GPT` support stagewise training:
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -223,6 +223,9 @@ class GPT(nn.Module):
         Raises:
             UserError: if the weights do not match `config`.
         """
+        known = {f.name for f in fields(GPTConfig)}
+        if isinstance(config, dict) and (unknown := sorted(config.keys() - known)):
+            raise UserError(f"this version of the code has no models with {', '.join(unknown)}")
         try:
             n_blocks = len({name.split(".")[2] for name in weights if ".h." in name})
             model = cls(convert(config, GPTConfig), n_blocks=n_blocks, device="meta")
@@ -327,13 +330,13 @@ class GPT(nn.Module):
         """
         # By default, Dynamo silently falls back to eager execution after 8 recompilations.
         torch._dynamo.config.recompile_limit = 1000
+        self.softmax_loss.compile()
+        if whole:
+            self.hidden = torch.compile(self.hidden, dynamic=False)  # type: ignore[method-assign]
+            return
         # By default, Dynamo cuts graphs at the bounds of DistributedDataParallel's buckets, so that
         # their reduction overlaps with the backward pass. With compiled blocks, it overlaps anyway.
         torch._dynamo.config.optimize_ddp = False
-        self.softmax_loss.compile()
-        if whole:
-            self.hidden = torch.compile(self.hidden)  # type: ignore[method-assign]
-            return
         self.blocks_compiled = True
         for block in self.transformer.h:
             _compile(block)

@@ -83,7 +83,7 @@ from stagewise.device import (
 )
 from stagewise.distributed import (
     Ranks,
-    any_rank_stopping,
+    any_rank,
     check_replicas,
     full_tensor,
     fully_shard,
@@ -92,6 +92,7 @@ from stagewise.distributed import (
     mean_over_ranks,
     ranks_from_environment,
     set_gradient_sync,
+    wait_while_any,
 )
 from stagewise.errors import UserError, file_errors, report_user_errors
 from stagewise.fileio import (
@@ -206,7 +207,7 @@ def main() -> None:
         dist.broadcast_object_list(newest, group=gloo_group)
     resumed = newest[0] is not None
     if newest[0]:
-        checkpoint = load_checkpoint(newest[0], optimizer=True)
+        checkpoint = load_checkpoint(newest[0], optimizer=True, verified=True)
         check_resumable(checkpoint, config, model_config, schedule, len(train_data), meta)
         model = GPT.from_weights(model_config, checkpoint["model"], device, mesh)
         params = dict(model.named_parameters())
@@ -242,7 +243,8 @@ def main() -> None:
         trackers = Trackers(config, out_dir)
         print(summary_table(summary))
         epochs = schedule.tokens(schedule.n_steps) / train_tokens
-        micro = grad_accum_steps(config, config.tokens_per_step, ranks.world_size)
+        tokens_per_step = schedule.phase_at(min(step, schedule.n_steps - 1)).tokens_per_step
+        micro = grad_accum_steps(config, tokens_per_step, ranks.world_size)
         print(
             f"{out_dir}: {ranks.world_size} x {device_name(device)}; {epochs:.2f} epochs; per step "
             f"{ranks.world_size} processes x {micro} micro-batches x {config.batch_size} "
@@ -321,7 +323,7 @@ def main() -> None:
             logs = step % config.log_interval == 0
             evaluates = step % config.eval_interval == 0 or step == schedule.n_steps
             saves = step % config.checkpoint_interval == 0 or step in milestones
-            stopping = any_rank_stopping(signals.caught is not None, gloo_group)
+            stopping = any_rank(signals.caught is not None, gloo_group)
             if not (logs or evaluates or saves or stopping or step == phase.stop):
                 continue
 
@@ -355,12 +357,14 @@ def main() -> None:
                     metrics.sync()
                 position = dict(step=step, n_blocks=model.n_blocks, seconds=seconds)
                 position["loss_history"] = monitor.state()
+                wait_while_any(writer.busy, gloo_group)  # for rank 0, and the former checkpoint
                 writer.save(model, optimizer, run | position)
             interval_start, batches.waited = time.perf_counter(), 0.0
             compiled = compile_seconds()
 
     # --- end
     bar.close()
+    wait_while_any(writer.busy, gloo_group)
     if ranks.master:
         writer.close()
         metrics.close()

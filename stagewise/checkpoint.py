@@ -137,7 +137,7 @@ def newest_checkpoint(run_dir: Path, files=(MODEL, OPTIMIZER, STATE)) -> Path | 
     return None
 
 
-def load_checkpoint(path: Path, optimizer: bool = False) -> dict[str, Any]:
+def load_checkpoint(path: Path, optimizer: bool = False, verified: bool = False) -> dict[str, Any]:
     """Return the fields of `State`, and the tensors by name in "model" and "optimizer".
 
     Args:
@@ -145,15 +145,16 @@ def load_checkpoint(path: Path, optimizer: bool = False) -> dict[str, Any]:
             nanoGPT (see `nanogpt.load_nanogpt`); or gpt2, gpt2-medium, gpt2-large or gpt2-xl, for
             weights from the Hugging Face Hub.
         optimizer: if False, "optimizer" is None.
+        verified: whether the checkpoint folder `path` has been compared with its checksums.
 
     Raises:
         UserError: if there is no checkpoint, or it is corrupted or of another format version.
     """
     with file_errors(path, "name a run folder, or a checkpoint"):
-        return _load_checkpoint(Path(path), optimizer)
+        return _load_checkpoint(Path(path), optimizer, verified)
 
 
-def _load_checkpoint(path, optimizer):
+def _load_checkpoint(path, optimizer, verified):
     if str(path) in SIZES and not path.exists():
         return load_pretrained(str(path))
     if path.is_file():
@@ -166,7 +167,7 @@ def _load_checkpoint(path, optimizer):
             f"{path}: has no checkpoint: name a run folder that has one, or a {FOLDER}/step_* "
             "folder"
         )
-    elif wrong := verify(path, files):
+    elif not verified and (wrong := verify(path, files)):
         raise UserError(f"{path} is corrupted ({wrong}): use another checkpoint")
     try:
         text = read_bytes(path / STATE)
@@ -292,6 +293,10 @@ class CheckpointWriter:
         on_gpu = next(model.parameters()).is_cuda
         copied = torch.cuda.current_stream().record_event() if on_gpu else None
         self._writing = self._thread.submit(self._write, tensors, state, copied)
+
+    def busy(self) -> bool:
+        """Return whether a checkpoint is being written."""
+        return self._writing is not None and not self._writing.done()
 
     def wait(self) -> None:
         """Block until the last checkpoint is on disk or has failed."""

@@ -193,7 +193,13 @@ class Config:
     """Seconds that a process waits for the other processes before the run ends."""
 
 
-FLAGS = ("--dry_run", "--dry-run", "--calibrate", "--tensorboard")  # options that need no value
+# Options that need no value.
+FLAGS = tuple(
+    f"--{spelling}"
+    for f in dataclasses.fields(Config)
+    if f.type is bool
+    for spelling in {f.name, f.name.replace("_", "-")}
+)
 INPUTS = ("data_dir", "hellaswag_data", "init_weights")  # options that may be paths to read
 
 C = TypeVar("C", bound=Config)

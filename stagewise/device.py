@@ -75,7 +75,6 @@ def pick_device(device: str, local_rank: int = 0, world_size: int = 1) -> torch.
             )
         picked = torch.device("cuda", index)
         torch.cuda.set_device(picked)
-        torch.set_float32_matmul_precision("high")  # TF32 for fp32 matrix products
     return picked
 
 

@@ -10,7 +10,8 @@ import datetime
 import gc
 import os
 import re
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -101,13 +102,22 @@ def init_process_group(
     return dist.new_group(backend="gloo", timeout=delta) if ranks.world_size > 1 else None
 
 
-def any_rank_stopping(stopping: bool, gloo_group: dist.ProcessGroup | None) -> bool:
-    """Return on all ranks whether `stopping` is True on any rank of the group."""
+def any_rank(flag: bool, gloo_group: dist.ProcessGroup | None) -> bool:
+    """Return on all ranks whether `flag` is True on any rank of the group."""
     if gloo_group is None:
-        return stopping
-    flag = torch.tensor(float(stopping))
-    dist.all_reduce(flag, dist.ReduceOp.MAX, gloo_group)
-    return bool(flag)
+        return flag
+    flags = torch.tensor(float(flag))
+    dist.all_reduce(flags, dist.ReduceOp.MAX, gloo_group)
+    return bool(flags)
+
+
+def wait_while_any(busy: Callable[[], bool], gloo_group: dist.ProcessGroup | None) -> None:
+    """Wait until `busy` returns False on all ranks, however long that takes.
+
+    A rank that waits in a single collective operation ends after the timeout of the group.
+    """
+    while any_rank(busy(), gloo_group):
+        time.sleep(0.1)
 
 
 @torch.no_grad()

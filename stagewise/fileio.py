@@ -84,8 +84,10 @@ class FolderLock:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._lock = filelock.FileLock(folder / ".lock", timeout=0)
-        with file_errors(folder, "choose another --out_dir, or make it writable"):
+        # Without flock, a marker file would block the run forever after a kill on another machine.
+        self._lock = filelock.FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
+        hint = "choose another --out_dir, on a file system with locks, or make it writable"
+        with file_errors(folder, hint):
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 self._lock.acquire()

@@ -247,7 +247,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 
 
 def _lock(partial: Path, out: Path) -> filelock.FileLock:
-    lock = filelock.FileLock(partial / LOCK, timeout=0)
+    lock = filelock.FileLock(partial / LOCK, timeout=0, fallback_to_soft=False)
     try:
         partial.mkdir(parents=True, exist_ok=(partial / LOCK).is_file())
         lock.acquire()

@@ -104,6 +104,29 @@ SCHEDULES = {
 }
 
 
+@pytest.mark.parametrize("metric", ["flops", "paper_cost"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(tokens_per_step_ramp="0:8192 800K:16384"),  # the second part is continual training
+        dict(skip_policy="subnetwork", skip_rate=0.3),
+        dict(skip_policy="layer_dropout", skip_rate=0.5),
+        dict(skip_policy="progressive_layer_dropping", skip_rate=0.5),
+    ],
+    ids=lambda options: next(iter(options.values())),
+)
+def test_continual_training_stops_when_compute_matched(metric, options):
+    """Also if ramps and skipped blocks change the cost of the continual steps."""
+    config = Config(
+        stages=4, steps=100, tokens_per_step=8192, batch_size=1, continual_steps=f"match_{metric}",
+        **options,
+    )  # fmt: skip
+    schedule, baseline = make_schedules(config, GPT2)
+    total, budget = (cumulative_cost(s, s.n_steps, metric, GPT2) for s in (schedule, baseline))
+    per_step = cumulative_cost(baseline, 1, metric, GPT2)
+    assert schedule.n_steps > 105 and abs(total - budget) <= 2 * per_step
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("metric", COST_METRICS)
 def test_cumulative_cost_at_the_compute_matched_step_equals_the_baselines(name, metric):

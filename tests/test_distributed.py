@@ -10,7 +10,7 @@ from conftest import ROOT, arguments, metrics, needs_compiler, script, torchrun,
 from stagewise.checkpoint import load_checkpoint
 from stagewise.distributed import (
     Ranks,
-    any_rank_stopping,
+    any_rank,
     check_replicas,
     ranks_from_environment,
 )
@@ -45,7 +45,7 @@ def test_ranks_are_read_from_the_environment_of_torchrun(monkeypatch):
 
 
 def test_a_single_process_agrees_with_itself():
-    assert any_rank_stopping(True, None) and not any_rank_stopping(False, None)
+    assert any_rank(True, None) and not any_rank(False, None)
     check_replicas(torch.nn.Linear(2, 2), 0, None)
 
 
@@ -53,12 +53,12 @@ def test_a_single_process_agrees_with_itself():
 AGREE = """
 import sys; sys.path.insert(0, sys.argv[1])
 import torch
-from stagewise.distributed import any_rank_stopping, check_replicas, init_process_group
+from stagewise.distributed import any_rank, check_replicas, init_process_group
 from stagewise.distributed import ranks_from_environment
 from stagewise.errors import UserError
 ranks = ranks_from_environment()
 group = init_process_group(torch.device("cpu"), ranks, timeout=60)
-answers = [any_rank_stopping(ranks.rank == r, group) for r in (0, 1, 2)]
+answers = [any_rank(ranks.rank == r, group) for r in (0, 1, 2)]
 assert answers == [True, True, False], answers
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 5))

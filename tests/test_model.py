@@ -258,6 +258,8 @@ def test_from_weights_infers_the_number_of_blocks():
         GPT.from_weights(SHAPE, {n: w for n, w in weights(model).items() if "ln_f.bias" not in n})
     with pytest.raises(UserError, match="do not fit the model's sizes: n_embd: expected `int`"):
         GPT.from_weights(dataclasses.asdict(SHAPE) | {"n_embd": "x"}, weights(model))
+    with pytest.raises(UserError, match="has no models with rope"):
+        GPT.from_weights(dataclasses.asdict(SHAPE) | {"rope": True}, weights(model))
 
 
 # --- skipping
