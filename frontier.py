@@ -42,6 +42,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 BASELINE = "baseline"
+MIN_SEEDS = 3  # for a comparison to count
 # Lines of Markdown between which --readme writes.
 BEGIN, END = "<!-- written by frontier.py -->", "<!-- end -->"
 METRICS = ("flops", "paper_cost", "seconds")
@@ -81,6 +82,11 @@ class Finished:
         if metric == "seconds":
             return study.total_seconds(self.run)
         return float(self.run.columns[metric][-1])
+
+    @property
+    def steps(self) -> int:
+        """The steps of the run's baseline, which identify the budget."""
+        return self.run.schedule.baseline.steps
 
 
 @dataclass
@@ -131,15 +137,23 @@ class Estimate:
 
     @property
     def sign(self) -> int:
-        """1 or -1 if the interval is above or below zero, otherwise 0."""
-        if math.isnan(self.half_width) or abs(self.mean) <= self.half_width:
+        """1 or -1 if the interval is above or below zero, otherwise 0; 0 for less than 3 seeds."""
+        if self.n < MIN_SEEDS or math.isnan(self.mean) or abs(self.mean) <= self.half_width:
             return 0
         return 1 if self.mean > 0 else -1
 
     def __str__(self) -> str:
         if math.isnan(self.mean):
             return "-"
-        return f"{self.mean:+.4f}" + (f" ± {self.half_width:.4f}" if self.n > 1 else "")
+        text = f"{self.mean:+.3f}" + (f" ± {self.half_width:.3f}" if self.n > 1 else "")
+        return f"**{text}**" if self.sign else text
+
+    def as_factor(self) -> str:
+        """Format an estimate of a logarithm as a factor with its interval."""
+        if math.isnan(self.mean):
+            return "-"
+        low, high = (math.exp(self.mean + sign * self.half_width) for sign in (-1, 1))
+        return f"{math.exp(self.mean):.2f}" + (f" ({low:.2f} to {high:.2f})" if self.n > 1 else "")
 
 
 @dataclass
@@ -158,18 +172,23 @@ class Point:
             ]
         )
 
-    def saving(self, metric: str) -> Estimate:
-        """Return the compute that a baseline needs for the same loss, relative to the run's."""
+    def log_multiplier(self, metric: str) -> Estimate:
+        """Return the logarithm of the compute multiplier.
+
+        This is the compute that a baseline needs for the loss of the run, divided by the run's.
+        """
         return Estimate.of(
             [
-                self.frontiers[metric, r.planned.seed].compute_at(r.loss) / r.compute(metric)
+                math.log(
+                    self.frontiers[metric, r.planned.seed].compute_at(r.loss) / r.compute(metric)
+                )
                 for r in self.runs
             ]
         )
 
     @property
     def steps(self) -> int:
-        return self.runs[0].run.schedule.baseline.steps
+        return self.runs[0].steps
 
     def tokens_per_parameter(self) -> float:
         """Return the tokens of a baseline with the FLOPs of the runs, by non-embedding parameter.
@@ -188,8 +207,8 @@ def block_parameters(run: Run) -> int:
     return run.config.n_layer * (12 * d * d + 2 * d + (11 * d if bias else 0))
 
 
-def load_points(folder: Path) -> tuple[study.Study, dict[str, list[Point]], list[PlannedRun]]:
-    """Return the study, the points of every method, and the runs that are not finished.
+def load_runs(folder: Path) -> tuple[study.Study, list[Finished], list[PlannedRun]]:
+    """Return the study, its finished runs, and the runs that are not finished.
 
     Raises:
         UserError: if files are corrupted, or runs were not trained under the same conditions.
@@ -207,6 +226,15 @@ def load_points(folder: Path) -> tuple[study.Study, dict[str, list[Point]], list
     may_differ = study.METHOD | study.RECIPE | {"steps", "batch_size"}
     for finished in runs[1:]:
         study.check_comparable(folder, finished.run, runs[0].run, may_differ)
+    return described, runs, missing
+
+
+def points_of(described: study.Study, runs: list[Finished]) -> dict[str, list[Point]]:
+    """Return the points of every method that is compared with the baseline, by its label.
+
+    Raises:
+        UserError: if there are not enough baselines.
+    """
     frontiers: dict[tuple[str, int], Frontier] = {}
     for seed in {r.planned.seed for r in runs}:
         own = [r for r in runs if r.planned.entry == BASELINE and r.planned.seed == seed]
@@ -214,22 +242,40 @@ def load_points(folder: Path) -> tuple[study.Study, dict[str, list[Point]], list
             frontiers |= {(m, seed): Frontier.of(own, m) for m in METRICS}
     if not frontiers:
         raise UserError(
-            f"{folder}: no seed has two finished runs of {BASELINE!r}: train them with python "
-            f"study.py run {folder}"
+            f"no seed has two finished runs of {BASELINE!r}: train them first, with python "
+            "study.py run"
         )
     points: dict[str, dict[str, list[Finished]]] = {}
     for r in runs:
-        if r.planned.entry != BASELINE and ("flops", r.planned.seed) in frontiers:
+        against = described.runs[r.planned.entry].get("against", BASELINE)
+        has_frontier = ("flops", r.planned.seed) in frontiers
+        if r.planned.entry != BASELINE and against == BASELINE and has_frontier:
             points.setdefault(r.planned.entry, {}).setdefault(r.planned.label, []).append(r)
-    return (
-        described,
-        {entry: [Point(rs, frontiers) for rs in by.values()] for entry, by in points.items()},
-        missing,
-    )
+    return {entry: [Point(rs, frontiers) for rs in by.values()] for entry, by in points.items()}
+
+
+def contrast(runs: list[Finished], label: str, other: str) -> dict[int, Estimate]:
+    """Return the loss of one method minus that of another one, by the steps of their baseline.
+
+    Only runs with the same seed and the same FLOPs are compared.
+    """
+    differences: dict[int, list[float]] = {}
+    for a in runs:
+        for b in runs:
+            asked = (a.planned.entry, b.planned.entry) == (label, other)
+            paired = a.planned.seed == b.planned.seed and a.steps == b.steps
+            if asked and paired and abs(a.compute("flops") / b.compute("flops") - 1) < study.CLOSE:
+                differences.setdefault(a.steps, []).append(a.loss - b.loss)
+    return {steps: Estimate.of(values) for steps, values in sorted(differences.items())}
 
 
 def draw(groups: dict[str, dict[str, list[Point]]], path: Path) -> None:
-    """Draw the gain at equal FLOPs over the budget: a panel per group, a line per method."""
+    """Draw the gain at equal FLOPs over the budget: a panel per group, a line per method.
+
+    The methods of the other groups are grey. Markers are hollow below MIN_SEEDS seeds.
+    """
+    known = {name: series for points in groups.values() for name, series in points.items()}
+    lines = {name: line for name, series in known.items() if len(line := _line(series))}
     columns = min(2, len(groups))
     rows = -(-len(groups) // columns)
     with plt.style.context(plot.STYLE):
@@ -240,35 +286,47 @@ def draw(groups: dict[str, dict[str, list[Point]]], path: Path) -> None:
         )  # fmt: skip
         for ax, (group, points) in zip(axes.flat, groups.items()):
             ax.axhline(0, color="black", linewidth=1)
-            for i, (name, series) in enumerate(points.items()):
-                known = sorted(
-                    (p.tokens_per_parameter(), gain.mean, gain.half_width)
-                    for p in series
-                    if not math.isnan((gain := p.gain("flops")).mean)
-                )
-                if not known:
-                    continue
-                x, y, error = np.array(known).T
+            for name in lines.keys() - points.keys():
+                x, y, *_ = lines[name].T
+                ax.plot(x, y, color="#DDDDDD", linewidth=1, zorder=0)
+            own = [name for name in points if name in lines]
+            for i, name in enumerate(own):
+                x, y, error, n = lines[name].T
                 style = dict(color=COLORS[i % len(COLORS)], marker="os^Dv"[i % 5], markersize=4)
                 # Shifts of a few percent keep the intervals of different methods apart.
-                x = x * 1.02 ** (i - len(points) / 2)
-                error = np.nan_to_num(error)
-                ax.errorbar(x, y, error, label=name, capsize=2, linewidth=1.4, **style)
+                x = x * 1.02 ** (i - len(own) / 2)
+                few = n < MIN_SEEDS
+                ax.errorbar(
+                    x, y, np.where(few, 0, error), label=name, capsize=2, linewidth=1.4, **style
+                )
+                ax.plot(x[few], y[few], linestyle="none", **style | {"mfc": "white"})
             ax.set_title(group, fontsize=10)
             ax.set_xscale("log")
             ax.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
             ax.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
             ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
             ax.tick_params(labelbottom=True)
-            ax.legend(fontsize=7.5)
+            if own:
+                ax.legend(fontsize=7.5)
         for ax in axes.flat[len(groups) :]:
             ax.remove()
+        if lines:  # so that one wide interval does not determine the scale
+            y = np.concatenate([line[:, 1] for line in lines.values()])
+            margin = 0.02 + 0.25 * float(np.ptp(np.append(y, 0)))
+            axes.flat[0].set_ylim(min(0, y.min()) - margin, max(0, y.max()) + margin)
         fig.supxlabel(
             "tokens per non-embedding parameter, of a baseline with the same FLOPs", size=10
         )
         fig.supylabel("gain over the baseline at equal FLOPs (nats)", size=10)
         plot.save(fig, path)
         plt.close(fig)
+
+
+def _line(series):
+    """Return rows (tokens per parameter, mean gain, half of the interval, number of seeds)."""
+    gains = [(p.tokens_per_parameter(), p.gain("flops")) for p in series]
+    rows = sorted((x, g.mean, g.half_width, g.n) for x, g in gains if not math.isnan(g.mean))
+    return np.array(rows).reshape(-1, 4)
 
 
 def by_budget(points: dict[str, list[Point]]) -> dict[int, dict[str, Point]]:
@@ -288,7 +346,7 @@ def overview(points: dict[str, list[Point]], metric: str) -> str:
         row = [name]
         for at in budgets.values():
             gain = at[name].gain(metric) if name in at else Estimate(math.nan, math.nan, 0)
-            row.append(f"**{gain}**" if gain.sign else str(gain))
+            row.append(str(gain))
         rows.append(row)
     header = ["method"]
     for steps, at in budgets.items():
@@ -306,7 +364,6 @@ def table(points: dict[str, list[Point]]) -> str:
     rows = []
     for name, series in points.items():
         for p in sorted(series, key=lambda p: p.steps):
-            saving = p.saving("flops")
             rows.append(
                 [
                     name,
@@ -315,59 +372,88 @@ def table(points: dict[str, list[Point]]) -> str:
                     str(len(p.runs)),
                     f"{statistics.fmean(r.loss for r in p.runs):.4f}",
                     *(str(p.gain(metric)) for metric in METRICS),
-                    "-" if math.isnan(saving.mean) else f"{saving.mean:.2f}",
+                    p.log_multiplier("flops").as_factor(),
                 ]
             )
     header = ["method", "steps", "tokens / parameter", "seeds", "val loss"]
-    header += [f"gain, equal {study.LABELS[m]}" for m in METRICS] + ["FLOPs ratio"]
+    header += [f"gain, equal {study.LABELS[m]}" for m in METRICS] + ["compute multiplier"]
+    return study.markdown(header, rows)
+
+
+def contrast_table(described: study.Study, runs: list[Finished]) -> str:
+    """Return the direct comparisons of a study as a table, or "" if there are none."""
+    found = {row: contrast(runs, *row[1:]) for row in described.contrasts}
+    budgets = sorted({steps for estimates in found.values() for steps in estimates})
+    if not budgets:
+        return ""
+    per_step = runs[0].run.config.tokens_per_step / block_parameters(runs[0].run)
+    header = ["question", "loss difference"]
+    header += [f"{steps * per_step:.0f} tokens per parameter" for steps in budgets]
+    rows = [
+        [question, f"{label} - {other}"]
+        + [str(estimates[steps]) if steps in estimates else "" for steps in budgets]
+        for (question, label, other), estimates in found.items()
+        if estimates
+    ]
     return study.markdown(header, rows)
 
 
 def finding(points: dict[str, list[Point]]) -> str:
-    """Return a paragraph: at every budget, how many methods are better, and the best of them."""
-    sentences = []
+    """Return a paragraph and a list: which methods are better than the baseline at every budget."""
+    items = []
     compared = 0
     for at in by_budget(points).values():
         gains = {name: p.gain("flops") for name, p in at.items()}
-        gains = {name: g for name, g in gains.items() if g.n > 1 and not math.isnan(g.mean)}
+        gains = {n: g for n, g in gains.items() if g.n >= MIN_SEEDS and not math.isnan(g.mean)}
         if not gains:
             continue
         compared += len(gains)
-        signs = [g.sign for g in gains.values()]
-        best = max(gains, key=lambda name: gains[name].mean)
-        saving = at[best].saving("flops")
-        means = (
-            f"; a baseline needs {saving.mean:.2f} times its FLOPs for the same loss"
-            if not math.isnan(saving.mean)
-            else ""
+        multipliers = {name: at[name].log_multiplier("flops") for name in gains}
+        by_gain = sorted(gains, key=lambda name: -gains[name].mean)
+        better = [name for name in by_gain if gains[name].sign == 1]
+        worse = [name for name in reversed(by_gain) if gains[name].sign == -1]
+        item = (
+            f"- **{nominal(at):.0f} tokens per parameter:** {len(better)} of {len(gains)} methods "
+            "are better than the baseline"
         )
-        sentences.append(
-            f"With the steps of a baseline that reads **{nominal(at):.0f} tokens per parameter**, "
-            f"{signs.count(1)} of {len(gains)} methods have a lower loss than a baseline with the "
-            f"same FLOPs, and {signs.count(-1)} have a higher one. The highest gain is that of "
-            f"{best} ({gains[best]} nats{means})."
-        )
+        if better:
+            named = []
+            for name in better[:3]:
+                factor = multipliers[name].as_factor()
+                worth = "" if factor == "-" else f", worth {factor} times the compute"
+                named.append(f"{name} by {gains[name].mean:.3f} nats{worth}")
+            item += f" ({'; '.join(named)}{'; ...' if len(better) > 3 else ''})"
+        item += f", {len(worse)} are worse"
+        if worse:
+            item += f" (most of all {worse[0]}, by {-gains[worse[0]].mean:.3f} nats)"
+        rest = len(gains) - len(better) - len(worse)
+        items.append(f"{item}, and {rest} cannot be told apart from it.")
     if not compared:
-        return "No method has been trained with several seeds yet."
-    return " ".join(sentences) + (
-        f" These are {compared} comparisons; one counts if its 95% interval over paired seeds "
+        return f"No method has been trained with {MIN_SEEDS} seeds yet."
+    return (
+        "Every method is compared with a baseline of the same final size, trained as a whole with "
+        "the same FLOPs. A positive gain means that the method has the lower validation loss.\n\n"
+        + "\n".join(items)
+        + f"\n\nThese are {compared} comparisons. One counts if the 95% interval over paired seeds "
         "does not contain zero, which happens by chance in one of twenty."
     )
 
 
 OVERVIEW = (
-    "Nats per token, mean and 95% interval; bold if the interval does not contain zero. In "
-    "parentheses: the tokens per non-embedding parameter of a baseline with as many steps. The "
-    "methods have fewer FLOPs than that baseline, and are compared at their own."
+    "Nats per token, mean and 95% interval over seeds; bold if the interval does not contain zero "
+    "and there are at least 3 seeds. In parentheses: the tokens per non-embedding parameter of a "
+    "baseline with as many steps. A method with fewer FLOPs than that is compared with a baseline "
+    "that has as few. A dash means that its compute is outside of the range of the baselines."
 )
 HOW_TO_READ = (
-    "*Gain*: the loss of the baseline's frontier at the compute of the run, minus the loss of the "
-    "run, in nats per token; positive if the method is better. Mean and 95% interval (Student's t) "
-    "over paired seeds. *FLOPs ratio*: the FLOPs that a baseline needs for the same loss, divided "
-    "by the run's. A dash means that the run is outside of the range of the baselines. The steps "
-    "are those of the method; methods have fewer FLOPs than a baseline of as many steps. Seconds "
+    "*Gain*: the loss of a baseline with the compute of the run, minus the loss of the run, in "
+    "nats per token; positive if the method is better. Between two baselines, the loss is "
+    "interpolated. Mean and 95% interval (Student's t) over paired seeds. *Compute multiplier*: "
+    "the FLOPs that a baseline needs for the loss of the run, divided by the run's (geometric mean "
+    "and 95% interval). A dash means that the run is outside of the range of the baselines. The "
+    "steps are those of a baseline with as many; with continual training, a run has more. Seconds "
     "are the number of steps times the median step time of each phase. They are not comparable if "
-    "a method has another `batch_size` than the baseline."
+    "other work ran at the same time, or if a method has another `batch_size` than the baseline."
 )
 
 
@@ -407,13 +493,16 @@ def main(args: Args) -> None:
     assert folder is not None
     os.chdir(study.ROOT)
     folder = folder.relative_to(study.ROOT) if folder.is_relative_to(study.ROOT) else folder
-    described, points, missing = load_points(folder)
+    described, runs, missing = load_runs(folder)
+    points = points_of(described, runs)
     groups: dict[str, dict[str, list[Point]]] = {}
     for name, series in points.items():
         groups.setdefault(described.runs[name].get("group", ""), {})[name] = series
     with file_errors(folder, "make the folder writable"):
         draw(groups, folder / "gain")
     text = finding(points)
+    if contrasts := contrast_table(described, runs):
+        text += f"\n\n{contrasts}"
     if readme:
         write_finding(readme, folder, text)
     page = [
@@ -426,6 +515,8 @@ def main(args: Args) -> None:
     ]
     if missing:
         page.append(f"**Not finished yet:** {len(missing)} runs.")
+    if legend := [[n, e["about"]] for n, e in described.runs.items() if e.get("about")]:
+        page += ["## Methods", study.markdown(["method", "what it is"], legend)]
     for metric in ("flops", "paper_cost"):
         page += [f"## Gain at equal {study.LABELS[metric]}", overview(points, metric)]
         if metric == "flops":

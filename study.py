@@ -144,6 +144,7 @@ class RunEntry(Struct, forbid_unknown_fields=True):
     steps: tuple[Annotated[int, Meta(ge=1)], ...] = ()
     against: str = "baseline"  # label of the run to compare with, of the same number of steps
     group: str = ""  # entries with the same group share a panel in the figure of frontier.py
+    about: str = ""  # what it is, for the page of frontier.py
 
 
 class Study(Struct, forbid_unknown_fields=True):
@@ -154,6 +155,9 @@ class Study(Struct, forbid_unknown_fields=True):
     runs: Annotated[dict[Annotated[str, Meta(pattern=r"^\w[\w.-]*\Z")], Any], Meta(min_length=1)]
     about: str = ""  # Markdown for the report
     options: tuple[str, ...] = ()  # options of all runs
+    # (question, label, other label): the loss of the first run minus that of the other one, for the
+    # page of frontier.py
+    contrasts: tuple[tuple[str, str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,9 @@ def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
         study = convert(tomllib.loads(text.decode()), Study)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a valid study: {error}") from None
+    for _, *labels in study.contrasts:
+        if unknown := set(labels) - study.runs.keys():
+            raise UserError(f"{path}: contrasts: {unknown.pop()!r} is not a run")
     planned = []
     for label, table in study.runs.items():
         where = f"{path}, runs.{label}"

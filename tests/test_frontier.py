@@ -1,5 +1,6 @@
 """Comparison at equal compute, from real runs."""
 
+import itertools
 import json
 import math
 import re
@@ -21,13 +22,27 @@ TOML = """
 title = "Tiny"
 about = "What it is for."
 options = {options}
+contrasts = [["Do copies help?", "matched", "matched_copies"], ["Rate?", "baseline", "constant"]]
 [runs.baseline]
 steps = [8, 16, 32]
-seeds = [1, 2]
+seeds = [1, 2, 3]
 [runs.stacked]
+about = "first a half, then all"
 options = ["--stages=2", "--freezing=none", "--growth=stack"]
 steps = [16, 32]
+seeds = [1, 2, 3]
+[runs.matched]
+options = ["--stages=2", "--continual_steps=match_flops"]
+steps = [16]
+seeds = [1, 2, 3]
+[runs.matched_copies]
+options = ["--stages=2", "--continual_steps=match_flops", "--growth=stack"]
+steps = [16]
 seeds = [1, 2]
+[runs.constant]
+options = ["--lr_schedule=constant"]
+steps = [16]
+against = "constant"
 [runs.shorter]
 options = ["--skip_policy=layer_dropout", "--skip_rate=0.9"]
 steps = [8]
@@ -45,11 +60,15 @@ def tiny(corpus, tmp_path_factory):
     handlers = {number: signal.getsignal(number) for number in study.StopRequest.SIGNALS}
     with pytest.MonkeyPatch.context() as patch:
         instead_of_training(patch, train_here)
-        only = ("baseline", "stacked", "shorter")
+        only = ("baseline", "stacked", "matched", "matched_copies", "constant", "shorter")
         study.main(study.RunArgs(folder, only=only, out=folder / "out"))
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return folder
+
+
+def points_of(folder):
+    return frontier.points_of(*frontier.load_runs(folder)[:2])
 
 
 def final(folder, name):
@@ -58,22 +77,24 @@ def final(folder, name):
 
 
 def test_the_gain_is_the_difference_to_the_interpolated_baseline_of_the_same_seed(tiny):
-    _, points, missing = frontier.load_points(tiny)
+    points, missing = points_of(tiny), frontier.load_runs(tiny)[2]
     assert {name: [p.steps for p in series] for name, series in points.items()} == {
         "stacked": [16, 32],
+        "matched": [16],
+        "matched_copies": [16],
         "shorter": [8],
     }
     assert [run.name for run in missing] == ["later_8_seed1"]
     gains = []
-    for seed in (1, 2):
+    for seed in (1, 2, 3):
         (f0, l0), (f1, l1) = (final(tiny, f"baseline_{s}_seed{seed}") for s in (16, 32))
         flops, loss = final(tiny, f"stacked_32_seed{seed}")
         assert f0 < flops < f1
         share = math.log(flops / f0) / math.log(f1 / f0)
         gains.append(l0 + share * (l1 - l0) - loss)
     gain = points["stacked"][1].gain("flops")
-    assert gain.n == 2 and gain.mean == pytest.approx(statistics.fmean(gains))
-    expected = 12.706 * statistics.stdev(gains) / math.sqrt(2)
+    assert gain.n == 3 and gain.mean == pytest.approx(statistics.fmean(gains))
+    expected = 4.303 * statistics.stdev(gains) / math.sqrt(3)
     assert gain.half_width == pytest.approx(expected)
     # tokens of a baseline with the same FLOPs
     f8 = final(tiny, "baseline_8_seed1")[0]
@@ -102,7 +123,10 @@ def test_intervals_are_those_of_students_t():
     assert estimate.mean == pytest.approx(0.2) and estimate.half_width == pytest.approx(
         0.1963, 1e-3
     )
-    assert str(estimate) == "+0.2000 ± 0.1963" and str(Estimate.of([0.1])) == "+0.1000"
+    assert str(estimate) == "**+0.200 ± 0.196**" and str(Estimate.of([0.1])) == "+0.100"
+    assert str(Estimate.of([0.1, 0.1001])) == "+0.100 ± 0.001"  # two seeds: not bold
+    assert Estimate(0.0, math.log(2), 3).as_factor() == "1.00 (0.50 to 2.00)"
+    assert Estimate(math.log(1.2), math.nan, 1).as_factor() == "1.20"
     assert str(Estimate.of([0.1, math.nan])) == "-"
     estimate = Estimate.of(list(range(11)))  # standard error 1; t = 2.228
     assert estimate.half_width == pytest.approx(2.228, 1e-3)
@@ -113,13 +137,14 @@ def test_the_page_has_a_row_for_every_method_and_budget(tiny, tmp_path, capsys):
     shutil.copytree(tiny, folder)
     frontier.main(frontier.Args(folder))
     page = (folder / "README.md").read_text()
-    gain = frontier.load_points(folder)[1]["stacked"][1].gain("flops")
-    # two rows of all runs, and a row in each overview
-    assert len(re.findall(r"^\| stacked +\|", page, re.MULTILINE)) == 4
-    assert page.count(str(gain)) >= 3 and "1 runs" in page
+    gain = points_of(folder)["stacked"][1].gain("flops")
+    # a row in the list of methods and in each overview, two rows of all runs
+    assert len(re.findall(r"^\| stacked +\|", page, re.MULTILINE)) == 5
+    assert page.count(str(gain)) >= 2 and "1 runs" in page
+    assert "| stacked  | first a half, then all |" in page and "| Do copies help?" in page
     assert (folder / "gain.png").exists() and (folder / "gain.svg").exists()
-    shutil.rmtree(folder / "baseline_16_seed1"), shutil.rmtree(folder / "baseline_32_seed1")
-    shutil.rmtree(folder / "baseline_16_seed2"), shutil.rmtree(folder / "baseline_32_seed2")
+    for steps, seed in itertools.product((16, 32), (1, 2, 3)):
+        shutil.rmtree(folder / f"baseline_{steps}_seed{seed}")
     with pytest.raises(UserError, match="no seed has two finished runs of 'baseline'"):
         frontier.main(frontier.Args(folder))
 
@@ -130,33 +155,58 @@ def test_micro_batches_may_differ_but_not_the_model(tiny, tmp_path):
     path = next(folder.glob("stacked_*_seed1")) / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"batch_size": 2}))
-    before, after = (frontier.load_points(f)[1]["stacked"] for f in (tiny, folder))
+    before, after = (points_of(f)["stacked"] for f in (tiny, folder))
     assert [str(p.gain("flops")) for p in before] == [str(p.gain("flops")) for p in after]
     path.write_text(json.dumps(config | {"n_head": 1}))
     with pytest.raises(UserError, match="stacked_.*n_head is 1, but 2 in"):
-        frontier.load_points(folder)
+        frontier.load_runs(folder)
 
 
 def test_the_finding_counts_the_methods_on_either_side_of_the_baseline(tiny):
-    points = frontier.load_points(tiny)[1]
+    points = points_of(tiny)
     text = frontier.finding(points)
-    better = sum(p.gain("flops").sign == 1 for p in points["stacked"])
-    assert len(re.findall("1 of 1 methods have a lower loss", text)) == better
-    assert "These are 2 comparisons" in text
+    _, stacked = points["stacked"]
+    at_16 = {name: points[name][0].gain("flops") for name in ("stacked", "matched")}
+    better = [name for name in at_16 if at_16[name].sign == 1]
+    assert f"{len(better)} of 2 methods are better" in text  # matched_copies has two seeds
+    assert f"{int(stacked.gain('flops').sign == 1)} of 1 methods are better" in text
+    for name in better:
+        assert f"{name} by {at_16[name].mean:.3f} nats, worth" in text
+    assert "These are 3 comparisons" in text
     above, around = Estimate(0.2, 0.1, 3), Estimate(0.1, 0.1, 3)
     assert above.sign == 1 and Estimate(-0.2, 0.1, 3).sign == -1 and around.sign == 0
-    assert Estimate(0.2, math.nan, 1).sign == 0  # one seed shows nothing
+    assert Estimate(0.2, 0.1, 2).sign == 0 and Estimate(0.2, math.nan, 1).sign == 0
+
+
+def test_contrasts_are_paired_differences_of_losses(tiny, tmp_path):
+    described, runs, _ = frontier.load_runs(tiny)
+    estimate = frontier.contrast(runs, "matched", "matched_copies")
+    losses = [
+        [final(tiny, f"{name}_16_seed{seed}")[1] for seed in (1, 2)]
+        for name in ("matched", "matched_copies")
+    ]
+    differences = [a - b for a, b in zip(*losses)]
+    assert list(estimate) == [16] and estimate[16].n == 2
+    assert estimate[16].mean == pytest.approx(statistics.fmean(differences))
+    assert list(frontier.contrast(runs, "baseline", "constant")) == [16]
+    assert frontier.contrast(runs, "baseline", "stacked") == {}  # fewer FLOPs
+    table = re.sub(" +", " ", frontier.contrast_table(described, runs))
+    assert f"| Do copies help? | matched - matched_copies | {estimate[16]}" in table
+    text = (tiny / "study.toml").read_text().replace('line", "constant"', 'line", "other"')
+    (tmp_path / "study.toml").write_text(text)
+    with pytest.raises(UserError, match="contrasts: 'other' is not a run"):
+        study.load_study(tmp_path)
 
 
 def test_the_finding_is_written_between_the_marks(tiny, tmp_path):
     folder, page = tmp_path / "copy", tmp_path / "page.md"
     shutil.copytree(tiny, folder)
-    page.write_text(f"before\n{frontier.BEGIN}\nold\n{frontier.END}\nafter\n")
+    page.write_text(f"before\n{frontier.BEGIN}\nformer\n{frontier.END}\nafter\n")
     frontier.main(frontier.Args(folder, readme=page))
     text = page.read_text()
-    assert text.startswith(f"before\n{frontier.BEGIN}\n![") and "old" not in text
+    assert text.startswith(f"before\n{frontier.BEGIN}\n![") and "former" not in text
     assert text.endswith(f"{frontier.END}\nafter\n") and "](copy/gain.png)" in text
-    assert "These are 2 comparisons" in text
+    assert "These are 3 comparisons" in text
     page.write_text("nothing\n")
     with pytest.raises(UserError, match="has no lines <!-- written by frontier.py -->"):
         frontier.main(frontier.Args(folder, readme=page))

@@ -445,7 +445,7 @@ def test_options_for_growth_reach_the_phases_that_grow():
         ),
         (
             ["--stages=4", "--steps=100", "--rewarmup_steps=14"],
-            "rewarmup_steps=14 exceeds the 12 steps from step 38 to the next time",
+            "rewarmup_steps=14 exceeds the 12 steps from step 13 to the next time",
         ),
         (
             ["--init_weights=gpt2", "--continual_steps=match_flops"],
