@@ -1,11 +1,13 @@
 """Shared by the benchmarks: the machine, reports, and GPT-2 of other projects."""
 
 import ast
+import contextlib
 import datetime
 import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import types
@@ -27,9 +29,16 @@ def synchronize(device: torch.device) -> None:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """Return where and when a benchmark ran, and at which commit."""
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True)
+    """Return where and when a benchmark ran, at which commit, and what the environment sets.
+
+    The environment variable COMMIT names the commit where there is no git.
+    """
+    commit = os.environ.get("COMMIT", "")
+    with contextlib.suppress(OSError):
+        git = ["git", "describe", "--always", "--dirty"]
+        described = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        commit = described or commit
+    settings = {k: v for k, v in os.environ.items() if re.match(r"TORCH|ENABLE_|CUBLAS|PYTORCH", k)}
     return {
         "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
@@ -38,7 +47,8 @@ def machine(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none",
         "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
+        "commit": commit,
+        "settings": " ".join(f"{k}={v}" for k, v in sorted(settings.items())),
     }
 
 

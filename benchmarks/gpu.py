@@ -1,23 +1,26 @@
-"""Run all measurements on one GPU, in steps of at most ten minutes, the most important first.
+"""Run the tests and all measurements on one GPU, the most important first.
 
-    python benchmarks/gpu.py --nanogpt DIR --build_nanogpt DIR
+    python benchmarks/gpu.py --nanogpt DIR --build_nanogpt DIR [--minutes 9] [--archive FILE.tar.gz]
 
-Each step is a process of its own and writes benchmarks/NAME_gpu.json with the command, the device,
-the versions and the date. A step whose file exists is skipped, so an interrupted series continues
-with the same command, and a step is repeated by deleting its file. A step that fails does not stop
-the others. A rehearsal runs all steps at a tiny size, on any device:
+Each step is a process of its own. It writes NAME.json with the command, the device, the versions
+and the date, and its output to NAME.log. A step whose JSON file exists is skipped, so the same
+command continues an interrupted series, and a step is repeated by deleting its file. A step that
+fails or exceeds its time limit does not stop the others. A step that might not end in time is not
+started. A rehearsal runs all steps at a tiny size, on any device:
 
     python benchmarks/gpu.py --rehearsal --out out/rehearsal
 """
 
 import contextlib
+import importlib.util
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
@@ -31,9 +34,9 @@ from stagewise.errors import UserError, report_user_errors
 
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--n_vocab=257"]
 TINY += ["--tokens_per_step=512", "--rounds=2", "--min_seconds=0", "--compile=none"]
-MICRO_BATCHES = (32, 16, 64, 128)
-TINY_MICRO_BATCHES = (4, 8)
-BACKENDS = ("flash", "cudnn", "efficient")
+# The model of a study: 10M parameters, trained on bytes.
+NARROW = ["--n_layer=12", "--n_head=4", "--n_embd=256", "--block_size=512", "--n_vocab=257"]
+SAVING_RESULTS = 15  # seconds at the end
 
 
 @dataclass
@@ -49,70 +52,109 @@ class Args:
     only: tuple[str, ...] = ()
     """Names of the steps to run; default: all. --list prints them."""
     list: bool = False
-    """Print the names and commands of the steps, and whether they are done."""
-    minutes: float = 10.0
-    """Time limit of a step."""
-    out: Path = Path("benchmarks")
+    """Print the names, time limits and commands of the steps, and whether they are done."""
+    minutes: float | None = None
+    """Time for all steps together. The same command continues. Default: no limit."""
+    out: Path = Path("out/gpu")
     """Folder for the results."""
+    archive: Path | None = None
+    """Also write the results and logs to this .tar.gz, whatever happens."""
     rehearsal: bool = False
     """Run all steps at a tiny size, on any device."""
 
 
-def steps(args: Args) -> dict[str, list[str]]:
-    """Return the arguments of Python for each step, the most important first."""
+@dataclass
+class Step:
+    """A process: Python with the arguments `command`."""
+
+    command: list[str]
+    seconds: float  # time limit
+    env: dict[str, str] = field(default_factory=dict)
+
+
+def steps(args: Args) -> dict[str, Step]:
+    """Return the steps by name, the most important first."""
     tests = ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short"]
-    result = {"tests": [*tests, "tests/test_gpu.py"]}
-    if not args.rehearsal:
-        result["more_tests"] = [*tests, "--ignore=tests/test_gpu.py"]
-    if not (ROOT / "data/stdlib/meta.json").exists():
-        result["demo_corpus"] = ["fineweb.py", "--source=stdlib", "--out=data/stdlib"]
+    if importlib.util.find_spec("xdist"):
+        tests += ["-n", "4"]
+    # Not all of them: a file that cannot be imported would stop the tests of the others.
+    files = [] if args.rehearsal else ["tests/test_train.py", "tests/test_model.py"]
+    threads = {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    result = {"tests": Step([*tests, "tests/test_gpu.py", *files], 400, threads)}
+
+    def step(name, seconds, *options, env=None, stages=1):
+        small = TINY if args.rehearsal else ["--rounds=4"]
+        command = ["benchmarks/step.py", "configs/gpt2_124m.py", f"--stages={stages}"]
+        result[name] = Step([*command, *small, *options], seconds, env or {})
+
+    def micro_batch(n):
+        return f"--batch_size={4 if args.rehearsal else n}"
+
+    nanogpt = [f"--peer=nanogpt={args.nanogpt}"] if args.nanogpt else []
+    build = [f"--peer=build_nanogpt={args.build_nanogpt}"] if args.build_nanogpt else []
+    whole = "--variant=erf" if args.rehearsal else "--variant=model"
+    step("micro_64", 200, micro_batch(64), whole, *nanogpt)
+    step("micro_32", 150, micro_batch(32), *nanogpt)
+    step("micro_16", 200, micro_batch(16), *nanogpt, *build)
+    few = ["--rounds=2"] if args.rehearsal else ["--tokens_per_step=131072", "--rounds=2"]
+    step("profile", 90, micro_batch(64), *few, "--profile=True")
+    for backend in ("flash",) if args.rehearsal else ("flash", "cudnn", "efficient"):
+        step(f"attention_{backend}", 90, micro_batch(64), f"--variant={backend}")
+
+    # What may be faster. Settings of the environment are compared with micro_64.
+    step("bf16_residual", 120, micro_batch(64), "--variant=bf16_residual")
+    step("cublaslt", 90, micro_batch(64), env={"TORCH_BLAS_PREFER_CUBLASLT": "1"})
+    autotune = {"TORCHINDUCTOR_MAX_AUTOTUNE_GEMM": "1", "ENABLE_PERSISTENT_TMA_MATMUL": "1"}
+    step("autotune_gemm", 240, micro_batch(64), env=autotune)
+    coordinate = {"TORCHINDUCTOR_COORDINATE_DESCENT_TUNING": "1"}
+    step("coordinate_descent", 150, micro_batch(64), env=coordinate)
+    narrow = [] if args.rehearsal else [*NARROW, "--tokens_per_step=131072"]
+    step("narrow", 150, *narrow, micro_batch(256), whole, *nanogpt)
+
+    for stages in (2,) if args.rehearsal else (4, 12):
+        options = [micro_batch(32), *few, "--steps=240"]
+        step(f"phases_s{stages}", 60 + 15 * stages, *options, stages=stages)
+    if args.rehearsal:  # the demo's model and tokenizer, which need no download
+        scored = ["--data=data/stdlib/hellaswag.jsonl", "--checkpoint=out/demo_gpu", "--rounds=1"]
+        limit = 4
+    else:
+        scored = [f"--data={args.hellaswag or hellaswag.DEFAULT_PATH}"]
+        limit = 1500
     demo = ["train.py", "configs/demo.py", "--device=auto", "--init_from=auto"]
     demo += ["--out_dir=out/demo_gpu"]
     tiny_run = ["--steps=3", "--eval_tokens=512", "--hellaswag_data=none"]
-    result["demo"] = [*demo, *(tiny_run if args.rehearsal else ["--compile=blocks"])]
-
-    def step(*options, baseline=True):
-        model = ["--stages=1"] if baseline else []
-        size = TINY if args.rehearsal else []
-        return ["benchmarks/step.py", "configs/gpt2_124m.py", *options, *model, *size]
-
-    folders = {"nanogpt": args.nanogpt, "build_nanogpt": args.build_nanogpt}
-    peers = [f"--peer={name}={folder}" for name, folder in folders.items() if folder]
-    whole = ["--variant=erf" if args.rehearsal else "--variant=model"]
-    for n in TINY_MICRO_BATCHES if args.rehearsal else MICRO_BATCHES:
-        result[f"step_micro_{n}"] = step(f"--batch_size={n}", *whole)
-        if peers:
-            # In a process of its own, because it needs more memory. The baseline is timed again.
-            result[f"step_micro_{n}_peers"] = step(f"--batch_size={n}", *peers)
-    first = (TINY_MICRO_BATCHES if args.rehearsal else MICRO_BATCHES)[0]
-    result["profile"] = step(f"--batch_size={first}", "--profile=True")
-    for backend in BACKENDS[:1] if args.rehearsal else BACKENDS:
-        result[f"attention_{backend}"] = step(f"--batch_size={first}", f"--variant={backend}")
-    for stages in (2,) if args.rehearsal else (4, 12):
-        size = [f"--stages={stages}", f"--batch_size={first}", "--rounds=3", "--steps=240"]
-        result[f"phases_s{stages}"] = step(*size, baseline=False)
-    if args.rehearsal:  # the demo's model and tokenizer, which need no download
-        scored = ["--data=data/stdlib/hellaswag.jsonl", "--checkpoint=out/demo_gpu"]
-        scored += ["--limit=4", "--rounds=1"]
-    else:
-        scored = [f"--data={args.hellaswag or hellaswag.DEFAULT_PATH}", "--limit=0"]
-        scored += [f"--peer={args.build_nanogpt}"] if args.build_nanogpt else []
-    result["scoring"] = ["benchmarks/scoring.py", *scored]
+    if not (ROOT / "data/stdlib/meta.json").exists():
+        corpus = ["fineweb.py", "--source=stdlib", "--out=data/stdlib"]
+        result["demo_corpus"] = Step(corpus, 60)
+    result["demo"] = Step([*demo, *(tiny_run if args.rehearsal else ["--compile=blocks"])], 150)
+    peer = [f"--peer={args.build_nanogpt}"] if args.build_nanogpt and not args.rehearsal else []
+    command = ["benchmarks/scoring.py", *scored]
+    result["scoring_all"] = Step([*command, f"--limit={4 * args.rehearsal}", "--alone=True"], 90)
+    result["scoring"] = Step([*command, f"--limit={limit}", *peer], 150)
+    # Peers may need more memory than there is.
+    step("micro_128", 150, micro_batch(128), *nanogpt)
     sizes = ["--block_size=32", "--rounds=1"] if args.rehearsal else ["--sequences=16"]
-    result["saving"] = ["benchmarks/saving.py", *sizes]
-    for command in result.values():
-        if command[0].startswith("benchmarks/"):
-            command.append("--json={file}")
+    result["saving"] = Step(["benchmarks/saving.py", *sizes], 120)
+    for s in result.values():
+        if s.command[0].startswith("benchmarks/"):
+            s.command.append("--json={file}")
     return result
 
 
-def run(command: list[str], seconds: float) -> int | None:
-    """Run Python with the arguments `command`; return its exit status, or None after the limit."""
-    with subprocess.Popen([sys.executable, *command], cwd=ROOT, start_new_session=True) as process:
+def run(command: list[str], seconds: float, env: dict[str, str], log: Path) -> int | None:
+    """Run Python with the arguments `command`; return its exit status, or None after the limit.
+
+    Its output is shown and also written to the file `log`.
+    """
+    script = 'set -o pipefail; "$@" 2>&1 | tee "$LOG"'
+    words = ["bash", "-c", script, "run", sys.executable, *command]
+    env = os.environ | env | {"LOG": str(log)}
+    with subprocess.Popen(words, cwd=ROOT, env=env, start_new_session=True) as process:
         try:
             return process.wait(seconds)
         except BaseException as error:
-            # Also kills the processes that it has started, for example those that compile.
+            # Also kills the processes that it has started, for example those that compile. They
+            # would slow down whatever runs next.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             if isinstance(error, subprocess.TimeoutExpired):
@@ -134,38 +176,62 @@ def main(args: Args) -> None:
     for name in args.only:
         if name not in all_steps:
             raise UserError(f"--only={name} is unknown: use {', '.join(all_steps)}")
-    files = {name: args.out / f"{name}_gpu.json" for name in all_steps}
+    files = {name: args.out / f"{name}.json" for name in all_steps}
     if args.list:
-        for name, command in all_steps.items():
-            print(f"{name:24s} {'done' if files[name].exists() else '-':5s} {shlex.join(command)}")
+        for name, s in all_steps.items():
+            done = "done" if files[name].exists() else "-"
+            words = [f"{key}={value}" for key, value in s.env.items()]
+            print(f"{name:20s} {done:5s} {s.seconds:4.0f} s  {shlex.join([*words, *s.command])}")
         return
-    failed = []
-    for name in args.only or all_steps:
-        file = files[name]
-        if file.exists():
-            print(f"--- {name}: {file} exists")
-            continue
-        if name == "scoring" and not (args.hellaswag or args.rehearsal):
-            try:
-                hellaswag.download()
-            except UserError as error:
+
+    def terminate(number, frame):
+        raise SystemExit(128 + number)  # so that `run` ends its process
+
+    signal.signal(signal.SIGTERM, terminate)
+    args.out.mkdir(parents=True, exist_ok=True)
+    failed, left = [], []
+    try:
+        deadline = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
+        for name in args.only or all_steps:
+            s, file = all_steps[name], files[name]
+            if file.exists():
+                print(f"--- {name}: {file} exists")
+            elif time.monotonic() + s.seconds + SAVING_RESULTS > deadline:
+                left.append(name)
+            elif not run_step(name, s, file, device, args):
                 failed.append(name)
-                print(f"--- {name}: failed: {error}")
-                continue
-        command = [word.replace("{file}", str(file)) for word in all_steps[name]]
-        print(f"--- {name}: python {shlex.join(command)}", flush=True)
-        start = time.perf_counter()
-        status = run(command, 60 * args.minutes)
-        elapsed = time.perf_counter() - start
-        if status != 0:
-            failed.append(name)
-            how = f"stopped after {args.minutes:g} minutes" if status is None else f"exit {status}"
-            print(f"--- {name}: failed: {how}", flush=True)
-        elif not file.exists():  # the step is not a benchmark
-            ran = machine(device) | {"command": f"python {shlex.join(command)}"}
-            write_report(file, {"machine": ran, "seconds": elapsed})
+    finally:
+        if args.archive:
+            with tarfile.open(args.archive, "w:gz") as archive:
+                archive.add(args.out, "gpu")
+    if left:
+        print(f"no time for: {', '.join(left)}; use the same command to continue")
     if failed:
         raise UserError(f"failed: {', '.join(failed)}: use the same command to run them again")
+
+
+def run_step(name: str, s: Step, file: Path, device, args: Args) -> bool:
+    """Run a step, and return whether it succeeded."""
+    if name.startswith("scoring") and not (args.hellaswag or args.rehearsal):
+        try:
+            hellaswag.download()
+        except UserError as error:
+            print(f"--- {name}: failed: {error}")
+            return False
+    command = [word.replace("{file}", str(file)) for word in s.command]
+    print(f"--- {name}: python {shlex.join(command)}", flush=True)
+    start = time.perf_counter()
+    status = run(command, s.seconds, s.env, file.with_suffix(".log"))
+    elapsed = time.perf_counter() - start
+    if status != 0:
+        how = f"stopped after {s.seconds:g} s" if status is None else f"exit {status}"
+        print(f"--- {name}: failed: {how}", flush=True)
+        return False
+    if not file.exists():  # the step is not a benchmark
+        ran = machine(device) | {"command": f"python {shlex.join(command)}"}
+        write_report(file, {"machine": ran, "seconds": elapsed})
+    print(f"--- {name}: {elapsed:.0f} s", flush=True)
+    return True
 
 
 if __name__ == "__main__":

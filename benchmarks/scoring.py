@@ -61,6 +61,8 @@ class Args:
     """Parts that the examples are divided into, by length. Each part is scored in every way."""
     batch_tokens: int | None = None
     """Positions in a forward pass of hellaswag.py."""
+    alone: bool = False
+    """Time hellaswag.py only, without comparing it with anything."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     json: Path = Path("out/bench/scoring.json")
@@ -144,6 +146,8 @@ def main(args: Args) -> None:
         raise UserError(
             f"--peer={args.peer}: has no train_gpt2.py: name a checkout of build-nanogpt"
         )
+    if args.alone and args.peer:
+        raise UserError("--alone: remove --peer")
     if args.limit < 0 or args.rounds < 1:
         raise UserError("--limit must be at least 0, --rounds at least 1")
     device = pick_device(args.device)
@@ -164,7 +168,7 @@ def main(args: Args) -> None:
     parts = np.array_split(chosen, min(args.rounds, len(chosen)))
 
     ours, plain, largest = Way(), Way(differ={"acc": 0, "acc_norm": 0}), 0.0
-    ways = {"hellaswag.py": ours, "one by one": plain}
+    ways = {"hellaswag.py": ours} | ({} if args.alone else {"one by one": plain})
     if args.peer:
         run_script, choices_of = build_nanogpt(args.peer, model)
         script, loop = Way(), Way(differ={"acc_norm": 0})
@@ -190,8 +194,10 @@ def main(args: Args) -> None:
             score_one_by_one([examples[i]]), score([examples[i]])
         for part in tqdm(parts, desc="rounds"):
             in_part = [examples[i] for i in part]
-            losses_of = timed(plain, score_one_by_one, in_part)
+            losses_of = [] if args.alone else timed(plain, score_one_by_one, in_part)
             sums, counts = timed(ours, score, in_part)
+            if args.alone:
+                continue
             if args.peer:
                 raw = [json.loads(lines[i]) for i in part]
                 timed(script, run_script, raw)
@@ -219,7 +225,8 @@ def main(args: Args) -> None:
             f"{results[name]['ratio']:.2f} of hellaswag.py's; predictions that differ: "
             f"{way.differ or '-'}"
         )
-    print(f"{len(chosen)} examples; losses one by one differ by at most {largest:.1e} (relative)")
+    if not args.alone:
+        print(f"{len(chosen)} examples; losses differ by at most {largest:.1e} (relative)")
     report: dict = {"machine": machine(device), "args": dataclasses.asdict(args)}
     report |= {"examples": len(chosen), "largest_relative_loss_difference": largest}
     write_report(args.json, report | {"ways": results})

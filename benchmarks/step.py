@@ -69,7 +69,7 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 CUDA_ONLY = ("cudnn", "efficient")
-VARIANTS = (*COMPILE, "erf", *BACKENDS)
+VARIANTS = (*COMPILE, "erf", "bf16_residual", *BACKENDS)
 PEERS = {"nanogpt": "model.py", "build_nanogpt": "train_gpt2.py", "hf": ""}  # the model's file
 
 
@@ -95,8 +95,9 @@ class BenchmarkConfig(Config):
     peer_batch_size: tuple[int, ...] = ()
     """Micro-batches with which peers are timed; default: batch_size."""
     variant: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Changes of the baseline: none, blocks or model, as for compile; erf, nanoGPT's GELU; flash,
-    cudnn or efficient, the backend of attention."""
+    """Changes of the baseline: none, blocks or model, as for compile; erf, nanoGPT's GELU;
+    bf16_residual, a residual stream in bfloat16 as in llm.c; flash, cudnn or efficient, the backend
+    of attention."""
     profile: bool = False
     """Also profile a step of the baseline, and list its operators and kernels by time."""
     json: Path = Path("out/bench/step.json")
@@ -351,8 +352,17 @@ def variant(bench: Benchmark, name: str, phase: Phase) -> Candidate:
             block.mlp.forward = types.MethodType(erf_mlp, block.mlp)
         elif name in BACKENDS:
             block.attn.forward = types.MethodType(attention_with(BACKENDS[name]), block.attn)
+    if name == "bf16_residual":
+        model.transformer.drop = BF16Residual()
     optimizer = train.enter_phase(model, {}, phase, bench.config)
     return bench.candidate(phase, lambda: (model, optimizer))
+
+
+class BF16Residual(torch.nn.Module):
+    """Takes the place of the dropout of the embeddings: the blocks then add to a bf16 tensor."""
+
+    def forward(self, x):
+        return x.to(torch.bfloat16)
 
 
 def erf_mlp(self, x):
@@ -493,7 +503,8 @@ def profile_step(c: Candidate, device: torch.device) -> list[dict[str, Any]]:
         synchronize(device)
     rows = []
     for event in profiled.key_averages():
-        if event.device_type.name.lower() == kind:
+        # Annotations, such as "Optimizer.step", contain kernels that are listed themselves.
+        if event.device_type.name.lower() == kind and not event.is_user_annotation:
             time = event.self_device_time_total if kind == "cuda" else event.self_cpu_time_total
             rows.append({"name": event.key, "calls": event.count, "seconds": time / 1e6})
     return sorted(rows, key=lambda row: -row["seconds"])[:PROFILED]

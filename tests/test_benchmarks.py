@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+import tarfile
 
 import pytest
 import torch
@@ -264,24 +265,31 @@ def test_bad_options_are_named(monkeypatch, options, named):
 
 def test_a_series_continues_after_an_interruption(tmp_path, monkeypatch, capsys):
     commands = {
-        "good": ["-c", "print(1)"],
-        "slow": ["-c", "import time; time.sleep(60)"],
-        "bad": ["-c", "raise SystemExit(3)"],
+        "good": gpu.Step(["-c", "import os; print(os.environ['X'])"], 30, {"X": "said"}),
+        "slow": gpu.Step(["-c", "import time; time.sleep(60)"], 2),
+        "bad": gpu.Step(["-c", "raise SystemExit(3)"], 30),
     }
     monkeypatch.setattr(gpu, "steps", lambda args: commands)
-    args = gpu.Args(rehearsal=True, minutes=0.05, out=tmp_path)
+    args = gpu.Args(rehearsal=True, out=tmp_path / "gpu", archive=tmp_path / "all.tar.gz")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(args, "minutes", 0.2)  # too little for any step
+        gpu.main(args)
+    assert "no time for: good, slow, bad; use the same command" in capsys.readouterr().out
     with pytest.raises(UserError, match="failed: slow, bad: use the same command to run"):
         gpu.main(args)
     output = capsys.readouterr().out
-    assert "slow: failed: stopped after 0.05 minutes" in output
+    assert "slow: failed: stopped after 2 s" in output
     assert "bad: failed: exit 3" in output
-    assert [path.name for path in tmp_path.iterdir()] == ["good_gpu.json"]
-    done = json.loads((tmp_path / "good_gpu.json").read_text())
-    assert done["machine"]["command"] == "python -c 'print(1)'" and done["machine"]["date"]
+    assert [path.name for path in (tmp_path / "gpu").glob("*.json")] == ["good.json"]
+    done = json.loads((tmp_path / "gpu/good.json").read_text())
+    assert done["machine"]["command"].startswith("python -c 'import os") and done["machine"]["date"]
+    assert (tmp_path / "gpu/good.log").read_text() == "said\n"
+    with tarfile.open(tmp_path / "all.tar.gz") as archive:
+        assert {"gpu/good.json", "gpu/bad.log"} <= set(archive.getnames())
     commands["slow"] = commands["bad"] = commands["good"]
     gpu.main(args)
-    assert "good_gpu.json exists" in capsys.readouterr().out
-    assert len(list(tmp_path.iterdir())) == 3
+    assert "good.json exists" in capsys.readouterr().out
+    assert len(list((tmp_path / "gpu").glob("*.json"))) == 3
     with pytest.raises(UserError, match="--only=x is unknown: use good, slow, bad"):
         gpu.main(dataclasses.replace(args, only=("x",)))
 
@@ -291,7 +299,7 @@ def test_the_options_of_the_series_are_valid(tmp_path, rehearsal):
     (tmp_path / "model.py").touch()
     commands = gpu.steps(gpu.Args(nanogpt=tmp_path, rehearsal=rehearsal))
     checked = 0
-    for command in commands.values():
+    for command in (s.command for s in commands.values()):
         assert command[0] == "-m" or (gpu.ROOT / command[0]).exists()
         if command[0] == "benchmarks/step.py":
             config = load_config(command[1:], benchmark.defaults(on_gpu=not rehearsal))
@@ -300,7 +308,7 @@ def test_the_options_of_the_series_are_valid(tmp_path, rehearsal):
             benchmark.check_options(config, device)
             checked += 1
     assert checked >= 6
-    assert rehearsal or "step_micro_32_peers" in commands
+    assert any(word.startswith("--peer=nanogpt=") for word in commands["micro_32"].command)
 
 
 @pytest.mark.slow
