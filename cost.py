@@ -214,6 +214,35 @@ def _matching_steps(config, baseline, metric, model_config):
 # summary and table
 
 
+@dataclasses.dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters: token and position embeddings, final norm, and each block.
+
+    The head is tied to the token embeddings.
+    """
+
+    wte: int
+    wpe: int
+    ln_f: int
+    block: int
+
+    @classmethod
+    def of(cls, model_config) -> "ParameterCounts":
+        d, bias = model_config.n_embd, model_config.bias
+        norm = 2 * d if bias else d
+        block = 12 * d * d + 2 * norm + (9 * d if bias else 0)
+        return cls(model_config.vocab_size * d, model_config.block_size * d, norm, block)
+
+    def all(self, n_blocks: int) -> int:
+        return self.wte + self.wpe + self.ln_f + n_blocks * self.block
+
+    def trained(self, phase: Phase) -> int:
+        """Return how many parameters a phase trains, the final norm among them."""
+        tied = self.wte * (phase.train_embeddings or phase.train_head)
+        embeddings = self.wpe * phase.train_embeddings
+        return tied + embeddings + self.ln_f + len(phase.trained_blocks) * self.block
+
+
 def summarize(schedule: Schedule, baseline: Schedule, model_config) -> dict:
     """Return the content of schedule.json and of the --dry_run table: phases, costs and totals.
 
@@ -221,17 +250,19 @@ def summarize(schedule: Schedule, baseline: Schedule, model_config) -> dict:
     of the baseline's total.
     """
     totals = {m: cumulative_cost(baseline, baseline.n_steps, m, model_config) for m in COST_METRICS}
+    counts = ParameterCounts.of(model_config)
     rows, after = [], dict.fromkeys(COST_METRICS, 0)
     for p in schedule.phases:
         costs = {m: _phase_cost(p, p.n_steps, m, model_config) for m in COST_METRICS}
         after = {m: after[m] + costs[m] for m in COST_METRICS}
-        row: dict = dataclasses.asdict(p) | costs
+        row: dict = dataclasses.asdict(p) | costs | {"trained_parameters": counts.trained(p)}
         row["fraction"] = {m: costs[m] / totals[m] for m in COST_METRICS}
         row["cumulative"] = {m: after[m] / totals[m] for m in COST_METRICS}
         rows.append(row)
     return {
         "steps": schedule.n_steps,
         "is_baseline": schedule.is_baseline,
+        "parameters": counts.all(model_config.n_layer),
         "phases": rows,
         "total": {
             m: cumulative_cost(schedule, schedule.n_steps, m, model_config) for m in COST_METRICS
@@ -261,7 +292,7 @@ def _paper_formula_step(schedule, baseline):
 
 
 def summary_table(summary: dict) -> str:
-    """Return a table of a summary (`summarize`) whose phases also have "trained_parameters"."""
+    """Return a table of a summary (`summarize`)."""
     rows = []
     context = len({p["context_length"] for p in summary["phases"]}) > 1
     batch = len({p["tokens_per_step"] for p in summary["phases"]}) > 1

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from tabulate import tabulate
 
 import growth
+from cost import ParameterCounts
 from schedule import Phase, Schedule
 
 KINDS = {"ddp": "DDP", "zero1": "ZeRO-1", "fsdp": "FSDP"}  # values of --sharding
@@ -38,23 +39,6 @@ class Memory:
     @property
     def total(self) -> int:
         return sum(dataclasses.astuple(self))
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """Numbers of parameters of each part of the model."""
-
-    wte: int
-    wpe: int
-    ln_f: int
-    block: int
-
-
-def _sizes(model_config) -> _Sizes:
-    d, bias = model_config.n_embd, model_config.bias
-    norm = 2 * d if bias else d
-    block = 12 * d * d + 2 * norm + (9 * d if bias else 0)
-    return _Sizes(model_config.vocab_size * d, model_config.block_size * d, norm, block)
 
 
 def activation_bytes(phase: Phase, model_config, batch_size: int, bf16: bool) -> int:
@@ -147,7 +131,7 @@ def phase_memory(
         sharding: "ddp", "zero1" or "fsdp".
         loss_rows: rows of logits in memory at the same time: see `stagewise.loss.chunk_size`.
     """
-    size = _sizes(model_config)
+    size = ParameterCounts.of(model_config)
     result = []
     for phase, parts, blocks in _with_state(schedule):
         outside = size.wte + size.wpe + size.ln_f

@@ -323,21 +323,15 @@ def make_schedule(
 
 
 def _check_rises(schedule):
-    """Check that scales and learning rates that rise have risen before they rise again."""
+    """Check that new blocks have risen to full scale or rate when the model grows again or ends."""
     grown = [p for p in schedule.phases if p.new_blocks]
-    only_new = [p for p in grown if p.rewarmup == "new_blocks"]
-    others = [p for p in schedule.phases if p not in only_new and p.rewarmup_steps]
-    for name, rising in (
-        ("fade_in_steps", grown),
-        ("rewarmup_steps", only_new),
-        ("rewarmup_steps", others),
-    ):
-        stops = [*(p.start for p in rising[1:]), schedule.n_steps]
-        for p, stop in zip(rising, stops):
-            if getattr(p, name) > stop - p.start:
+    stops = [*(p.start for p in grown[1:]), schedule.n_steps]
+    for p, stop in zip(grown, stops):
+        for name in ("fade_in_steps", "rewarmup_steps" if p.rewarmup == "new_blocks" else ""):
+            if name and getattr(p, name) > stop - p.start:
                 raise UserError(
-                    f"{name}={getattr(p, name)} exceeds the {stop - p.start} steps from step "
-                    f"{p.start} to the next time, or to the end: use fewer, or more steps"
+                    f"{name}={getattr(p, name)} exceeds the {stop - p.start} steps from the growth "
+                    f"in step {p.start} to the next growth or the end: use fewer"
                 )
 
 

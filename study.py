@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 import plot
 from cost import NAMES, cumulative_cost, make_schedules
+from forecast import duration
 from runs import Run, in_phase, load_run, read_config, speed
 from schedule import begun, decay_start, learning_rate
 from stagewise.checkpoint import FOLDER, checkpoints
@@ -56,12 +57,12 @@ from stagewise.fileio import atomic_write, convert, open_file, read_bytes
 from stagewise.metrics import last_row, read_metrics
 from stagewise.monitor import EXIT_STOPPED
 from stagewise.page import check_plotly
-from train import duration, make_model_config
+from train import make_model_config
 
 ROOT = Path(__file__).resolve().parent
 KEPT = ("config.json", "schedule.json", "metrics.jsonl")  # files of a run folder
 # Options that study.py sets itself.
-OWN_OPTIONS = ("seed", "out_dir", "init_from", "dry_run", "calibrate")
+OWN_OPTIONS = ("seed", "out_dir", "init_from", "dry_run")
 METRICS = ("paper_cost", "flops", "seconds")
 LABELS = NAMES | {"seconds": "seconds"}
 PAPER_TOKENS = 10_000 * 524_288  # of the paper's baseline

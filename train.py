@@ -18,21 +18,18 @@ import stagewise.console  # noqa: F401  (first: Ctrl-C during the other imports)
 # isort: split
 
 import dataclasses
-import datetime
 import functools
 import math
 import os
-import shlex
 import shutil
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tabulate import tabulate
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
@@ -42,7 +39,6 @@ from cost import COST_METRICS, NAMES, cumulative_cost, make_schedules, summarize
 from memory import memory_table
 from model import GPT, GPTConfig
 from schedule import Phase, Schedule, begun, decay_start, learning_rate
-from stagewise import bpe
 from stagewise.checkpoint import (
     FOLDER,
     CheckpointWriter,
@@ -72,7 +68,6 @@ from stagewise.device import (
     autocast,
     check_memory,
     compile_seconds,
-    cpu_name,
     device_name,
     matmul_dtype,
     peak_flops,
@@ -94,108 +89,58 @@ from stagewise.distributed import (
     set_gradient_sync,
     wait_while_any,
 )
-from stagewise.errors import UserError, file_errors, report_user_errors
+from stagewise.errors import UserError, report_user_errors
 from stagewise.fileio import (
-    FolderLock,
-    atomic_write,
     convert,
-    decode_json,
-    encode_json,
-    read_bytes,
 )
 from stagewise.hf import SIZES
 from stagewise.loss import LOGITS_BYTES, chunk_size
 from stagewise.metrics import MetricsWriter
 from stagewise.monitor import EXIT_STOPPED, LossMonitor, StopSignals
+from stagewise.run_folder import (
+    copy_tokenizer,
+    describe_run,
+    describe_start,
+    former_starts,
+    lock_out_dir,
+    write_json,
+)
 from stagewise.seeding import derived_seed
 from stagewise.trackers import Trackers, check_trackers
 
-# `calibrate` measures at least this many steps of each phase, and at least this long.
-MIN_CALIBRATION_STEPS, CALIBRATION_SECONDS = 3, 2.0
-GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, are evenly spread
 BAR = "{desc:<16} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
+@dataclass
+class Setup:
+    """What the options determine before there is a model: schedule, data, device, processes."""
+
+    schedule: Schedule
+    summary: dict[str, Any]  # the contents of schedule.json
+    model_config: GPTConfig
+    meta: dict[str, Any]  # of the corpus
+    train_data: Shards
+    order: TrainOrder
+    val_data: Shards
+    val_windows: np.ndarray
+    task: Path | None  # file in HellaSwag's format
+    examples: list[hellaswag.Example]
+    device: torch.device
+    precision: torch.autocast
+    gloo_group: dist.ProcessGroup | None
+    mesh: Any  # None without sharding
+
+
 def main() -> None:
-    # --- options and schedule: check all inputs before any work starts
     ranks = ranks_from_environment()
     config = load_config(sys.argv[1:], Config(), quiet=ranks.local_rank != 0)
+    if config.dry_run:
+        dry_run(config, ranks)
+        return
+    check_trackers(config)
+    s = set_up(config, ranks)  # checks all inputs before any work starts
+    schedule, model_config, device, gloo_group = s.schedule, s.model_config, s.device, s.gloo_group
     out_dir = Path(config.out_dir)
-    needs_corpus = config.calibrate or not config.dry_run
-    no_corpus = not needs_corpus and not os.path.exists(Path(config.data_dir, "meta.json"))
-    meta = None if no_corpus else load_meta(config.data_dir)
-    model_config = make_model_config(config, padded_vocab_size(meta))
-    schedule, baseline = make_schedules(config, model_config)
-    world_size = config.plan_processes or ranks.world_size
-    for phase in schedule.phases:
-        grad_accum_steps(config, phase.tokens_per_step, world_size)
-    summary = summarize(schedule, baseline, model_config)
-    summary["is_baseline"] &= not config.init_weights
-    named = config.init_weights in ("", *SIZES) or os.path.exists(config.init_weights)
-    if config.dry_run and not named:  # a resumed run does not need them any more
-        raise UserError(
-            f"init_weights={config.init_weights} does not exist: name a run, a checkpoint, a "
-            f"ckpt.pt of nanoGPT, or one of {', '.join(SIZES)}"
-        )
-    add_parameter_counts(summary, schedule, model_config)
-    if config.dry_run and ranks.master:
-        print_dry_run(out_dir, summary, model_config, config.data_dir, no_corpus)
-        print_memory(schedule, model_config, config, world_size)
-        if config.init_weights:
-            print("The cost of the initial weights is not included here, but in metrics.jsonl.")
-    if meta is None or (config.dry_run and not config.calibrate):
-        return
-    if not config.dry_run:
-        check_trackers(config)
-
-    # --- data
-    if config.verify_data and ranks.local_rank == 0:
-        verify_shards(config.data_dir, meta)
-    train_data = Shards(config.data_dir, "train", config.block_size, meta)
-    val_data = Shards(config.data_dir, "val", config.block_size, meta)
-    order = TrainOrder(len(train_data), config.seed)
-    val_windows = np.arange(min(len(val_data), -(-config.eval_tokens // config.block_size)))
-
-    # --- device and processes
-    device = pick_device(config.device, ranks.local_rank, ranks.world_size)
-    if config.deterministic:
-        use_deterministic_kernels()
-    precision = autocast(device, config.dtype, config.n_embd)
-    if config.compile != "none" and device.type == "cpu":
-        check_compiler(config.compile)
-    task = hellaswag.task_file(config.hellaswag_data, config.data_dir)
-    if task == hellaswag.DEFAULT_PATH and ranks.local_rank == 0:
-        hellaswag.download()
-    # All ranks synchronize here: the download is complete.
-    gloo_group = init_process_group(device, ranks, config.timeout) if ranks.launched else None
-    mesh = make_mesh(device, ranks) if config.sharding != "ddp" else None
-    examples = []
-    if task:
-        encoding = get_tokenizer(meta["tokenizer"], [config.data_dir])
-        check_tokenizer(encoding, meta["vocab_size"], f"{config.data_dir}/meta.json")
-        limit = config.hellaswag_limit
-        examples = hellaswag.load_examples(task, encoding, config.block_size, limit)
-
-    gathered = bool(mesh) and config.sharding == "zero1"
-    check_memory(summary["parameters"], device, mesh.size() if mesh else 1, gathered)
-    if config.calibrate:
-        new_batches = functools.partial(
-            train_batches, train_data, order, step=0, config=config, ranks=ranks, device=device
-        )
-        evaluation_seconds = functools.partial(
-            measure_evaluation, data=val_data, windows=val_windows, examples=examples,
-            precision=precision, batch_size=config.batch_size, ranks=ranks,
-        )  # fmt: skip
-        forecast = calibrate(
-            schedule, model_config, config, ranks, device, mesh, precision,
-            new_batches, evaluation_seconds,
-        )  # fmt: skip
-        if ranks.master:
-            print(forecast_table(forecast))
-            write_json(out_dir, "forecast.json", {"phases": forecast})
-        if ranks.launched:
-            dist.destroy_process_group()
-        return
     if ranks.master:
         lock = lock_out_dir(out_dir, config.init_from)  # held until the process ends
 
@@ -208,8 +153,8 @@ def main() -> None:
     resumed = newest[0] is not None
     if newest[0]:
         checkpoint = load_checkpoint(newest[0], optimizer=True, verified=True)
-        check_resumable(checkpoint, config, model_config, schedule, len(train_data), meta)
-        model = GPT.from_weights(model_config, checkpoint["model"], device, mesh)
+        check_resumable(checkpoint, config, model_config, schedule, len(s.train_data), s.meta)
+        model = GPT.from_weights(model_config, checkpoint["model"], device, s.mesh)
         params = dict(model.named_parameters())
         optimizer_state = optimizer_state_from(checkpoint["optimizer"], params)
         step, seconds, history = (checkpoint[key] for key in ("step", "seconds", "loss_history"))
@@ -217,57 +162,42 @@ def main() -> None:
         del checkpoint
     else:
         model, initial_cost = initial_model(
-            config, model_config, schedule.phases[0], meta["tokenizer"], device, mesh, ranks.master
-        )
+            config, model_config, schedule.phases[0], s.meta["tokenizer"], device, s.mesh,
+            verbose=ranks.master,
+        )  # fmt: skip
         optimizer_state, step, seconds, history = {}, 0, 0.0, {}
     monitor = LossMonitor(history, quiet=not ranks.master)
     if config.compile != "none":
         model.compile_regions(whole=config.compile == "model")
 
-    summary["initial_cost"] = initial_cost
+    s.summary["initial_cost"] = initial_cost
 
     # --- outputs
     milestones = {p.stop for p in schedule.phases if p.milestone}
     if start := decay_start(schedule, config):
         milestones.add(start)
     if ranks.master:
-        train_tokens = len(train_data) * config.block_size
         if step < schedule.n_steps:  # the files of a finished run describe what trained it
-            write_json(out_dir, "schedule.json", summary)
-            copy_tokenizer(config.data_dir, out_dir)
-            run_config = describe_run(config, model_config, task, meta, train_tokens, ranks, device)
-            run_config["starts"] = former_starts(out_dir) if resumed else []
-            run_config["starts"].append(describe_start(step, ranks, device))
-            write_json(out_dir, "config.json", run_config)
+            write_records(config, s, ranks, step, resumed)
         metrics = MetricsWriter(out_dir / "metrics.jsonl", step if resumed else None)
         trackers = Trackers(config, out_dir)
-        print(summary_table(summary))
-        epochs = schedule.tokens(schedule.n_steps) / train_tokens
-        tokens_per_step = schedule.phase_at(min(step, schedule.n_steps - 1)).tokens_per_step
-        micro = grad_accum_steps(config, tokens_per_step, ranks.world_size)
-        print(
-            f"{out_dir}: {ranks.world_size} x {device_name(device)}; {epochs:.2f} epochs; per step "
-            f"{ranks.world_size} processes x {micro} micro-batches x {config.batch_size} "
-            f"sequences" + (f"; resuming at step {step}" if step else "")
-        )
+        print(summary_table(s.summary))
+        print(f"{out_dir}: {describe_work(config, s, ranks, step)}")
     if ranks.world_size > 1:
         dist.barrier()  # training starts only after rank 0 has created the output files
     writer = CheckpointWriter(out_dir, config.keep_checkpoints, milestones, ranks.master)
-    run = run_state(config, model_config, schedule, len(train_data), meta)
+    run = run_state(config, model_config, schedule, len(s.train_data), s.meta)
     run["initial_cost"] = initial_cost
-    total_flops = summary["total"]["flops"] + initial_cost.get("flops", 0)
+    total_flops = s.summary["total"]["flops"] + initial_cost.get("flops", 0)
     cost_at = functools.partial(cost_columns, schedule, model_config, initial_cost)
-    val_bytes_per_token = math.nan  # the other ranks do not write metrics
-    if ranks.master:
-        val_bytes_per_token = bytes_per_token(
-            val_data, val_windows, meta["tokenizer"], config.data_dir
-        )
     evaluation = functools.partial(
-        evaluate, data=val_data, windows=val_windows, examples=examples,
-        precision=precision, batch_size=config.batch_size, ranks=ranks,
-        bytes_per_token=val_bytes_per_token,
+        evaluate, data=s.val_data, windows=s.val_windows, examples=s.examples,
+        precision=s.precision, batch_size=config.batch_size, ranks=ranks,
     )  # fmt: skip
-    batches = Prefetch(train_batches(train_data, order, schedule, step, config, ranks, device))
+    if ranks.master:  # the other ranks do not write metrics
+        n = bytes_per_token(s.val_data, s.val_windows, s.meta["tokenizer"], config.data_dir)
+        evaluation.keywords["bytes_per_token"] = n
+    batches = Prefetch(train_batches(s.train_data, s.order, schedule, step, config, ranks, device))
     signals = StopSignals()
     peak = (peak_flops(device) or math.nan) * ranks.world_size
     refresh = 0.5 if sys.stderr.isatty() else 30  # seconds; keeps log files short
@@ -313,7 +243,7 @@ def main() -> None:
                 torch.manual_seed(derived_seed("dropout", config.seed, step, ranks.rank))
             pending_losses.append(
                 train_step(
-                    wrapped, optimizer, batches, accum_steps, precision, config.grad_clip,
+                    wrapped, optimizer, batches, accum_steps, s.precision, config.grad_clip,
                     now.residual_scales, config.reduce_every_micro_batch,
                 )
             )  # fmt: skip
@@ -335,10 +265,10 @@ def main() -> None:
             elapsed = time.perf_counter() - interval_start
             seconds += elapsed
             first = step - len(losses)
-            for s, (loss, grad_norm) in enumerate(losses, start=first + 1):
-                zscore = monitor.update(s, loss, grad_norm)
+            for at, (loss, grad_norm) in enumerate(losses, start=first + 1):
+                zscore = monitor.update(at, loss, grad_norm)
                 if monitor.history.skipped_in_a_row >= config.max_skipped_steps:
-                    raise diverged(s, loss, grad_norm, config, schedule, train_data, order)
+                    raise diverged(at, loss, grad_norm, config, schedule, s.train_data, s.order)
             if logs or evaluates:
                 row = cost_at(step) | {"seconds": round(seconds, 3)}
                 row |= loss_columns(loss, grad_norm, zscore, lr, monitor)
@@ -721,170 +651,27 @@ def diverged(step, loss, grad_norm, config, schedule, data, order) -> UserError:
 
 
 # --------------------------------------------------------------------------------------------------
-# forecast
+# setup
 
 
-def calibrate(
-    schedule: Schedule,
-    model_config: GPTConfig,
-    config: Config,
-    ranks: Ranks,
-    device: torch.device,
-    mesh,
-    precision: torch.autocast,
-    new_batches: Callable[[Schedule], Iterator],
-    evaluation_seconds: Callable[[GPT], float],
-) -> list[dict[str, Any]]:
-    """Measure a few steps of every phase, and return a row with the expected times of each phase.
-
-    The phases are entered as in a run. Phases with the same work are measured only once. The times
-    do not include process startup and checkpoints.
+def plan(
+    config: Config, meta: dict[str, Any] | None, world_size: int
+) -> tuple[GPTConfig, Schedule, dict[str, Any]]:
+    """Return the final model's configuration, the schedule and its summary (`cost.summarize`).
 
     Args:
-        new_batches: returns the micro-batches of a schedule.
-        evaluation_seconds: returns how long an evaluation of the model takes.
+        meta: of the corpus, or None if it does not exist yet.
+
+    Raises:
+        UserError: if the options do not describe a valid schedule for `world_size` processes.
     """
-    model = GPT(model_config, schedule.phases[0].n_blocks, config.seed, device, mesh)
-    if config.compile != "none":
-        model.compile_regions(whole=config.compile == "model")
-    rows = []
-    measured: dict[tuple, dict[str, float]] = {}  # by the work of a phase
-    optimizer_state: dict = {}
-    for phase in tqdm(schedule.phases, desc="calibration", disable=not ranks.master, leave=False):
-        optimizer = enter_phase(model, optimizer_state, phase, config)
-        optimizer_state = optimizer.state
-        work = phase.work()
-        new = work not in measured
-        if new:
-            wrapped = wrap(model, phase, config, device, ranks)
-            endless = Schedule((dataclasses.replace(phase, start=0, stop=2**40),))
-            batches = Prefetch(new_batches(endless))
-            reset_peak_memory(device)
-            measured[work] = measure_steps(
-                wrapped, optimizer, batches, phase, schedule, config, ranks, precision
-            )
-            measured[work]["peak_memory"] = peak_memory(device)
-            unwrapped = unwrap(wrapped)
-            measured[work]["evaluation"] = evaluation_seconds(unwrapped)
-            del wrapped, unwrapped
-        m, every = measured[work], config.eval_interval
-        evaluations = phase.stop // every - phase.start // every + (phase.start == 0)
-        evaluations += phase.stop == schedule.n_steps and phase.stop % every > 0
-        rows.append(
-            {
-                "phase": phase.name,
-                "steps": phase.n_steps,
-                "step_seconds": m["step"],
-                "tokens_per_second": phase.tokens_per_step / m["step"],
-                "peak_memory": m["peak_memory"],
-                "training_seconds": phase.n_steps * m["step"],
-                "compile_seconds": m["compile"] if new else 0.0,
-                "evaluation_seconds": evaluations * m["evaluation"],
-            }
-        )
-    return rows
-
-
-def measure_steps(
-    model,
-    optimizer: torch.optim.Optimizer,
-    batches: Iterator,
-    phase: Phase,
-    schedule: Schedule,
-    config: Config,
-    ranks: Ranks,
-    precision: torch.autocast,
-) -> dict[str, float]:
-    """Return the seconds that a step of a phase takes, and what the first step takes beyond that.
-
-    The measured steps are spread over the phase. If steps have more than 2 micro-batches, steps
-    with 1 and 2 are measured and extrapolated.
-    """
-
-    def seconds(position: float, n: int) -> float:
-        """Perform a step with n micro-batches, at a position in [0, 1) of the phase."""
-        scales = schedule.at(phase.start + int(position * phase.n_steps)).residual_scales
-        start = time.perf_counter()
-        losses = train_step(
-            model, optimizer, batches, n, precision, config.grad_clip, scales,
-            config.reduce_every_micro_batch,
-        )  # fmt: skip
-        losses.tolist()  # synchronizes with the device
-        elapsed = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-        if ranks.world_size > 1:  # all ranks must perform the same number of steps
-            elapsed = elapsed.to(losses.device)
-            dist.all_reduce(elapsed, dist.ReduceOp.MAX)
-        return elapsed.item()
-
-    def median_seconds(n: int) -> float:
-        times = [seconds(0, n)]
-        while len(times) < MIN_CALIBRATION_STEPS or sum(times) < CALIBRATION_SECONDS:
-            times.append(seconds(len(times) * GOLDEN_RATIO % 1, n))
-        return statistics.median(times) if phase.skip is None else statistics.fmean(times)
-
-    n = grad_accum_steps(config, phase.tokens_per_step, ranks.world_size)
-    first, step = seconds(0, min(n, 2)), median_seconds(min(n, 2))
-    compile_seconds = max(0.0, first - step)
-    if n > 2:
-        step += (n - 2) * (step - median_seconds(1))
-    return {"step": step, "compile": compile_seconds}
-
-
-def measure_evaluation(
-    model: GPT,
-    data: Shards,
-    windows: np.ndarray,
-    examples: list[hellaswag.Example],
-    precision: torch.autocast,
-    batch_size: int,
-    ranks: Ranks,
-) -> float:
-    """Return the seconds that `evaluate` takes, extrapolated from part of the data."""
-    few = windows[: 4 * batch_size * ranks.world_size]
-    some = examples[:: max(1, len(examples) // (64 * ranks.world_size))]
-
-    def seconds(examples):
-        start = time.perf_counter()
-        evaluate(model, data, few, examples, precision, batch_size, ranks)
-        return time.perf_counter() - start
-
-    seconds(some[:1])  # not measured: allocates memory
-    loss = min(seconds([]) for _ in range(2))
-    total = loss * len(windows) / len(few)
-    if examples:
-        total += max(0.0, seconds(some) - loss) * len(examples) / len(some)
-    return total
-
-
-def forecast_table(rows: list[dict[str, Any]]) -> str:
-    """Return the rows of `calibrate` as a table."""
-    columns = ["training_seconds", "compile_seconds", "evaluation_seconds"]
-    total = {c: sum(row[c] for row in rows) for c in columns}
-    table = []
-    for row in rows:
-        line = [row["phase"], f"{row['steps']:,}", f"{row['step_seconds']:.3g}"]
-        line += [f"{row['tokens_per_second']:,.0f}", f"{row['peak_memory'] / 2**30:.2f}"]
-        table.append(line + [duration(row[c]) for c in columns])
-    table.append(["total", "", "", "", "", *(duration(total[c]) for c in columns)])
-    header = ["phase", "steps", "s/step", "tokens/s", "GiB", "training", "compile", "evaluation"]
-    align = ("left", *("right",) * (len(header) - 1))
-    return "\n".join(
-        [
-            tabulate(table, header, "simple", colalign=align, disable_numparse=True),
-            f"Forecast: {duration(sum(total.values()))} in total, peak memory "
-            f"{max(row['peak_memory'] for row in rows) / 2**30:.2f} GiB per process, measured on "
-            "a few steps of each phase. Not included: process startup and checkpoints.",
-        ]
-    )
-
-
-def duration(seconds: float) -> str:
-    """Format a duration as h:mm:ss."""
-    return str(datetime.timedelta(seconds=round(seconds)))
-
-
-# --------------------------------------------------------------------------------------------------
-# setup
+    model_config = make_model_config(config, padded_vocab_size(meta))
+    schedule, baseline = make_schedules(config, model_config)
+    for phase in schedule.phases:
+        grad_accum_steps(config, phase.tokens_per_step, world_size)
+    summary = summarize(schedule, baseline, model_config)
+    summary["is_baseline"] &= not config.init_weights
+    return model_config, schedule, summary
 
 
 def make_model_config(config: Config, vocab_size: int) -> GPTConfig:
@@ -894,28 +681,82 @@ def make_model_config(config: Config, vocab_size: int) -> GPTConfig:
     return GPTConfig(*sizes, c.dropout, c.bias, c.base_depth)
 
 
-def lock_out_dir(out_dir: Path, init_from: str) -> FolderLock:
-    """Lock the run folder against other runs.
+def set_up(config: Config, ranks: Ranks) -> Setup:
+    """Check all inputs, and start the device and the process group.
 
     Raises:
-        UserError: if another run is using it, a new run would use an existing run's folder, or
-            there is no checkpoint to resume from.
+        UserError: if an input is missing, corrupted, or does not match the others.
     """
-    if init_from != "resume" or out_dir.exists():
-        lock = FolderLock(out_dir)  # before any advice about the folder
-    names = ("metrics.jsonl", FOLDER)
-    used = next((out_dir / name for name in names if (out_dir / name).exists()), None)
-    if init_from == "scratch" and used:
-        hint = "resume it with --init_from=resume"
-        if not checkpoints(out_dir):
-            hint = "the run has no checkpoint yet; start it again with --init_from=auto"
-        raise UserError(f"{used} exists: {hint}, or use another --out_dir")
-    if init_from == "resume" and not checkpoints(out_dir):
-        raise UserError(
-            f"{out_dir}: no checkpoint to resume from: use --init_from=auto to start the run, or "
-            "another --out_dir"
+    meta = load_meta(config.data_dir)
+    model_config, schedule, summary = plan(config, meta, ranks.world_size)
+    check_initial_weights(config, model_config, schedule.phases[0], meta["tokenizer"])
+    if config.verify_data and ranks.local_rank == 0:
+        verify_shards(config.data_dir, meta)
+    train_data, val_data = (
+        Shards(config.data_dir, split, config.block_size, meta) for split in ("train", "val")
+    )
+    n_windows = min(len(val_data), -(-config.eval_tokens // config.block_size))
+    device = pick_device(config.device, ranks.local_rank, ranks.world_size)
+    if config.deterministic:
+        use_deterministic_kernels()
+    if config.compile != "none" and device.type == "cpu":
+        check_compiler(config.compile)
+    task = hellaswag.task_file(config.hellaswag_data, config.data_dir)
+    if task == hellaswag.DEFAULT_PATH and ranks.local_rank == 0:
+        hellaswag.download()
+    # All ranks synchronize here: the download is complete.
+    gloo_group = init_process_group(device, ranks, config.timeout) if ranks.launched else None
+    mesh = make_mesh(device, ranks) if config.sharding != "ddp" else None
+    examples = []
+    if task:
+        encoding = get_tokenizer(meta["tokenizer"], [config.data_dir])
+        check_tokenizer(encoding, meta["vocab_size"], f"{config.data_dir}/meta.json")
+        limit = config.hellaswag_limit
+        examples = hellaswag.load_examples(task, encoding, config.block_size, limit)
+    gathered = bool(mesh) and config.sharding == "zero1"
+    check_memory(summary["parameters"], device, mesh.size() if mesh else 1, gathered)
+    return Setup(
+        schedule=schedule,
+        summary=summary,
+        model_config=model_config,
+        meta=meta,
+        train_data=train_data,
+        order=TrainOrder(len(train_data), config.seed),
+        val_data=val_data,
+        val_windows=np.arange(n_windows),
+        task=task,
+        examples=examples,
+        device=device,
+        precision=autocast(device, config.dtype, config.n_embd),
+        gloo_group=gloo_group,
+        mesh=mesh,
+    )
+
+
+def dry_run(config: Config, ranks: Ranks) -> None:
+    """Print the schedule, its cost and its memory. Write schedule.json, except into a run's folder.
+
+    Raises:
+        UserError: if the run would reject its options, its corpus or its initial weights.
+    """
+    out_dir, data_dir = Path(config.out_dir), Path(config.data_dir)
+    meta = load_meta(config.data_dir) if os.path.exists(data_dir / "meta.json") else None
+    world_size = config.plan_processes or ranks.world_size
+    model_config, schedule, summary = plan(config, meta, world_size)
+    tokenizer = meta["tokenizer"] if meta else None
+    check_initial_weights(config, model_config, schedule.phases[0], tokenizer)
+    if not ranks.master:
+        return
+    print(summary_table(summary))
+    if meta is None:
+        print(
+            f"(no corpus in {data_dir} yet; assuming a vocabulary of {model_config.vocab_size:,})"
         )
-    return lock
+    if not any((out_dir / name).exists() for name in ("metrics.jsonl", FOLDER)):
+        write_json(out_dir, "schedule.json", summary)
+    print_memory(schedule, model_config, config, world_size)
+    if config.init_weights:
+        print("The cost of the initial weights is not included here, but in metrics.jsonl.")
 
 
 def check_compiler(option: str) -> None:
@@ -927,28 +768,41 @@ def check_compiler(option: str) -> None:
         )
 
 
-def initial_model(
+def check_initial_weights(
+    config: Config, model_config: GPTConfig, phase: Phase, tokenizer: str | None
+) -> None:
+    """Check that a new run can start with the weights of `init_weights`, without reading them.
+
+    A run that has checkpoints does not need them. The weights of other projects are checked when
+    they are read.
+
+    Raises:
+        UserError: if the weights do not exist, or do not match the model of the first phase.
+    """
+    resumes = config.init_from != "scratch" and checkpoints(Path(config.out_dir))
+    if not config.init_weights or config.init_weights in SIZES or resumes:
+        return
+    path = Path(config.init_weights)
+    if not path.exists():
+        raise UserError(
+            f"init_weights={path} does not exist: name a run, a checkpoint, a ckpt.pt of nanoGPT, "
+            f"or one of {', '.join(SIZES)}"
+        )
+    if path.is_dir():
+        state = load_checkpoint(path, weights=False)
+        check_match(state, config, model_config, phase, tokenizer or state["tokenizer"])
+
+
+def check_match(
+    checkpoint: dict[str, Any],
     config: Config,
     model_config: GPTConfig,
     phase: Phase,
     tokenizer: str,
-    device: torch.device,
-    mesh,
-    verbose: bool,
-) -> tuple[GPT, dict[str, int]]:
-    """Return the model of a new run, newly initialized or with the weights of `init_weights`.
-
-    Also return the cost of these weights by metric, if it is known. With `verbose`, print it.
-
-    Raises:
-        UserError: if the weights of `init_weights` do not match this model.
-    """
-    if not config.init_weights:
-        return GPT(model_config, phase.n_blocks, config.seed, device, mesh), {}
-    checkpoint = load_checkpoint(Path(config.init_weights))
+) -> None:
+    """Raise UserError unless the model of a checkpoint can be trained or grown in a first phase."""
     where = f"init_weights={config.init_weights}"
-    theirs, ours = checkpoint["model_config"], dataclasses.asdict(model_config)
-    theirs.setdefault("base_depth", 0)
+    theirs, ours = {"base_depth": 0} | checkpoint["model_config"], dataclasses.asdict(model_config)
     for key in ("n_embd", "n_head", "block_size", "bias", "base_depth"):
         if theirs.get(key) != ours[key]:
             raise UserError(
@@ -984,6 +838,29 @@ def initial_model(
             f"{phase.n_blocks}: use --stage_blocks {n} {model_config.n_layer} --phase_fractions "
             "0 0 1 1 to train only the new blocks first, or --freezing=none"
         )
+
+
+def initial_model(
+    config: Config,
+    model_config: GPTConfig,
+    phase: Phase,
+    tokenizer: str,
+    device: torch.device,
+    mesh,
+    verbose: bool,
+) -> tuple[GPT, dict[str, int]]:
+    """Return the model of a new run, newly initialized or with the weights of `init_weights`.
+
+    Also return the cost of these weights by metric, if it is known. With `verbose`, print it.
+
+    Raises:
+        UserError: if the weights of `init_weights` do not match this model.
+    """
+    if not config.init_weights:
+        return GPT(model_config, phase.n_blocks, config.seed, device, mesh), {}
+    checkpoint = load_checkpoint(Path(config.init_weights))
+    check_match(checkpoint, config, model_config, phase, tokenizer)
+    checkpoint["model_config"].setdefault("base_depth", 0)
     for name in ("lm_head.weight", "transformer.wte.weight"):  # OpenAI's are not padded
         w = checkpoint["model"][name]
         rows = max(0, model_config.vocab_size - len(w))
@@ -994,8 +871,11 @@ def initial_model(
     try:
         cost = cost_of_checkpoint(checkpoint)
     except ValueError as error:
-        raise UserError(f"{where}: the schedule of the run is corrupted ({error})") from None
+        raise UserError(
+            f"init_weights={config.init_weights}: the schedule of the run is corrupted ({error})"
+        ) from None
     if verbose:
+        n = checkpoint["n_blocks"]
         grown = f", grown to {phase.n_blocks} by {phase.growth}" if n < phase.n_blocks else ""
         costs = ", ".join(f"{NAMES[m]} {cost[m]:.4g}" for m in cost) or "unknown"
         print(f"initial weights: {config.init_weights}, {n} blocks{grown}; their cost: {costs}")
@@ -1077,32 +957,33 @@ def _differ(p, q, name):
     return getattr(p, name) != getattr(q, name)
 
 
-def add_parameter_counts(summary: dict, schedule: Schedule, model_config: GPTConfig) -> None:
-    """Add the number of trainable parameters to every phase of a summary, and the total number."""
-    model = GPT(model_config, n_blocks=0, device="meta")
-    block = GPT(model_config, n_blocks=1, device="meta").num_params() - model.num_params()
-    for phase, row in zip(schedule.phases, summary["phases"]):
-        model.set_trainable((), phase.train_embeddings, phase.train_head)
-        others = model.num_params(trainable_only=True)
-        row["trained_parameters"] = others + len(phase.trained_blocks) * block
-    summary["parameters"] = model.num_params() + model_config.n_layer * block
-
-
 # --------------------------------------------------------------------------------------------------
 # outputs
 
 
-def print_dry_run(
-    out_dir: Path, summary: dict, model_config: GPTConfig, data_dir: str, no_corpus: bool
-) -> None:
-    """Print the schedule. Also write schedule.json, unless the folder contains a run."""
-    print(summary_table(summary))
-    if no_corpus:
-        print(
-            f"(no corpus in {data_dir} yet; assuming a vocabulary of {model_config.vocab_size:,})"
-        )
-    if not any((out_dir / name).exists() for name in ("metrics.jsonl", FOLDER)):
-        write_json(out_dir, "schedule.json", summary)
+def write_records(config: Config, s: Setup, ranks: Ranks, step: int, resumed: bool) -> None:
+    """Write schedule.json, the tokenizer if it was trained, and config.json to the run's folder."""
+    out_dir, vocab_size = Path(config.out_dir), s.model_config.vocab_size
+    write_json(out_dir, "schedule.json", s.summary)
+    copy_tokenizer(config.data_dir, out_dir)
+    train_tokens = len(s.train_data) * config.block_size
+    described = describe_run(config, vocab_size, s.task, s.meta, train_tokens, ranks, s.device)
+    described["starts"] = former_starts(out_dir) if resumed else []
+    described["starts"].append(describe_start(step, ranks, s.device))
+    write_json(out_dir, "config.json", described)
+
+
+def describe_work(config: Config, s: Setup, ranks: Ranks, step: int) -> str:
+    """Return a line about the devices, the epochs and the micro-batches of the steps."""
+    schedule, n = s.schedule, ranks.world_size
+    epochs = schedule.tokens(schedule.n_steps) / (len(s.train_data) * config.block_size)
+    tokens_per_step = schedule.phase_at(min(step, schedule.n_steps - 1)).tokens_per_step
+    micro_batches = grad_accum_steps(config, tokens_per_step, n)
+    return (
+        f"{n} x {device_name(s.device)}; {epochs:.2f} epochs; per step {n} processes x "
+        f"{micro_batches} micro-batches x {config.batch_size} sequences"
+        + (f"; resuming at step {step}" if step else "")
+    )
 
 
 def print_memory(
@@ -1121,68 +1002,6 @@ def print_memory(
             bf16=bf16, loss_rows=chunk_size(rows, V, LOGITS_BYTES[kind], kind),
         )
     )  # fmt: skip
-
-
-def write_json(out_dir: Path, name: str, value: dict) -> None:
-    with file_errors(out_dir / name, "make out_dir writable, free disk space, or use another one"):
-        out_dir.mkdir(parents=True, exist_ok=True)
-        atomic_write(out_dir / name, encode_json(value, indent=2) + "\n")
-
-
-def copy_tokenizer(data_dir: str, out_dir: Path) -> None:
-    """Copy the tokenizer that was trained on the corpus, if there is one, to the run folder."""
-    path = Path(data_dir) / bpe.FILE
-    if path.exists():
-        with file_errors(path, "make it readable, and out_dir writable"):
-            atomic_write(out_dir / bpe.FILE, read_bytes(path).decode())
-
-
-def describe_run(
-    config: Config,
-    model_config: GPTConfig,
-    task: Path | None,
-    meta: dict,
-    train_tokens: int,
-    ranks: Ranks,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Return the contents of config.json: options, derived values, hardware and environment.
-
-    Paths are absolute, so that the record can be used from any directory.
-    """
-    described = {
-        "vocab_size": model_config.vocab_size,
-        "hellaswag_file": os.path.abspath(task) if task else None,
-        "corpus": fingerprint(meta),
-        "train_tokens": train_tokens,
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "matmul_dtype": matmul_dtype(device, config.dtype, config.n_embd),
-    }
-    options = dataclasses.asdict(config) | absolute_paths(config)
-    start = describe_start(0, ranks, device)
-    return options | described | {key: start[key] for key in start if key != "step"}
-
-
-def describe_start(step: int, ranks: Ranks, device: torch.device) -> dict[str, Any]:
-    """Return an entry of `starts` in config.json: one start of the run, at `step`."""
-    return {
-        "step": step,
-        "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["train.py", *sys.argv[1:]]),
-        "world_size": ranks.world_size,
-        "device_name": device_name(device),
-        "torch_version": torch.__version__,
-    }
-
-
-def former_starts(out_dir: Path) -> list:
-    """Return `starts` in config.json, or an empty list if there are none."""
-    try:
-        starts = decode_json((out_dir / "config.json").read_bytes(), dict).get("starts")
-    except (OSError, ValueError):
-        return []
-    return starts if isinstance(starts, list) else []
 
 
 def run_state(

@@ -1,8 +1,8 @@
-"""How good is the forecast of `train.py --dry_run --calibrate`?
+"""How good is the forecast of forecast.py?
 
     python benchmarks/forecast.py [configs/A.py configs/B.py ...] [--key=value ...]
 
-Makes the forecast, then the run, both with train.py and the given options, and compares the seconds
+Makes the forecast, then the run, both with the given options of train.py, and compares the seconds
 of every phase. The wall time of the run is measured from when it writes config.json, because a
 forecast does not include the start of the process.
 """
@@ -26,8 +26,8 @@ from stagewise.errors import UserError, report_user_errors
 REPORT = Path("out/bench/forecast.json")
 
 
-def train(*options: str) -> None:
-    command = [sys.executable, str(ROOT / "train.py"), *options]
+def run(script: str, *options: str) -> None:
+    command = [sys.executable, str(ROOT / script), *options]
     if subprocess.run(command).returncode:
         raise UserError(f"{' '.join(command)} failed: see its error above")
 
@@ -39,9 +39,9 @@ def read_rows(folder: Path) -> list[dict]:
 def main(options: list[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        train(*options, f"--out_dir={folder}", "--dry_run", "--calibrate")
+        run("forecast.py", *options, f"--out_dir={folder}")
         forecast = json.loads((folder / "forecast.json").read_text())["phases"]
-        train(*options, f"--out_dir={folder}")
+        run("train.py", *options, f"--out_dir={folder}")
         ended = time.time()
         rows = read_rows(folder)
         started = (folder / "config.json").stat().st_mtime

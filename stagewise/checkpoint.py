@@ -137,7 +137,9 @@ def newest_checkpoint(run_dir: Path, files=(MODEL, OPTIMIZER, STATE)) -> Path | 
     return None
 
 
-def load_checkpoint(path: Path, optimizer: bool = False, verified: bool = False) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path, optimizer: bool = False, verified: bool = False, weights: bool = True
+) -> dict[str, Any]:
     """Return the fields of `State`, and the tensors by name in "model" and "optimizer".
 
     Args:
@@ -146,20 +148,21 @@ def load_checkpoint(path: Path, optimizer: bool = False, verified: bool = False)
             weights from the Hugging Face Hub.
         optimizer: if False, "optimizer" is None.
         verified: whether the checkpoint folder `path` has been compared with its checksums.
+        weights: if False, "model" is None, too. Only for checkpoints and run folders.
 
     Raises:
         UserError: if there is no checkpoint, or it is corrupted or of another format version.
     """
     with file_errors(path, "name a run folder, or a checkpoint"):
-        return _load_checkpoint(Path(path), optimizer, verified)
+        return _load_checkpoint(Path(path), optimizer, verified, weights)
 
 
-def _load_checkpoint(path, optimizer, verified):
+def _load_checkpoint(path, optimizer, verified, weights):
     if str(path) in SIZES and not path.exists():
         return load_pretrained(str(path))
     if path.is_file():
         return load_nanogpt(path)
-    files = (MODEL, STATE, OPTIMIZER) if optimizer else (MODEL, STATE)
+    files = (STATE,) + (MODEL,) * weights + (OPTIMIZER,) * optimizer
     if checkpoints(path):
         path = newest_checkpoint(path, files) or path
     elif not (path / SUMS).exists():
@@ -179,9 +182,9 @@ def _load_checkpoint(path, optimizer, verified):
             )
         state = decode_json(text, State)
         checkpoint: dict[str, Any] = {f.name: getattr(state, f.name) for f in fields(State)}
-        checkpoint["model"] = load_file(path / MODEL)
+        checkpoint["model"] = load_file(path / MODEL) if weights else None
         checkpoint["optimizer"] = load_file(path / OPTIMIZER) if optimizer else None
-        for name, w in checkpoint["model"].items():
+        for name, w in (checkpoint["model"] or {}).items():
             if w.dtype != torch.float32:
                 raise ValueError(f"{name} has type {w.dtype}, expected {torch.float32}")
         for name, same in TIED.items():

@@ -57,8 +57,6 @@ class Config:
     """Print the schedule and its cost, write schedule.json, and exit. Needs no data or GPU."""
     plan_processes: NotNegative = 0
     """With dry_run: number of processes for the estimate of memory. 0: those of this command."""
-    calibrate: bool = False
-    """With dry_run: measure a few steps of every phase, forecast time and memory: forecast.json."""
     log_interval: Positive = 10
     """Steps between rows of metrics.jsonl. Logging synchronizes the CPU with the GPU."""
     eval_interval: Positive = 250
@@ -331,12 +329,10 @@ def check(c: Config) -> None:
             f"continual_steps={c.continual_steps} cannot be used with init_weights, whose cost is "
             "not part of the schedule: use a number of steps"
         )
-    if c.calibrate and not c.dry_run:
-        raise UserError("calibrate requires dry_run: add --dry_run, or remove --calibrate")
-    if c.plan_processes and (c.calibrate or not c.dry_run):
+    if c.plan_processes and not c.dry_run:
         raise UserError(
-            "plan_processes requires dry_run without calibrate: add --dry_run, or start this many "
-            "processes with torchrun"
+            "plan_processes requires dry_run: add --dry_run, or start this many processes with "
+            "torchrun"
         )
     if c.n_embd % c.n_head:
         raise UserError(f"n_embd={c.n_embd} must be a multiple of n_head={c.n_head}")

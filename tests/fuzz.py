@@ -329,7 +329,6 @@ def walk(config: Config) -> None:
     for phase in schedule.phases:
         train.grad_accum_steps(config, phase.tokens_per_step, 1)
     summary = train.summarize(schedule, baseline, model_config)
-    train.add_parameter_counts(summary, schedule, model_config)
     train.summary_table(summary)
     json.dumps(summary, allow_nan=False)
 

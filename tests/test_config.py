@@ -92,7 +92,7 @@ def test_values_out_of_range_are_named(option, named):
         ("--sharding=fsdp --compile=model", "sharding=fsdp, .* use --compile=blocks"),
         ("--reduce_every_micro_batch=True", "no effect with sharding=ddp"),
         ("--plan_processes=8", "plan_processes requires dry_run"),
-        ("--plan_processes=8 --dry_run --calibrate", "plan_processes requires dry_run"),
+        ("--plan_processes=8", "plan_processes requires dry_run"),
     ],
 )
 def test_options_that_exclude_each_other(options, named):

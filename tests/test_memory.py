@@ -98,7 +98,7 @@ def test_fsdp_divides_the_state_and_keeps_gathered_tensors():
         for phase, a, b, c in zip(schedule.phases, full, sharded, every, strict=True):
             assert b.optimizer_state == pytest.approx(a.optimizer_state / world_size, abs=8)
             assert b.activations == a.activations
-            block = memory._sizes(model_config).block
+            block = memory.ParameterCounts.of(model_config).block
             gathered = b.parameters - a.parameters / world_size
             outside = a.parameters - 4 * phase.n_blocks * block
             assert gathered == pytest.approx(outside + 8 * block, abs=8)

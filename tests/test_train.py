@@ -5,7 +5,6 @@ import functools
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -622,41 +621,6 @@ def test_dry_run_needs_no_data_and_prints_the_schedule(tmp_path):
         and summary["phases"][-1]["optimizer_state"] == "reset"
     )
     assert sorted(p.name for p in out.iterdir()) == ["schedule.json"]
-
-
-def test_a_calibrated_dry_run_forecasts_the_time_of_every_phase(run_train, capsys):
-    options = dict(stages=2, steps=40, continual_steps=8, eval_interval=20, dry_run=True)
-    out = run_train("dry", **options, calibrate=True, skip_policy="layer_dropout")
-    rows = json.loads((out / "forecast.json").read_text())["phases"]
-    printed = capsys.readouterr().out
-    for row, phase in zip(rows, json.loads((out / "schedule.json").read_text())["phases"]):
-        assert row["phase"] == phase["name"] and row["steps"] == phase["stop"] - phase["start"]
-        assert row["training_seconds"] == pytest.approx(row["steps"] * row["step_seconds"])
-        assert row["step_seconds"] > 0 and row["peak_memory"] > 10**8
-        assert f"{row['tokens_per_second']:,.0f}" in printed
-    assert [row["evaluation_seconds"] > 0 for row in rows] == [True, True, False, True, True]
-    assert re.search(r"Forecast: 0:\d\d:\d\d in total, peak memory", printed)
-    assert sorted(p.name for p in out.iterdir()) == ["forecast.json", "schedule.json"]
-    assert len(rows) == 5
-
-
-def test_calibration_extrapolates_from_two_micro_batches(run_train, monkeypatch):
-    counts = []
-    original = train.train_step
-    monkeypatch.setattr(
-        train, "train_step", lambda *args: (counts.append(args[3]), original(*args))[1]
-    )
-    monkeypatch.setattr(train, "CALIBRATION_SECONDS", 0)
-    run_train("dry", dry_run=True, calibrate=True, batch_size=1)
-    assert counts == [2] * 4 + [1] * 3
-
-
-@pytest.mark.slow
-def test_calibration_with_two_processes(corpus, tmp_path):
-    options = arguments(tmp_path, data_dir=corpus, stages=2, steps=40)
-    result = torchrun(2, "train.py", *options, "--dry_run", "--calibrate")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("Forecast:") == 1
 
 
 @pytest.mark.parametrize("goal, total", [("match_paper_cost", 14_688), ("match_flops", 13_983)])
