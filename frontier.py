@@ -215,12 +215,13 @@ def load_runs(folder: Path) -> tuple[study.Study, list[Finished], list[PlannedRu
     """
     described, planned = study.load_study(folder)
     runs: list[Finished] = []
-    missing = []
+    missing, times = [], study.step_seconds(folder)
     for p in planned:
         run = study.load_finished(folder / p.name)
         if run is None:
             missing.append(p)
         else:
+            run.step_seconds = times.get(p.entry, {})
             runs.append(Finished(p, run))
     # The loss does not depend on the size of micro-batches, apart from rounding and dropout masks.
     may_differ = study.METHOD | study.RECIPE | {"steps", "batch_size"}
@@ -452,8 +453,9 @@ HOW_TO_READ = (
     "the FLOPs that a baseline needs for the loss of the run, divided by the run's (geometric mean "
     "and 95% interval). A dash means that the run is outside of the range of the baselines. The "
     "steps are those of a baseline with as many; with continual training, a run has more. Seconds "
-    "are the number of steps times the median step time of each phase. They are not comparable if "
-    "other work ran at the same time, or if a method has another `batch_size` than the baseline."
+    "are the number of steps times the median step time of each phase. They are comparable only if "
+    "no other work ran at the same time, or if `study.py time` has measured them again, and if the "
+    "method has the same `batch_size` as the baseline."
 )
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -106,6 +106,7 @@ class Run:
             ended earlier.
         relative_cost: the cumulative cost at every row by metric, as a fraction of the baseline's
             total.
+        step_seconds: step times of the phases that were measured apart from the run, by name.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Run:
     columns: dict[str, np.ndarray]
     relative_cost: dict[str, np.ndarray]
     color: str = "#000000"
+    step_seconds: dict[str, float] = field(default_factory=dict)
 
     def x(self, axis: str) -> np.ndarray:
         """Return the x coordinate of every row, for an axis of plot.py's `--x`."""
@@ -254,5 +256,7 @@ def speed(run: Run, phase: PhaseSummary) -> float:
     The first row is excluded, because it may include compilation. If there are no other rows, the
     result is NaN; a smaller log_interval avoids this.
     """
+    if phase.name in run.step_seconds:
+        return phase.tokens_per_step / run.step_seconds[phase.name]
     rows = in_phase(run, phase, "tokens_per_second")[1:]
     return float(np.median(rows)) if len(rows) else math.nan

@@ -2,6 +2,7 @@
 
     python study.py run results/NAME [--jobs 8] [--processes 1] [--minutes 60]
     python study.py report results/NAME [--html FILE]
+    python study.py time results/NAME
 
 results/NAME/study.toml lists the runs, with the most important ones first. `run` trains the
 unfinished runs in this order, --jobs of them at a time. If it is stopped, the same command
@@ -12,6 +13,9 @@ finished, its config.json, schedule.json and metrics.jsonl are copied to results
 the `about` text of the study. Every run is compared with the baseline of the same recipe and seed
 in three metrics: paper cost, FLOPs and seconds. Seconds are the number of steps times the median
 step time of each phase, so they do not include compilation and evaluation.
+
+`time` measures the step times again, one run after the other, for machines on which other work ran
+during the training. `report` and frontier.py then use these.
 """
 
 import sys
@@ -31,6 +35,7 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -53,13 +58,14 @@ from stagewise.checkpoint import FOLDER, checkpoints
 from stagewise.config import INPUTS, Config, grad_accum_steps, load_config, padded_vocab_size
 from stagewise.data import fingerprint, load_meta
 from stagewise.errors import UserError, file_errors, report_user_errors
-from stagewise.fileio import atomic_write, convert, open_file, read_bytes
+from stagewise.fileio import atomic_write, convert, decode_json, open_file, read_bytes
 from stagewise.metrics import last_row, read_metrics
 from stagewise.monitor import EXIT_STOPPED
 from stagewise.page import check_plotly
 from train import make_model_config
 
 ROOT = Path(__file__).resolve().parent
+TIMES = "step_seconds.json"
 KEPT = ("config.json", "schedule.json", "metrics.jsonl")  # files of a run folder
 # Options that study.py sets itself.
 OWN_OPTIONS = ("seed", "out_dir", "init_from", "dry_run")
@@ -92,6 +98,8 @@ METHOD = CHANGEABLE | {
     "tokens_per_step_ramp", "skip_policy", "skip_rate", "freezeout", "eval_interval", "command",
     "date", "starts",
 }  # fmt: skip
+
+
 # Additional keys that may differ between runs with different recipes.
 RECIPE = {
     "learning_rate", "lr_schedule", "warmup_steps", "min_lr", "decay_fraction", "weight_decay",
@@ -132,6 +140,16 @@ class ReportArgs:
     """Also write all runs to this file, as a self-contained page. Needs the package plotly."""
 
 
+@dataclass
+class TimeArgs:
+    """Measure the step time of every phase while nothing else runs."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder with a study.toml."""
+    options: tuple[str, ...] = ()
+    """Additional options for all runs, for example --options data_dir=data/mine."""
+
+
 # --------------------------------------------------------------------------------------------------
 # study.toml
 
@@ -159,6 +177,12 @@ class Study(Struct, forbid_unknown_fields=True):
     # (question, label, other label): the loss of the first run minus that of the other one, for the
     # page of frontier.py
     contrasts: tuple[tuple[str, str, str], ...] = ()
+
+
+class StepTimes(Struct):
+    """step_seconds.json: seconds by entry and name of the phase."""
+
+    entries: dict[str, dict[str, Annotated[float, Meta(gt=0)]]]
 
 
 @dataclass(frozen=True)
@@ -312,6 +336,15 @@ def check_same(folder: Path, config: Config) -> None:
             )
     if former.corpus and former.corpus != fingerprint(load_meta(config.data_dir)):
         raise UserError(f"{folder}: was trained on different data than {config.data_dir}: {again}")
+
+
+def step_seconds(folder: Path) -> dict[str, dict[str, float]]:
+    """Return the step times that `time` has measured, by entry and name of the phase."""
+    path = folder / TIMES
+    if not path.exists():
+        return {}
+    with file_errors(path, "remove it"):
+        return decode_json(read_bytes(path), StepTimes).entries
 
 
 def load_finished(folder: Path) -> Run | None:
@@ -831,7 +864,11 @@ def load_results(folder: Path) -> tuple[Study, list[Result], list[PlannedRun]]:
     """
     study, planned = load_study(folder)
     finished = {p.name: run for p in planned if (run := load_finished(folder / p.name))}
+    times = step_seconds(folder)
     results, missing = [], []
+    for p in planned:
+        if p.name in finished:
+            finished[p.name].step_seconds = times.get(p.entry, {})
     for p in planned:
         run, baseline = finished.get(p.name), finished.get(f"{p.against}_seed{p.seed}")
         if run is None or baseline is None:
@@ -846,6 +883,30 @@ def load_results(folder: Path) -> tuple[Study, list[Result], list[PlannedRun]]:
         seconds = seconds_at(run, run.columns["step"])
         run.relative_cost["seconds"] = seconds / total_seconds(baseline)
     return study, results, missing
+
+
+def time_study(args: TimeArgs) -> None:
+    """Measure the step times of every entry, and write them to results/NAME/step_seconds.json.
+
+    The longest run of an entry stands for all its runs, whose phases have the same work.
+    """
+    _, runs = load_study(args.folder)
+    _, flops = check_runs(runs, args.options)
+    longest: dict[str, PlannedRun] = {}
+    for run in sorted(runs, key=lambda run: flops[run.name]):
+        longest[run.entry] = run
+    times = step_seconds(args.folder)
+    for run in tqdm([run for entry, run in longest.items() if entry not in times], unit="entry"):
+        with tempfile.TemporaryDirectory() as folder:
+            options = [*run.options, *(f"--{option}" for option in args.options)]
+            command = [sys.executable, str(ROOT / "forecast.py"), *options, f"--out_dir={folder}"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"{run.name}: {done.stderr.strip().splitlines()[-1]}")
+            phases = json.loads(Path(folder, "forecast.json").read_text())["phases"]
+        times[run.entry] = {row["phase"]: row["step_seconds"] for row in phases}
+        write(args.folder / TIMES, json.dumps({"entries": times}, indent=1) + "\n")
+    print(f"{args.folder / TIMES}: {len(times)} entries")
 
 
 def check_comparable(folder: Path, run: Run, other: Run, may_differ: set[str]) -> None:
@@ -1072,7 +1133,7 @@ def report_study(args: ReportArgs) -> None:
     print(f"{args.folder / 'README.md'}: {len(results)} runs, {len(missing)} not finished yet")
 
 
-def main(args: RunArgs | ReportArgs) -> None:
+def main(args: RunArgs | ReportArgs | TimeArgs) -> None:
     # Paths in a study refer to the repository, whatever the current directory is.
     if args.folder.exists():
         args.folder = args.folder.absolute()
@@ -1085,6 +1146,8 @@ def main(args: RunArgs | ReportArgs) -> None:
         args.folder = args.folder.relative_to(ROOT)
     if isinstance(args, RunArgs):
         run_study(args)
+    elif isinstance(args, TimeArgs):
+        time_study(args)
     else:
         report_study(args)
 
@@ -1092,6 +1155,7 @@ def main(args: RunArgs | ReportArgs) -> None:
 Command = (
     Annotated[RunArgs, tyro.conf.subcommand("run")]
     | Annotated[ReportArgs, tyro.conf.subcommand("report")]
+    | Annotated[TimeArgs, tyro.conf.subcommand("time")]
 )
 
 if __name__ == "__main__":

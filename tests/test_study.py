@@ -923,3 +923,31 @@ def test_the_report_as_a_page(tiny, tmp_path):
     data = json.loads(re.search(r'type="application/json">(.*?)</script>', text)[1])
     assert data["title"] == "Tiny" and sorted(run["name"] for run in data["runs"]) == RUNS
     assert (folder / "README.md").exists()
+
+
+def test_step_times_are_measured_apart_from_the_training(copy, monkeypatch):
+    """Once per entry, with the longest run; the report uses them."""
+    commands = []
+
+    def measure(command, **options):
+        commands.append(command)
+        out = Path(command[-1].removeprefix("--out_dir="))
+        names = ["all blocks", *(f"stage {s} phase {p}" for s in range(1, 5) for p in (1, 2))]
+        rows = [{"phase": name, "step_seconds": 2.0 + i} for i, name in enumerate(names)]
+        rows.append({"phase": "continual", "step_seconds": 0.5})
+        (out / "forecast.json").write_text(json.dumps({"phases": rows}))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(study.subprocess, "run", measure)
+    study.main(study.TimeArgs(copy))
+    assert [Path(command[1]).name for command in commands] == ["forecast.py"] * 6
+    _, results, _ = study.load_results(copy)
+    s4 = next(r for r in results if r.planned.name == "s4_seed1")
+    assert study.total_seconds(s4.baseline) == pytest.approx(16 * 2.0)
+    expected = sum(2 * (3.0 + i) for i in range(8)) + 16 * 0.5  # 8 phases of 2 steps
+    assert study.total_seconds(s4.run) == pytest.approx(expected)
+    study.main(study.TimeArgs(copy))
+    assert len(commands) == 6  # nothing is measured twice
+    (copy / "step_seconds.json").write_text('{"entries": {"s4": {"all blocks": -1}}}')
+    with pytest.raises(UserError, match="step_seconds.json: .*expected `float` > 0"):
+        study.load_results(copy)
