@@ -88,19 +88,23 @@ def _step_cost(step, metric, model_config):
 @functools.cache
 def _skipping_phase_cost(phase: Phase, metric: Metric, model_config) -> list[int]:
     """Return the cost of the first 0, 1, 2, ... steps of a phase with skipped blocks."""
-    cost_of: dict = {}  # by running blocks, because many steps skip the same blocks
-    costs = []
-    for step in _steps(phase):
-        running = step.running_blocks
-        if running not in cost_of:
-            cost_of[running] = _step_cost(step, metric, model_config)
-        costs.append(cost_of[running])
-    return list(itertools.accumulate(costs, initial=0))
+    steps, indices = _distinct_steps(phase)
+    costs = [_step_cost(step, metric, model_config) for step in steps]
+    return list(itertools.accumulate((costs[i] for i in indices), initial=0))
 
 
 @functools.cache
-def _steps(phase: Phase) -> list[Step]:
-    return list(map(Schedule((phase,)).at, range(phase.start, phase.stop)))
+def _distinct_steps(phase: Phase) -> tuple[list[Step], list[int]]:
+    """Return steps of a phase in which different blocks run, and for every step its index there."""
+    steps: list[Step] = []
+    index_of: dict[tuple[int, ...], int] = {}
+    indices = []
+    for step in map(Schedule((phase,)).at, range(phase.start, phase.stop)):
+        i = index_of.setdefault(step.running_blocks, len(steps))
+        if i == len(steps):
+            steps.append(step)
+        indices.append(i)
+    return steps, indices
 
 
 def _phase_cost(phase, n_steps, metric, model_config):
