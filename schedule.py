@@ -87,7 +87,7 @@ class Step:
     phase: Phase
     residual_scales: tuple[float, ...] | None  # one per block; None: all blocks run unscaled
     # On the learning rate of each block and, last, of the other parameters; None: all 1.
-    rate_scales: tuple[float, ...] | None = None  # on each block's learning rate; None: all 1
+    rate_scales: tuple[float, ...] | None = None
 
     def rate_scale(self, block: int | None) -> float:
         """Return the factor on the learning rate of a block, or of the other parameters (None)."""
