@@ -38,7 +38,7 @@ from stagewise.errors import UserError, report_user_errors
 from stagewise.run_folder import write_json
 from train import Setup
 
-# At least this many steps of each phase are measured, and at least this long.
+# The steps of each phase are measured until there are this many and they took this long in total.
 MIN_STEPS, MIN_SECONDS = 3, 2.0
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, are evenly spread
 
@@ -124,10 +124,10 @@ def measure_steps(
     ranks: Ranks,
     precision: torch.autocast,
 ) -> dict[str, float]:
-    """Return the seconds that a step of a phase takes, and what the first step takes beyond that.
+    """Return the seconds of a step of a phase, and the additional seconds of the first step.
 
     The measured steps are spread over the phase. If steps have more than 2 micro-batches, steps
-    with 1 and 2 are measured and extrapolated.
+    with 1 and 2 micro-batches are measured, and the time is extrapolated linearly.
     """
 
     def seconds(position: float, n: int) -> float:

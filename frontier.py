@@ -1,16 +1,15 @@
-"""Compare methods with the baseline at equal compute, over budgets, with intervals.
+"""Compare methods with the baseline at equal compute, at several budgets, with 95% intervals.
 
     python frontier.py results/NAME
 
 results/NAME is a study (see study.py) in which `baseline` and the methods are trained for several
-numbers of steps, each run to the end of its learning-rate schedule. The final losses of the
-baselines, as a function of compute, are the frontier that a method is compared with. The gain of a
-run is the frontier's loss at the compute of the run, minus the loss of the run. Frontier and run
-have the same seed, so they read the same data in the same order. Between two baselines, the
-frontier is linear in the logarithm of compute. A run outside of the range of the baselines has no
-gain.
+numbers of steps, each run to the end of its learning-rate schedule. The final loss of the baselines
+as a function of compute is the frontier. Between two baselines, it is linear in the logarithm of
+compute. The gain of a run is the loss of the frontier at the compute of the run, minus the loss of
+the run. The run and the baselines have the same seed, so they read the same data in the same order.
+A run whose compute is outside the range of the baselines has no gain.
 
-Writes results/NAME/README.md and gain.png.
+Writes README.md, gain.png and gain.svg to results/NAME.
 """
 
 import sys
@@ -137,7 +136,7 @@ class Estimate:
 
     @property
     def sign(self) -> int:
-        """1 or -1 if the interval is above or below zero, otherwise 0; 0 for less than 3 seeds."""
+        """1 or -1 if the interval is above or below zero, otherwise 0; 0 for fewer than 3 seeds."""
         if self.n < MIN_SEEDS or math.isnan(self.mean) or abs(self.mean) <= self.half_width:
             return 0
         return 1 if self.mean > 0 else -1
@@ -191,10 +190,9 @@ class Point:
         return self.runs[0].steps
 
     def tokens_per_parameter(self) -> float:
-        """Return the tokens of a baseline with the FLOPs of the runs, by non-embedding parameter.
+        """Return the tokens of a baseline with the FLOPs of the runs, per non-embedding parameter.
 
-        The tokens are counted in the baseline, because a method may make more steps with the same
-        FLOPs.
+        These are tokens of the baseline, because a method may read more tokens with the same FLOPs.
         """
         run = self.runs[0].run
         flops_per_token = run.schedule.baseline.flops / run.schedule.baseline.tokens
@@ -273,7 +271,8 @@ def contrast(runs: list[Finished], label: str, other: str) -> dict[int, Estimate
 def draw(groups: dict[str, dict[str, list[Point]]], path: Path) -> None:
     """Draw the gain at equal FLOPs over the budget: a panel per group, a line per method.
 
-    The methods of the other groups are grey. Markers are hollow below MIN_SEEDS seeds.
+    The methods of the other groups are gray. Markers are hollow if there are fewer than MIN_SEEDS
+    seeds.
     """
     known = {name: series for points in groups.values() for name, series in points.items()}
     lines = {name: line for name, series in known.items() if len(line := _line(series))}
@@ -331,7 +330,7 @@ def _line(series):
 
 
 def by_budget(points: dict[str, list[Point]]) -> dict[int, dict[str, Point]]:
-    """Return the points of every number of steps that several methods have, by method."""
+    """Return the points by number of steps, in increasing order, and by method."""
     budgets: dict[int, dict[str, Point]] = {}
     for name, series in points.items():
         for p in series:
@@ -410,52 +409,72 @@ def finding(points: dict[str, list[Point]]) -> str:
             continue
         compared += len(gains)
         multipliers = {name: at[name].log_multiplier("flops") for name in gains}
-        by_gain = sorted(gains, key=lambda name: -gains[name].mean)
-        better = [name for name in by_gain if gains[name].sign == 1]
-        worse = [name for name in reversed(by_gain) if gains[name].sign == -1]
+        # By the compute multiplier, because gains at different FLOPs are not comparable. It is
+        # unknown for a loss that no baseline has.
+        ranked = sorted(
+            gains, key=lambda n: (-np.nan_to_num(multipliers[n].mean, nan=0.0), -gains[n].mean)
+        )
+        better = [name for name in ranked if gains[name].sign == 1]
+        worse = [name for name in reversed(ranked) if gains[name].sign == -1]
         item = (
-            f"- **{nominal(at):.0f} tokens per parameter:** {len(better)} of {len(gains)} methods "
-            "are better than the baseline"
+            f"- **{nominal(at):.0f} tokens per parameter.** Methods better than the baseline: "
+            f"{len(better)} of {len(gains)}"
         )
         if better:
             named = []
             for name in better[:3]:
                 factor = multipliers[name].as_factor()
-                worth = "" if factor == "-" else f", worth {factor} times the compute"
+                worth = "" if factor == "-" else f", compute multiplier {factor}"
                 named.append(f"{name} by {gains[name].mean:.3f} nats{worth}")
             item += f" ({'; '.join(named)}{'; ...' if len(better) > 3 else ''})"
-        item += f", {len(worse)} are worse"
+        item += f". Worse: {len(worse)}"
         if worse:
-            item += f" (most of all {worse[0]}, by {-gains[worse[0]].mean:.3f} nats)"
+            item += f" (the last is {worse[0]}, by {-gains[worse[0]].mean:.3f} nats)"
         rest = len(gains) - len(better) - len(worse)
-        items.append(f"{item}, and {rest} cannot be told apart from it.")
+        items.append(f"{item}. No significant difference: {rest}.")
     if not compared:
-        return f"No method has been trained with {MIN_SEEDS} seeds yet."
+        return (
+            f"There is no comparison yet: it takes a method that is trained with {MIN_SEEDS} seeds "
+            "and costs as much as one of the baselines, or an amount between them."
+        )
     return (
-        "Every method is compared with a baseline of the same final size, trained as a whole with "
-        "the same FLOPs. A positive gain means that the method has the lower validation loss.\n\n"
+        "Every method is compared, at equal FLOPs, with a baseline: a model of the same final size "
+        "that is trained as a whole. The gain of a method is the baseline's validation loss minus "
+        "its own. The compute multiplier is the FLOPs that a baseline needs for the same loss, "
+        "divided by the FLOPs of the method.\n\n"
         + "\n".join(items)
-        + f"\n\nThese are {compared} comparisons. One counts if the 95% interval over paired seeds "
-        "does not contain zero, which happens by chance in one of twenty."
+        + f"\n\nThese are {compared} comparisons, each with at least {MIN_SEEDS} seeds. A method "
+        "counts as better or worse if the 95% interval of its gain does not contain zero. If there "
+        "is no difference, this happens by chance in about one of twenty comparisons."
     )
 
 
 OVERVIEW = (
-    "Nats per token, mean and 95% interval over seeds; bold if the interval does not contain zero "
-    "and there are at least 3 seeds. In parentheses: the tokens per non-embedding parameter of a "
-    "baseline with as many steps. A method with fewer FLOPs than that is compared with a baseline "
-    "that has as few. A dash means that its compute is outside of the range of the baselines."
+    "Gain in nats per token: mean and 95% interval over seeds. It is positive if the method is "
+    "better, and bold if the interval does not contain zero and there are at least 3 seeds. In "
+    "parentheses: the training tokens per non-embedding parameter of the baseline with that number "
+    "of steps. Every method is compared at its own FLOPs, which may be fewer than those of that "
+    "baseline. A dash means that the method was not trained at this budget, or that the compute of "
+    "one of its runs is outside the range of the baselines."
+)
+CONTRASTS = (
+    "Direct comparisons of two kinds of runs with the same FLOPs and the same seed: the validation "
+    "loss of the first minus that of the second, in nats per token (mean and 95% interval). A "
+    "positive number means that the second is better. It is bold if the interval does not contain "
+    "zero and there are at least 3 seeds."
 )
 HOW_TO_READ = (
     "*Gain*: the loss of a baseline with the compute of the run, minus the loss of the run, in "
     "nats per token; positive if the method is better. Between two baselines, the loss is "
-    "interpolated. Mean and 95% interval (Student's t) over paired seeds. *Compute multiplier*: "
-    "the FLOPs that a baseline needs for the loss of the run, divided by the run's (geometric mean "
-    "and 95% interval). A dash means that the run is outside of the range of the baselines. The "
-    "steps are those of a baseline with as many; with continual training, a run has more. Seconds "
-    "are the number of steps times the median step time of each phase. They are comparable only if "
-    "no other work ran at the same time, or if `study.py time` has measured them again, and if the "
-    "method has the same `batch_size` as the baseline."
+    "interpolated. Every run is compared with baselines of its own seed. The table shows the mean "
+    "and the 95% interval (Student's t) over the seeds. *Compute multiplier*: the FLOPs that a "
+    "baseline needs to reach the loss of the run, divided by the FLOPs of the run (geometric mean "
+    "and 95% interval). A dash means that the compute or the loss of a run is outside the range of "
+    "the baselines. *Steps*: the option `--steps`; a run with continual training has more steps. "
+    "*Tokens / parameter*: the tokens that a baseline reads with the FLOPs of the run, per "
+    "non-embedding parameter. *Seconds*: the number of steps times the median step time of each "
+    "phase. They are comparable only if the method has the same `batch_size` as the baseline, and "
+    "if either no other work ran during training or `study.py time` measured the step times."
 )
 
 
@@ -504,7 +523,7 @@ def main(args: Args) -> None:
         draw(groups, folder / "gain")
     text = finding(points)
     if contrasts := contrast_table(described, runs):
-        text += f"\n\n{contrasts}"
+        text += f"\n\n{CONTRASTS}\n\n{contrasts}"
     if readme:
         write_finding(readme, folder, text)
     page = [
@@ -525,7 +544,9 @@ def main(args: Args) -> None:
             page.append(OVERVIEW)
     page += ["## All runs", table(points), HOW_TO_READ, "## Conditions", conditions(points)]
     study.write(folder / "README.md", "\n\n".join(page) + "\n")
-    print(f"{folder / 'README.md'}: {sum(map(len, points.values()))} points")
+    print(
+        f"{folder / 'README.md'}: {sum(map(len, points.values()))} combinations of method and budget"
+    )
 
 
 if __name__ == "__main__":

@@ -5,17 +5,19 @@
     python study.py time results/NAME
 
 results/NAME/study.toml lists the runs, with the most important ones first. `run` trains the
-unfinished runs in this order, --jobs of them at a time. If it is stopped, the same command
-continues. Runs are trained in out/NAME/RUN; their output is in out/NAME/RUN.log. When a run has
-finished, its config.json, schedule.json and metrics.jsonl are copied to results/NAME/RUN.
+unfinished runs, --jobs of them at a time: runs with fewer steps first, then the first seed of every
+run in the order of the file, then the second seeds. If it is stopped, the same command continues.
+Runs are trained in out/NAME/RUN; their output is in out/NAME/RUN.log. When a run has finished, its
+config.json, schedule.json and metrics.jsonl are copied to results/NAME/RUN.
 
 `report` writes results/NAME/README.md with both figures. It computes all numbers except those in
 the `about` text of the study. Every run is compared with the baseline of the same recipe and seed
 in three metrics: paper cost, FLOPs and seconds. Seconds are the number of steps times the median
 step time of each phase, so they do not include compilation and evaluation.
 
-`time` measures the step times again, one run after the other, for machines on which other work ran
-during the training. `report` and frontier.py then use these.
+`time` measures the step times again, one run at a time, and writes results/NAME/step_seconds.json.
+Use it if several runs or other work shared the machine during training. `report` and frontier.py
+use these times if the file exists.
 """
 
 import sys
@@ -142,7 +144,7 @@ class ReportArgs:
 
 @dataclass
 class TimeArgs:
-    """Measure the step time of every phase while nothing else runs."""
+    """Measure the step time of every phase again. Nothing else should run on the machine."""
 
     folder: tyro.conf.Positional[Path]
     """Folder with a study.toml."""
@@ -203,9 +205,9 @@ class PlannedRun:
 def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
     """Return the contents of study.toml and the runs of the study.
 
-    Runs with fewer steps come first, as far as entries list numbers of steps. Among runs with the
-    same number, the first seed of every run comes first, in the order of the file, then the second
-    seed of every run, and so on.
+    Runs are ordered by the numbers of steps that entries list; runs of entries without such a list
+    come first. Among runs with the same number, the first seed of every run comes first, in the
+    order of the file, then the second seed of every run, and so on.
 
     Raises:
         UserError: if the file is missing or is not a valid study.
@@ -526,9 +528,10 @@ class Position(Struct):
 
 
 def common_steps(shorter: Config, longer: Config) -> int:
-    """Return the step up to which both runs are identical and after which `shorter` decays, or 0.
+    """Return the step at which `shorter` starts to decay, or 0 if the runs differ before it.
 
-    With "wsd", a run is a part of every longer run until its learning rate starts to decay.
+    With "wsd", runs of different lengths can be identical until the shorter one starts to decay.
+    Both runs must belong to the same entry: only their phases and learning rates are compared.
     """
     schedules = []
     for config in (shorter, longer):
@@ -888,7 +891,11 @@ def load_results(folder: Path) -> tuple[Study, list[Result], list[PlannedRun]]:
 def time_study(args: TimeArgs) -> None:
     """Measure the step times of every entry, and write them to results/NAME/step_seconds.json.
 
-    The longest run of an entry stands for all its runs, whose phases have the same work.
+    Only the run with the most FLOPs is measured, because a step of a phase does the same work in
+    all runs of an entry. Entries that are already in the file are not measured again.
+
+    Raises:
+        UserError: if forecast.py fails.
     """
     _, runs = load_study(args.folder)
     _, flops = check_runs(runs, args.options)
@@ -902,7 +909,8 @@ def time_study(args: TimeArgs) -> None:
             command = [sys.executable, str(ROOT / "forecast.py"), *options, f"--out_dir={folder}"]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise UserError(f"{run.name}: {done.stderr.strip().splitlines()[-1]}")
+                said = (done.stderr.strip() or "no message").splitlines()[-1]
+                raise UserError(f"{run.name}: forecast.py failed: {said}")
             phases = json.loads(Path(folder, "forecast.json").read_text())["phases"]
         times[run.entry] = {row["phase"]: row["step_seconds"] for row in phases}
         write(args.folder / TIMES, json.dumps({"entries": times}, indent=1) + "\n")

@@ -4,9 +4,9 @@
 
 Each step is a process of its own. It writes NAME.json with the command, the device, the versions
 and the date, and its output to NAME.log. A step whose JSON file exists is skipped, so the same
-command continues an interrupted series, and a step is repeated by deleting its file. A step that
-fails or exceeds its time limit does not stop the others. A step that might not end in time is not
-started. A rehearsal runs all steps at a tiny size, on any device:
+command continues an interrupted series. To repeat a step, delete its JSON file. A step that fails
+or exceeds its time limit does not stop the others. With --minutes, a step is started only if its
+time limit fits into the remaining time. A rehearsal runs all steps at a tiny size, on any device:
 
     python benchmarks/gpu.py --rehearsal --out out/rehearsal
 """
@@ -36,7 +36,7 @@ TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--n_voca
 TINY += ["--tokens_per_step=512", "--rounds=2", "--min_seconds=0", "--compile=none"]
 # The model of a study: 10M parameters, trained on bytes.
 NARROW = ["--n_layer=12", "--n_head=4", "--n_embd=256", "--block_size=512", "--n_vocab=257"]
-SAVING_RESULTS = 15  # seconds at the end
+SAVING_RESULTS = 15  # seconds reserved for writing the archive
 
 
 @dataclass
@@ -54,11 +54,11 @@ class Args:
     list: bool = False
     """Print the names, time limits and commands of the steps, and whether they are done."""
     minutes: float | None = None
-    """Time for all steps together. The same command continues. Default: no limit."""
+    """Time limit for all steps together. The same command continues. Default: no limit."""
     out: Path = Path("out/gpu")
     """Folder for the results."""
     archive: Path | None = None
-    """Also write the results and logs to this .tar.gz, whatever happens."""
+    """Also write the results and logs to this .tar.gz, even if steps fail."""
     rehearsal: bool = False
     """Run all steps at a tiny size, on any device."""
 
@@ -101,7 +101,7 @@ def steps(args: Args) -> dict[str, Step]:
     for backend in ("flash",) if args.rehearsal else ("flash", "cudnn", "efficient"):
         step(f"attention_{backend}", 90, micro_batch(64), f"--variant={backend}")
 
-    # What may be faster. Settings of the environment are compared with micro_64.
+    # Candidates for a faster step. Those that set environment variables are compared with micro_64.
     step("bf16_residual", 120, micro_batch(64), "--variant=bf16_residual")
     step("cublaslt", 90, micro_batch(64), env={"TORCH_BLAS_PREFER_CUBLASLT": "1"})
     autotune = {"TORCHINDUCTOR_MAX_AUTOTUNE_GEMM": "1", "ENABLE_PERSISTENT_TMA_MATMUL": "1"}
