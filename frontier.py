@@ -544,9 +544,8 @@ def main(args: Args) -> None:
             page.append(OVERVIEW)
     page += ["## All runs", table(points), HOW_TO_READ, "## Conditions", conditions(points)]
     study.write(folder / "README.md", "\n\n".join(page) + "\n")
-    print(
-        f"{folder / 'README.md'}: {sum(map(len, points.values()))} combinations of method and budget"
-    )
+    n = sum(map(len, points.values()))
+    print(f"{folder / 'README.md'}: {n} combinations of method and budget")
 
 
 if __name__ == "__main__":
