@@ -148,7 +148,7 @@ def load_checkpoint(
             weights from the Hugging Face Hub.
         optimizer: if False, "optimizer" is None.
         verified: whether the checkpoint folder `path` has been compared with its checksums.
-        weights: if False, "model" is None, too. Only for checkpoints and run folders.
+        weights: if False, "model" is empty. Only for checkpoints and run folders.
 
     Raises:
         UserError: if there is no checkpoint, or it is corrupted or of another format version.
@@ -182,12 +182,12 @@ def _load_checkpoint(path, optimizer, verified, weights):
             )
         state = decode_json(text, State)
         checkpoint: dict[str, Any] = {f.name: getattr(state, f.name) for f in fields(State)}
-        checkpoint["model"] = load_file(path / MODEL) if weights else None
+        checkpoint["model"] = load_file(path / MODEL) if weights else {}
         checkpoint["optimizer"] = load_file(path / OPTIMIZER) if optimizer else None
-        for name, w in (checkpoint["model"] or {}).items():
+        for name, w in checkpoint["model"].items():
             if w.dtype != torch.float32:
                 raise ValueError(f"{name} has type {w.dtype}, expected {torch.float32}")
-        for name, same in TIED.items():
+        for name, same in TIED.items() if weights else ():
             checkpoint["model"][name] = checkpoint["model"][same]
     except UserError:
         raise

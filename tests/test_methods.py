@@ -439,13 +439,16 @@ def test_initial_weights_are_grown_as_the_method_says(name, run_train):
         (dict(n_embd=64), "has n_embd=32, but n_embd=64 was requested"),
         (dict(stages=4), "has 2 blocks, but the first phase has 1"),
         (dict(stage_blocks=(3, 4)), "has 2 blocks, but phase 1 of the first stage would train all"),
-        (dict(init_weights="/nowhere"), "/nowhere: has no checkpoint"),
+        (dict(init_weights="/nowhere"), "init_weights=/nowhere does not exist"),
     ],
 )
 def test_mismatched_weights_raise_an_error(options, said, run_train):
+    """Before anything is written, and also in a dry run."""
     small = run_train("small", n_layer=2, steps=2)
-    with pytest.raises(train.UserError, match=said):
-        run_train("large", **{"init_weights": small} | options)
+    for dry_run in (False, True):
+        with pytest.raises(train.UserError, match=said):
+            run_train("large", **{"init_weights": small, "dry_run": dry_run} | options)
+    assert not (small.parent / "large").exists()
 
 
 def test_weights_for_a_different_tokenizer_raise_an_error(run_train, corpus, tmp_path):
