@@ -144,7 +144,7 @@ class Estimate:
     def __str__(self) -> str:
         if math.isnan(self.mean):
             return "-"
-        text = f"{self.mean:+.3f}" + (f" ± {self.half_width:.3f}" if self.n > 1 else "")
+        text = f"{self.mean:+.4f}" + (f" ± {self.half_width:.4f}" if self.n > 1 else "")
         return f"**{text}**" if self.sign else text
 
     def as_factor(self) -> str:

@@ -123,8 +123,8 @@ def test_intervals_are_those_of_students_t():
     assert estimate.mean == pytest.approx(0.2) and estimate.half_width == pytest.approx(
         0.1963, 1e-3
     )
-    assert str(estimate) == "**+0.200 ± 0.196**" and str(Estimate.of([0.1])) == "+0.100"
-    assert str(Estimate.of([0.1, 0.1001])) == "+0.100 ± 0.001"  # two seeds: not bold
+    assert str(estimate) == "**+0.2000 ± 0.1963**" and str(Estimate.of([0.1])) == "+0.1000"
+    assert str(Estimate.of([0.1, 0.1004])) == "+0.1002 ± 0.0025"  # two seeds: not bold
     assert Estimate(0.0, math.log(2), 3).as_factor() == "1.00 (0.50 to 2.00)"
     assert Estimate(math.log(1.2), math.nan, 1).as_factor() == "1.20"
     assert str(Estimate.of([0.1, math.nan])) == "-"
