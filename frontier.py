@@ -395,7 +395,7 @@ def contrast_table(described: study.Study, runs: list[Finished]) -> str:
         for (question, label, other), estimates in found.items()
         if estimates
     ]
-    return study.markdown(header, rows)
+    return study.markdown(header, rows, n_left=2)
 
 
 def finding(points: dict[str, list[Point]]) -> str:
@@ -537,7 +537,7 @@ def main(args: Args) -> None:
     if missing:
         page.append(f"**Not finished yet:** {len(missing)} runs.")
     if legend := [[n, e["about"]] for n, e in described.runs.items() if e.get("about")]:
-        page += ["## Methods", study.markdown(["method", "what it is"], legend)]
+        page += ["## Methods", study.markdown(["method", "description"], legend, n_left=2)]
     for metric in ("flops", "paper_cost"):
         page += [f"## Gain at equal {study.LABELS[metric]}", overview(points, metric)]
         if metric == "flops":

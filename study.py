@@ -961,8 +961,9 @@ def over_seeds(values: list[float | None], form: str, each: bool = True) -> str:
     return f"{mean} ({', '.join(plot.show(number, form) for number in numbers)})"
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    align = ("left", *("right",) * (len(header) - 1))
+def markdown(header: list[str], rows: list[list[str]], n_left: int = 1) -> str:
+    """Return a table whose first `n_left` columns are aligned to the left."""
+    align = ("left",) * n_left + ("right",) * (len(header) - n_left)
     return tabulate(rows, header, "pipe", colalign=align, disable_numparse=True)
 
 
