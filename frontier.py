@@ -288,7 +288,7 @@ def draw(groups: dict[str, dict[str, list[Point]]], path: Path) -> None:
             ax.axhline(0, color="black", linewidth=1)
             for name in lines.keys() - points.keys():
                 x, y, *_ = lines[name].T
-                ax.plot(x, y, color="#DDDDDD", linewidth=1, zorder=0)
+                ax.plot(x, y, color="#DDDDDD", linewidth=1, marker=".", zorder=0)
             own = [name for name in points if name in lines]
             for i, name in enumerate(own):
                 x, y, error, n = lines[name].T
@@ -299,10 +299,10 @@ def draw(groups: dict[str, dict[str, list[Point]]], path: Path) -> None:
                 ax.errorbar(
                     x, y, np.where(few, 0, error), label=name, capsize=2, linewidth=1.4, **style
                 )
-                ax.plot(x[few], y[few], linestyle="none", **style | {"mfc": "white"})
+                ax.plot(x[few], y[few], linestyle="none", zorder=3, **style | {"mfc": "white"})
             ax.set_title(group, fontsize=10)
             ax.set_xscale("log")
-            ax.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 4, 6)))
             ax.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
             ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
             ax.tick_params(labelbottom=True)
@@ -314,6 +314,8 @@ def draw(groups: dict[str, dict[str, list[Point]]], path: Path) -> None:
             y = np.concatenate([line[:, 1] for line in lines.values()])
             margin = 0.02 + 0.25 * float(np.ptp(np.append(y, 0)))
             axes.flat[0].set_ylim(min(0, y.min()) - margin, max(0, y.max()) + margin)
+            x = np.concatenate([line[:, 0] for line in lines.values()])
+            axes.flat[0].set_xlim(x.min() / 1.4, x.max() * 1.4)
         fig.supxlabel(
             "tokens per non-embedding parameter, of a baseline with the same FLOPs", size=10
         )
