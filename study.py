@@ -100,8 +100,6 @@ METHOD = CHANGEABLE | {
     "tokens_per_step_ramp", "skip_policy", "skip_rate", "freezeout", "eval_interval", "command",
     "date", "starts",
 }  # fmt: skip
-
-
 # Additional keys that may differ between runs with different recipes.
 RECIPE = {
     "learning_rate", "lr_schedule", "warmup_steps", "min_lr", "decay_fraction", "weight_decay",

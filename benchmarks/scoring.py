@@ -228,7 +228,9 @@ def main(args: Args) -> None:
     if not args.alone:
         print(f"{len(chosen)} examples; losses differ by at most {largest:.1e} (relative)")
     report: dict = {"machine": machine(device), "args": dataclasses.asdict(args)}
-    report |= {"examples": len(chosen), "largest_relative_loss_difference": largest}
+    report["examples"] = len(chosen)
+    if not args.alone:
+        report["largest_relative_loss_difference"] = largest
     write_report(args.json, report | {"ways": results})
 
 

@@ -214,3 +214,11 @@ def test_every_option_is_documented():
     text = "".join(page.read_text() for page in pages)
     missing = [f.name for f in dataclasses.fields(Config) if f"`{f.name}`" not in text]
     assert not missing
+
+
+def test_options_that_are_on_or_off_need_no_value():
+    on = load_config(
+        ["--deterministic", "--dry_run", "--reduce-every-micro-batch", "--sharding=fsdp"], Config()
+    )
+    assert on.deterministic and on.dry_run and on.reduce_every_micro_batch and not on.verify_data
+    assert not load_config(["--bias", "False"], Config()).bias

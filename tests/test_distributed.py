@@ -350,3 +350,28 @@ def test_compiled_sharded_blocks_reduce_on_the_last_micro_batch_and_skip_bad_ste
             assert (row["step"] == 3) == (row["loss"] is None) == (other["loss"] is None)
             if row["loss"] is not None:
                 assert row["loss"] == pytest.approx(other["loss"], rel=2e-5)
+
+
+# Like train.py, but each file of a checkpoint takes two seconds to reach the disk.
+SLOW_DISK = """
+import sys; sys.path.insert(0, {root!r})
+import time
+import stagewise.checkpoint as checkpoint
+original = checkpoint.fsync
+checkpoint.fsync = lambda path: (time.sleep(2), original(path))
+import train
+with train.report_user_errors():
+    train.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_may_take_longer_to_write_than_the_timeout(corpus, tmp_path):
+    """The other rank waits for rank 0, in the middle and at the end."""
+    program = tmp_path / "slow_disk.py"
+    program.write_text(SLOW_DISK.format(root=str(ROOT)))
+    options = dict(data_dir=corpus, steps=4, checkpoint_interval=2, timeout=6)
+    result = torchrun(2, program, *arguments(tmp_path / "run", **options), check=False)
+    assert result.returncode == 0, result.stderr
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step_00000002", "step_00000004"]
