@@ -102,7 +102,7 @@ def steps(args: Args) -> dict[str, Step]:
         step(f"attention_{backend}", 90, micro_batch(64), f"--variant={backend}")
 
     # Candidates for a faster step. Those that set environment variables are compared with micro_64.
-    step("bf16_residual", 120, micro_batch(64), "--variant=bf16_residual")
+    step("bf16_residual", 120, micro_batch(64), "--variant=bf16_residual", "--dtype=bfloat16")
     step("cublaslt", 90, micro_batch(64), env={"TORCH_BLAS_PREFER_CUBLASLT": "1"})
     autotune = {"TORCHINDUCTOR_MAX_AUTOTUNE_GEMM": "1", "ENABLE_PERSISTENT_TMA_MATMUL": "1"}
     step("autotune_gemm", 240, micro_batch(64), env=autotune)

@@ -198,6 +198,8 @@ def check_options(config: BenchmarkConfig, device: torch.device) -> None:
             raise UserError(f"--variant={name} is unknown{did_you_mean(name, VARIANTS)}")
         if name in CUDA_ONLY and device.type != "cuda":
             raise UserError(f"--variant={name} needs a CUDA GPU: use --variant=flash")
+        if name == "bf16_residual" and not autocast(device, config.dtype, config.n_embd)._enabled:
+            raise UserError(f"--variant={name} needs bf16 matrix products: use --dtype=bfloat16")
     compiled = {config.compile, *config.variant} & {"blocks", "model"}
     if compiled and device.type == "cpu":
         train.check_compiler(min(compiled))
