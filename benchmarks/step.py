@@ -55,7 +55,14 @@ from stagewise.config import (
     padded_vocab_size,
 )
 from stagewise.data import Prefetch, Shards, TrainOrder, write_shard
-from stagewise.device import autocast, peak_flops, peak_memory, pick_device, reset_peak_memory
+from stagewise.device import (
+    autocast,
+    matmul_dtype,
+    peak_flops,
+    peak_memory,
+    pick_device,
+    reset_peak_memory,
+)
 from stagewise.distributed import Ranks
 from stagewise.errors import UserError, did_you_mean, report_user_errors
 
@@ -198,7 +205,8 @@ def check_options(config: BenchmarkConfig, device: torch.device) -> None:
             raise UserError(f"--variant={name} is unknown{did_you_mean(name, VARIANTS)}")
         if name in CUDA_ONLY and device.type != "cuda":
             raise UserError(f"--variant={name} needs a CUDA GPU: use --variant=flash")
-        if name == "bf16_residual" and not autocast(device, config.dtype, config.n_embd)._enabled:
+        products = matmul_dtype(device, config.dtype, config.n_embd)
+        if name == "bf16_residual" and products != "bfloat16":
             raise UserError(f"--variant={name} needs bf16 matrix products: use --dtype=bfloat16")
     compiled = {config.compile, *config.variant} & {"blocks", "model"}
     if compiled and device.type == "cpu":
