@@ -951,6 +951,12 @@ def check_resumable(
             f"in {', '.join(sorted(fields)) or 'its phases'}): use the original options "
             "(continual_steps may be increased)"
         )
+    expected = schedule.phase_at(max(0, step - 1)).n_blocks
+    if checkpoint["n_blocks"] != expected:
+        raise UserError(
+            f"{out_dir}: the newest checkpoint has {checkpoint['n_blocks']} blocks, but the "
+            f"schedule has {expected} at step {step}: use an earlier one"
+        )
 
 
 def _differ(p, q, name):

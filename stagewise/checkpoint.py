@@ -184,6 +184,9 @@ def _load_checkpoint(path, optimizer, verified, weights):
         checkpoint: dict[str, Any] = {f.name: getattr(state, f.name) for f in fields(State)}
         checkpoint["model"] = load_file(path / MODEL) if weights else {}
         checkpoint["optimizer"] = load_file(path / OPTIMIZER) if optimizer else None
+        n_blocks = len({name.split(".")[2] for name in checkpoint["model"] if ".h." in name})
+        if weights and n_blocks != state.n_blocks:
+            raise ValueError(f"n_blocks is {state.n_blocks}, but there are {n_blocks} blocks")
         for name, w in checkpoint["model"].items():
             if w.dtype != torch.float32:
                 raise ValueError(f"{name} has type {w.dtype}, expected {torch.float32}")

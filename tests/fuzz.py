@@ -409,7 +409,9 @@ def init_weights(work: Path, rng: random.Random) -> None:
     model_config = train.make_model_config(config, 320)
     (phase, *_), _ = (s.phases for s in make_schedules(config, model_config))
     device = torch.device("cpu")
-    model, _ = train.initial_model(config, model_config, phase, "bytes", device, verbose=False)
+    model, _ = train.initial_model(
+        config, model_config, phase, "bytes", device, mesh=None, verbose=False
+    )
     optimizer = train.enter_phase(model, {}, phase, config)
     batch = torch.zeros(1, 8, dtype=torch.long)
     train.train_step(model, optimizer, iter([(batch, batch)]), 1, PRECISION)

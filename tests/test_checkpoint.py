@@ -35,7 +35,7 @@ from stagewise.fileio import sha256
 
 STATE: dict = {
     "step": 0,
-    "n_blocks": 4,
+    "n_blocks": TINY["n_layer"],
     "model_config": TINY | {"dropout": 0.0, "bias": True},
     "seconds": 0.0,
     "loss_history": {},
@@ -251,6 +251,7 @@ MODEL_CONFIG = STATE["model_config"]
         ({"step": "3"}, "step: expected `int`"),
         ({"step": -1}, "step: "),
         ({"n_blocks": 2.5}, "n_blocks: expected `int`"),
+        ({"n_blocks": 3}, "n_blocks is 3, but there are 4 blocks"),
         ({"model_config": None}, "required field `model_config`"),
         ({"phases": {}}, "phases: expected `array`"),
         ({"model_config": MODEL_CONFIG | {"n_embd": 16}}, "do not fit the model's sizes"),

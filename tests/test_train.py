@@ -36,7 +36,7 @@ from cost import COST_METRICS, cumulative_cost
 from hellaswag import Example
 from model import GPT, GPTConfig
 from schedule import learning_rate, make_schedule
-from stagewise.checkpoint import load_checkpoint
+from stagewise.checkpoint import SUMS, checkpoints, load_checkpoint
 from stagewise.config import Config
 from stagewise.data import Shards, TrainOrder, load_meta
 from stagewise.device import autocast
@@ -774,6 +774,17 @@ def test_a_run_does_not_resume_with_another_corpus_of_the_same_size(run_train, c
     other = other_corpus(corpus, tmp_path / "other")
     with pytest.raises(UserError, match="run: cannot resume with corpus [0-9a-f]{12} -> "):
         run_train("run", steps=8, continual_steps=4, init_from="resume", data_dir=other)
+
+
+def test_a_checkpoint_whose_step_does_not_fit_its_blocks_is_an_error(run_train):
+    out = run_train("run", **S4)
+    *_, folder = checkpoints(out)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"step": 2}))
+    sums = "".join(f"{sha256(folder / f)}  {f}\n" for f in os.listdir(folder) if f != SUMS)
+    (folder / SUMS).write_text(sums)
+    with pytest.raises(UserError, match="has 4 blocks, but the schedule has 1 at step 2"):
+        run_train("run", **S4 | {"init_from": "resume"})
 
 
 def test_resuming_without_the_metrics_so_far_is_reported(run_train, capsys):
