@@ -32,8 +32,8 @@ from benchmarks.common import ROOT, machine, write_report
 from stagewise.device import pick_device
 from stagewise.errors import UserError, report_user_errors
 
-TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--n_vocab=257"]
-TINY += ["--tokens_per_step=512", "--rounds=2", "--min_seconds=0", "--compile=none"]
+TINY_MODEL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--compile=none"]
+TINY = [*TINY_MODEL, "--n_vocab=257", "--tokens_per_step=512", "--rounds=2", "--min_seconds=0"]
 # The model of a study: 10M parameters, trained on bytes.
 NARROW = ["--n_layer=12", "--n_head=4", "--n_embd=256", "--block_size=512", "--n_vocab=257"]
 SAVING_RESULTS = 15  # seconds reserved for writing the archive
@@ -103,6 +103,9 @@ def steps(args: Args) -> dict[str, Step]:
 
     # Candidates for a faster step. Those that set environment variables are compared with micro_64.
     step("bf16_residual", 120, micro_batch(64), "--variant=bf16_residual", "--dtype=bfloat16")
+    step("fp8_head", 120, micro_batch(64), "--variant=fp8_head")
+    if importlib.util.find_spec("liger_kernel"):
+        step("liger_loss", 120, micro_batch(64), "--variant=liger_loss")
     step("cublaslt", 90, micro_batch(64), env={"TORCH_BLAS_PREFER_CUBLASLT": "1"})
     autotune = {"TORCHINDUCTOR_MAX_AUTOTUNE_GEMM": "1", "ENABLE_PERSISTENT_TMA_MATMUL": "1"}
     step("autotune_gemm", 240, micro_batch(64), env=autotune)
@@ -120,6 +123,15 @@ def steps(args: Args) -> dict[str, Step]:
     else:
         scored = [f"--data={args.hellaswag or hellaswag.DEFAULT_PATH}"]
         limit = 1500
+    # fp32 takes the longest, hence the small steps.
+    tokens = 512 if args.rehearsal else 16_384
+    command = ["benchmarks/losses.py", "configs/gpt2_124m.py", *(TINY_MODEL * args.rehearsal)]
+    command += ["--data_dir=data/stdlib", "--steps=200", "--warmup_steps=50", "--lr_schedule=wsd"]
+    command += [f"--tokens_per_step={tokens}", "--batch_size=16", "--dtype=bfloat16"]
+    for name in ("erf", "bf16_residual", "fp8_head"):
+        command += [f"--variant={name}"]
+    command += [f"--nanogpt={args.nanogpt}"] if args.nanogpt else []
+    losses = Step(command, 240)
     demo = ["train.py", "configs/demo.py", "--device=auto", "--init_from=auto"]
     demo += ["--out_dir=out/demo_gpu"]
     tiny_run = ["--steps=3", "--eval_tokens=512", "--hellaswag_data=none"]
@@ -127,6 +139,7 @@ def steps(args: Args) -> dict[str, Step]:
         corpus = ["fineweb.py", "--source=stdlib", "--out=data/stdlib"]
         result["demo_corpus"] = Step(corpus, 60)
     result["demo"] = Step([*demo, *(tiny_run if args.rehearsal else ["--compile=blocks"])], 150)
+    result["losses"] = losses
     peer = [f"--peer={args.build_nanogpt}"] if args.build_nanogpt and not args.rehearsal else []
     command = ["benchmarks/scoring.py", *scored]
     result["scoring_all"] = Step([*command, f"--limit={4 * args.rehearsal}", "--alone=True"], 90)

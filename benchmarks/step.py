@@ -17,7 +17,6 @@ import statistics
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +29,6 @@ from msgspec import Meta
 from tabulate import tabulate
 from torch._dynamo.utils import compilation_time_metrics, counters
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -43,8 +41,9 @@ from benchmarks.common import (
     transformers_gpt2,
     write_report,
 )
+from benchmarks.variants import COMPILE, apply_variant, check_variant
 from cost import cost_per_token, make_schedules
-from model import GPT, CausalSelfAttention, GPTConfig
+from model import GPT, GPTConfig
 from schedule import Phase, Schedule, Step
 from stagewise.config import (
     Config,
@@ -57,7 +56,6 @@ from stagewise.config import (
 from stagewise.data import Prefetch, Shards, TrainOrder, write_shard
 from stagewise.device import (
     autocast,
-    matmul_dtype,
     peak_flops,
     peak_memory,
     pick_device,
@@ -67,16 +65,8 @@ from stagewise.distributed import Ranks
 from stagewise.errors import UserError, did_you_mean, report_user_errors
 
 MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}  # of the square matrices whose product is timed
-COMPILE = ("none", "blocks", "model")
 PROFILED = 50  # kernels, those that take the longest
 MIN_SKIPPING_STEPS = 8  # in a trial of a phase that skips blocks, whose steps differ
-BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
-CUDA_ONLY = ("cudnn", "efficient")
-VARIANTS = (*COMPILE, "erf", "bf16_residual", *BACKENDS)
 PEERS = {"nanogpt": "model.py", "build_nanogpt": "train_gpt2.py", "hf": ""}  # the model's file
 
 
@@ -103,7 +93,8 @@ class BenchmarkConfig(Config):
     """Micro-batches with which peers are timed; default: batch_size."""
     variant: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Changes of the baseline: none, blocks or model, as for compile; erf, nanoGPT's GELU;
-    bf16_residual, a residual stream in bfloat16 as in llm.c; flash, cudnn or efficient, the backend
+    bf16_residual, a residual stream in bfloat16 as in llm.c; fp8_head, the head's matrix products
+    in fp8; liger_loss, the loss of the package liger-kernel; flash, cudnn or efficient, the backend
     of attention."""
     profile: bool = False
     """Also profile a step of the baseline, and list its operators and kernels by time."""
@@ -200,16 +191,8 @@ def defaults(on_gpu: bool) -> BenchmarkConfig:
 
 def check_options(config: BenchmarkConfig, device: torch.device) -> None:
     """Raise UserError if something cannot be timed."""
-    on_cpu = device.type == "cpu"
     for name in config.variant:
-        if name not in VARIANTS:
-            raise UserError(f"--variant={name} is unknown{did_you_mean(name, VARIANTS)}")
-        if name in CUDA_ONLY and device.type != "cuda":
-            raise UserError(f"--variant={name} needs a CUDA GPU: use --variant=flash")
-        # On a GPU, torch must be asked, which needs one.
-        products = matmul_dtype(device, config.dtype, config.n_embd) if on_cpu else config.dtype
-        if name == "bf16_residual" and products == "float32":
-            raise UserError(f"--variant={name} needs bf16 matrix products: use --dtype=bfloat16")
+        check_variant(name, config, device)
     compiled = {config.compile, *config.variant} & {"blocks", "model"}
     if compiled and device.type == "cpu":
         train.check_compiler(min(compiled))
@@ -359,42 +342,9 @@ def phase_candidates(bench: Benchmark, phases: dict[str, Phase]) -> dict[str, Ca
 def variant(bench: Benchmark, name: str, phase: Phase) -> Candidate:
     """Return the baseline with a change."""
     model = bench.model(compile=name if name in COMPILE else None)
-    for block in model.transformer.h:
-        if name == "erf":
-            block.mlp.forward = types.MethodType(erf_mlp, block.mlp)
-        elif name in BACKENDS:
-            block.attn.forward = types.MethodType(attention_with(BACKENDS[name]), block.attn)
-    if name == "bf16_residual":
-        model.transformer.drop = BF16Residual()
+    apply_variant(model, name)
     optimizer = train.enter_phase(model, {}, phase, bench.config)
     return bench.candidate(phase, lambda: (model, optimizer))
-
-
-class BF16Residual(torch.nn.Module):
-    """Takes the place of the dropout of the embeddings: the blocks then add to a bf16 tensor."""
-
-    def forward(self, x):
-        return x.to(torch.bfloat16)
-
-
-def erf_mlp(self, x):
-    """The MLP of a block with the exact GELU."""
-    return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
-
-
-def attention_with(backend: SDPBackend) -> Callable:
-    """Return the attention of a block, forced to a backend.
-
-    The backend is part of the compiled code. If it were set around a step, the variant would run
-    the graph of the baseline: dynamo has no guard on it, and AOTAutograd's cache has no key for it,
-    so even after torch._dynamo.reset() the same graph comes back.
-    """
-
-    def forward(self, x, mask=None):
-        with sdpa_kernel(backend):
-            return CausalSelfAttention.forward(self, x, mask)
-
-    return forward
 
 
 class PeerLoss(torch.nn.Module):

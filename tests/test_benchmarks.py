@@ -12,10 +12,11 @@ import torch
 from conftest import ROOT, TINY, TINY_RUN, script
 from torch.nn.attention import SDPBackend
 
-from benchmarks import gpu
+import stagewise.loss
+from benchmarks import gpu, losses, variants
 from benchmarks import step as benchmark
 from cost import cost_per_token, flops_per_token, make_schedules
-from model import GPTConfig
+from model import GPT, GPTConfig
 from schedule import SkipPolicy, Step, make_schedule
 from stagewise.config import load_config
 from stagewise.errors import UserError
@@ -216,7 +217,7 @@ def test_graphs_and_compile_seconds_are_counted(tmp_path):
 @pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler on the CPU")
 def test_a_variant_runs_its_own_graph(tmp_path, monkeypatch):
     """Not the baseline's, which is compiled first, and the baseline not the variant's."""
-    monkeypatch.setitem(benchmark.BACKENDS, "math", SDPBackend.MATH)
+    monkeypatch.setitem(variants.BACKENDS, "math", SDPBackend.MATH)
     torch._dynamo.reset()
     bench, _, baseline = tiny_benchmark(tmp_path, compile="blocks")
     (phase,) = baseline.phases
@@ -307,8 +308,45 @@ def test_the_options_of_the_series_are_valid(tmp_path, rehearsal):
             device = torch.device("cpu" if rehearsal else "cuda")
             benchmark.check_options(config, device)
             checked += 1
-    assert checked >= 6
+        if command[0] == "benchmarks/losses.py":
+            losses.check_options(load_config(command[1:], losses.LossConfig()), device)
+            checked += 1
+    assert checked >= 7
     assert any(word.startswith("--peer=nanogpt=") for word in commands["micro_32"].command)
+
+
+# --- losses
+
+
+def test_the_loss_with_products_in_fp8_is_close_to_the_exact_one(monkeypatch):
+    monkeypatch.setitem(stagewise.loss.LOGITS_BYTES, "cpu", 24 * 4 * 320)  # chunks of 16 rows
+    torch.manual_seed(0)
+    exact, rounded = (GPT(GPTConfig(**TINY), seed=1) for _ in range(2))
+    variants.apply_variant(rounded, "fp8_head")
+    x, y = torch.randint(320, (2, 4, 16))
+    gradients = []
+    for model in (exact, rounded):
+        loss = model(x, y)
+        (3 * loss).backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    assert 0 < abs(rounded(x, y) / exact(x, y) - 1) < 1e-3
+    for name, g in gradients[0].items():
+        other = gradients[1][name]
+        assert 0 < (g - other).norm() / g.norm() < 0.1, name
+
+
+def test_losses_are_compared_with_a_reference(corpus, tmp_path):
+    path = tmp_path / "losses.json"
+    options = TINY_RUN | dict(data_dir=corpus, steps=20, learning_rate=1e-4, dtype="float32")
+    words = [f"--{name}={value}" for name, value in options.items()]
+    words += ["--variant=erf", "--variant=fp8_head", f"--json={path}"]
+    script("benchmarks/losses.py", *words)
+    rows = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
+    assert list(rows) == ["reference", "train.py", "erf", "fp8_head"]
+    assert {len(row["losses"]) for row in rows.values()} == {20}
+    assert rows["reference"]["losses"][0] - rows["reference"]["losses"][-1] > 0.01
+    differences = [row["max_difference"] for row in rows.values()]
+    assert differences[0] == 0 and max(differences[1:3]) < 1e-5 < differences[3] < 1e-2
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 import stagewise.loss as losses
 import train
 from benchmarks import step as benchmark
+from benchmarks import variants
 from benchmarks.scoring import one_by_one
 from cost import make_schedules
 from hellaswag import Example, ending_losses
@@ -415,11 +416,11 @@ def test_a_variant_of_the_benchmark_runs_its_own_attention(tmp_path, compile):
     bench = benchmark.Benchmark(config, model_config, CUDA, data)
     phase = make_schedules(config, model_config)[1].phases[0]
     candidates = {"baseline": benchmark.phase_candidates(bench, {"": phase})[""]}
-    candidates |= {name: benchmark.variant(bench, name, phase) for name in benchmark.BACKENDS}
+    candidates |= {name: benchmark.variant(bench, name, phase) for name in variants.BACKENDS}
     names = {}
     for _ in range(2):  # compiled in the first round
         for name, candidate in candidates.items():
             names[name] = operations(candidate.enter(), 0.0)
-    for name in benchmark.BACKENDS:
-        ran = {b for b in benchmark.BACKENDS if any(f"{b}_attention" in n for n in names[name])}
+    for name in variants.BACKENDS:
+        ran = {b for b in variants.BACKENDS if any(f"{b}_attention" in n for n in names[name])}
         assert ran == {name}

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import growth
 import stagewise.loss
 import train
-from benchmarks.step import BF16Residual
+from benchmarks.variants import apply_variant
 from cost import COST_METRICS, cumulative_cost
 from hellaswag import Example
 from model import GPT, GPTConfig
@@ -504,7 +504,7 @@ def test_the_fast_path_matches_the_reference_over_200_steps(
     schedule = make_schedule(4, 160, stages=2, continual_steps=40)
     plain, fast = (GPT(GPTConfig(**TINY), n_blocks=2, device=device) for _ in range(2))
     if bf16_residual:
-        fast.transformer.drop = BF16Residual()
+        apply_variant(fast, "bf16_residual")
     fast.compile_regions()
     config = Config(learning_rate=1e-3)
     batches = (

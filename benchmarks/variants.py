@@ -1,0 +1,171 @@
+"""Changes of the model that benchmarks compare with the baseline.
+
+They are kept apart from model.py until a GPU shows that one of them is worth its code.
+"""
+
+import importlib.util
+import types
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from model import GPT, CausalSelfAttention
+from stagewise.config import Config
+from stagewise.device import matmul_dtype
+from stagewise.errors import UserError, did_you_mean
+from stagewise.loss import LOGITS_BYTES, chunk_size
+
+COMPILE = ("none", "blocks", "model")
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+CUDA_ONLY = ("cudnn", "efficient", "liger_loss")
+VARIANTS = (*COMPILE, "erf", "bf16_residual", "fp8_head", "liger_loss", *BACKENDS)
+
+
+def check_variant(name: str, config: Config, device: torch.device) -> None:
+    """Raise UserError if there is no such variant, or it cannot run."""
+    if name not in VARIANTS:
+        raise UserError(f"--variant={name} is unknown{did_you_mean(name, VARIANTS)}")
+    if name in CUDA_ONLY and device.type != "cuda":
+        raise UserError(f"--variant={name} needs a CUDA GPU: use another variant")
+    # On a GPU, torch must be asked, which needs one.
+    on_cpu = device.type == "cpu"
+    products = matmul_dtype(device, config.dtype, config.n_embd) if on_cpu else config.dtype
+    if name == "bf16_residual" and products == "float32":
+        raise UserError(f"--variant={name} needs bf16 matrix products: use --dtype=bfloat16")
+    if name == "fp8_head" and (config.n_embd % 16 or config.batch_size * config.block_size % 16):
+        raise UserError(
+            f"--variant={name} needs n_embd={config.n_embd} and batch_size x block_size="
+            f"{config.batch_size * config.block_size} to be multiples of 16"
+        )
+    if name == "liger_loss" and not importlib.util.find_spec("liger_kernel"):
+        raise UserError(f"--variant={name} needs the package liger-kernel: install it")
+
+
+def apply_variant(model: GPT, name: str) -> None:
+    """Change a model in place. The variants in COMPILE are left to the caller."""
+    for block in model.transformer.h:
+        if name == "erf":
+            block.mlp.forward = types.MethodType(erf_mlp, block.mlp)
+        elif name in BACKENDS:
+            block.attn.forward = types.MethodType(attention_with(BACKENDS[name]), block.attn)
+    if name == "bf16_residual":
+        model.transformer.drop = BF16Residual()
+    if name == "fp8_head":
+        model.forward = types.MethodType(forward_with(fp8_loss(model)), model)
+    if name == "liger_loss":
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss()
+
+        def loss(x, weight, targets):
+            return liger(weight, x, targets)
+
+        model.forward = types.MethodType(forward_with(loss), model)
+
+
+def erf_mlp(self, x):
+    """The MLP of a block with the exact GELU, as in nanoGPT."""
+    return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
+
+
+def attention_with(backend: SDPBackend) -> Callable:
+    """Return the attention of a block, forced to a backend.
+
+    The backend is part of the compiled code. If it were set around a step, the variant would run
+    the graph of the baseline: dynamo has no guard on it, and AOTAutograd's cache has no key for it,
+    so even after torch._dynamo.reset() the same graph comes back.
+    """
+
+    def forward(self, x, mask=None):
+        with sdpa_kernel(backend):
+            return CausalSelfAttention.forward(self, x, mask)
+
+    return forward
+
+
+class BF16Residual(torch.nn.Module):
+    """Takes the place of the dropout of the embeddings: the blocks then add to a bf16 tensor."""
+
+    def forward(self, x):
+        return x.to(torch.bfloat16)
+
+
+def forward_with(loss: Callable) -> Callable:
+    """Return a forward pass of GPT in training with another loss of (x, weight, targets).
+
+    The shapes are x (N, C), weight (V, C) and targets (N,).
+    """
+
+    def forward(self, idx, targets, residual_scales=None):
+        x = self.hidden(idx, residual_scales=residual_scales).flatten(0, 1)
+        return loss(x, self._head_weight(), targets.flatten())
+
+    return forward
+
+
+# --- loss with matrix products in 8-bit floating point
+
+
+def fp8_loss(model: GPT) -> Callable:
+    """Return a loss of (x, weight, targets), in chunks like `ChunkedCrossEntropy`."""
+    # On a CPU only the numerics matter.
+    on_gpu = model.lm_head.weight.is_cuda
+    to_fp8 = torch.compile(_to_fp8, dynamic=False) if on_gpu else _to_fp8
+
+    def loss(x, weight, targets):
+        return FP8CrossEntropy.apply(x, weight, targets, model.softmax_loss, to_fp8)
+
+    return loss
+
+
+def _to_fp8(t: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `t` in an fp8 dtype, scaled to its full range, and the scale (a scalar) to undo it."""
+    scale = t.abs().amax().float().clamp(min=1e-12) / torch.finfo(dtype).max
+    return (t.float() / scale).to(dtype), scale
+
+
+def _product(a, b, out_dtype):
+    """Return a @ b for two pairs of fp8 tensor and scale."""
+    # The kernels read a by rows and b by columns.
+    a8, b8 = a[0].contiguous(), b[0].t().contiguous().t()
+    return torch._scaled_mm(a8, b8, scale_a=a[1], scale_b=b[1], out_dtype=out_dtype)
+
+
+class FP8CrossEntropy(torch.autograd.Function):
+    """`ChunkedCrossEntropy` with all three matrix products in fp8, with a scale per tensor.
+
+    Activations and weights are in e4m3, gradients in e5m2, as in arXiv:2209.05433, Section 3. Sums
+    over chunks use fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, softmax_loss, to_fp8):
+        kind = x.device.type
+        dx, dw = torch.empty_like(x), torch.zeros_like(weight)
+        loss = torch.zeros((), device=x.device)
+        with torch.autocast(kind, enabled=False):
+            w8, w_scale = to_fp8(weight, torch.float8_e4m3fn)
+            size = chunk_size(len(x), len(weight), LOGITS_BYTES[kind], kind)
+            for start in range(0, len(x), size):
+                rows = slice(start, start + size)
+                x8, x_scale = to_fp8(x[rows], torch.float8_e4m3fn)
+                logits = _product((x8, x_scale), (w8.t(), w_scale), torch.bfloat16)
+                chunk_loss, gradient = softmax_loss(logits, targets[rows])
+                g8, g_scale = to_fp8(gradient, torch.float8_e5m2)
+                loss += chunk_loss
+                dx[rows] = _product((g8, g_scale), (w8, w_scale), torch.bfloat16)
+                dw += _product((g8.t(), g_scale), (x8, x_scale), torch.float32)
+        ctx.save_for_backward(dx, dw)
+        ctx.N = len(x)
+        return loss / len(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw = (d * (grad / ctx.N) for d in ctx.saved_tensors)
+        return dx, dw, None, None, None
