@@ -30,6 +30,7 @@ import stagewise.console  # noqa: F401  (first: Ctrl-C during the other imports)
 
 import ctypes
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -159,8 +160,12 @@ class RunEntry(Struct, forbid_unknown_fields=True):
 
     options: tuple[str, ...] = ()  # for train.py, applied after the options of all runs
     seeds: Annotated[tuple[Annotated[int, Meta(ge=0, lt=2**32)], ...], Meta(min_length=1)] = (1,)
-    # Numbers of steps, for a run LABEL_STEPS each; default: one run LABEL, as the options say.
-    steps: tuple[Annotated[int, Meta(ge=1)], ...] = ()
+    # Numbers of steps, for a run LABEL_STEPS each; default: one run LABEL, as the options say. A
+    # table gives additional options for every number, for example the learning rate.
+    steps: (
+        tuple[Annotated[int, Meta(ge=1)], ...]
+        | dict[Annotated[str, Meta(pattern=r"^[1-9]\d*\Z")], tuple[str, ...]]
+    ) = ()
     against: str = "baseline"  # label of the run to compare with, of the same number of steps
     group: str = ""  # entries with the same group share a panel in the figure of frontier.py
     about: str = ""  # what it is, for the page of frontier.py
@@ -236,17 +241,19 @@ def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
             values = getattr(entry, key)
             if len(set(values)) < len(values):
                 raise UserError(f"{where}: {key}: a value is listed more than once")
-        options = (*study.options, *entry.options)
-        for option in options:
+        listed = entry.steps if isinstance(entry.steps, dict) else dict.fromkeys(entry.steps, ())
+        lengths: dict[Any, tuple[str, ...]] = listed or {None: ()}
+        for option in (*study.options, *entry.options, *itertools.chain(*lengths.values())):
             if option.removeprefix("--").split("=")[0] in (*OWN_OPTIONS, "help", "-h"):
                 raise UserError(f"{where}: options: the study sets {option} itself")
-        for steps in entry.steps or (None,):
-            suffix = "" if steps is None else f"_{steps}"
-            words = options if steps is None else (*options, f"--steps={steps}")
+        for steps, own in lengths.items():
+            words, suffix = (*study.options, *entry.options, *own), ""
+            if steps is not None:
+                words, suffix = (*words, f"--steps={steps}"), f"_{steps}"
             against = entry.against + suffix
             planned += [
                 (
-                    (steps or 0, i),
+                    (int(steps or 0), i),
                     PlannedRun(label + suffix, seed, (*words, f"--seed={seed}"), against, label),
                 )
                 for i, seed in enumerate(entry.seeds)
@@ -529,8 +536,9 @@ def common_steps(shorter: Config, longer: Config) -> int:
     """Return the step at which `shorter` starts to decay, or 0 if the runs differ before it.
 
     With "wsd", runs of different lengths can be identical until the shorter one starts to decay.
-    Both runs must belong to the same entry: only their phases and learning rates are compared.
     """
+    if dataclasses.replace(shorter, steps=longer.steps) != longer:
+        return 0
     schedules = []
     for config in (shorter, longer):
         model_config = make_model_config(config, padded_vocab_size(load_meta(config.data_dir)))

@@ -178,6 +178,14 @@ def test_the_first_seeds_come_first(tmp_path):
             "runs.s4: baseline has no run with seed 2 to compare with",
         ),
         (
+            'title = "x"\n[runs.baseline]\nsteps = {0 = []}',
+            "runs.baseline: Expected `str` matching regex",
+        ),
+        (
+            'title = "x"\n[runs.baseline]\nsteps = {4 = ["--seed=3"]}',
+            "runs.baseline: options: the study sets --seed=3 itself",
+        ),
+        (
             'title = "x"\n[runs.baseline]\nsteps = [4, 8]\n[runs.s4]\n',
             "runs.s4: runs.baseline lists several numbers of steps, so this run must list them",
         ),
@@ -488,6 +496,13 @@ options = {options}
 options = ["--lr_schedule=wsd", "--decay_fraction=0.25", "--warmup_steps=3"]
 steps = [8, 14, 24]
 seeds = [1, 2]
+[runs.tuned]
+options = ["--lr_schedule=wsd", "--decay_fraction=0.25"]
+against = "tuned"
+[runs.tuned.steps]
+8 = ["--learning_rate=1e-3"]
+14 = ["--learning_rate=1e-3"]
+24 = ["--learning_rate=1e-3", "--weight_decay=0.2"]
 [runs.cosine]
 options = ["--lr_schedule=cosine"]
 against = "cosine"
@@ -501,7 +516,7 @@ steps = [8, 14]
 def test_a_longer_run_continues_a_shorter_one_as_if_trained_from_the_start(
     corpus, tmp_path, monkeypatch, restored_signals, capsys
 ):
-    """Only where both begin identically: not with a cosine, not with stages."""
+    """Only where both begin identically: not with a cosine, with stages or with other options."""
     options = dict(data_dir=corpus, hellaswag_data="none", log_interval=1)
     folder = write_study(tmp_path / "x", BRANCHES, **options)
     text = (folder / "study.toml").read_text()
@@ -517,7 +532,13 @@ def test_a_longer_run_continues_a_shorter_one_as_if_trained_from_the_start(
     instead_of_training(monkeypatch, train_one)
     study.main(study.RunArgs(folder, out=tmp_path / "out"))
     longer = {name: step for name, step in first_steps.items() if step}
-    assert longer == {f"baseline_{n}_seed{s}": k for n, k in ((14, 6), (24, 10)) for s in (1, 2)}
+    expected = {f"baseline_{n}_seed{s}": k for n, k in ((14, 6), (24, 10)) for s in (1, 2)}
+    assert longer == expected | {"tuned_14_seed1": 6}
+    weight_decay = [
+        json.loads((folder / f"tuned_{n}_seed1" / "config.json").read_text())["weight_decay"]
+        for n in (14, 24)
+    ]
+    assert weight_decay == [0.1, 0.2]
     assert "baseline_24_seed2: continues baseline_14_seed2 from step 10" in capsys.readouterr().out
     direct = tmp_path / "direct"
     shutil.copytree(folder, direct, ignore=shutil.ignore_patterns("*_seed*"))
