@@ -370,6 +370,7 @@ def table(points: dict[str, list[Point]]) -> str:
                 [
                     name,
                     f"{p.steps:,}",
+                    f"{p.runs[0].run.config.learning_rate:g}",
                     f"{p.tokens_per_parameter():.1f}",
                     str(len(p.runs)),
                     f"{statistics.fmean(r.loss for r in p.runs):.4f}",
@@ -377,7 +378,7 @@ def table(points: dict[str, list[Point]]) -> str:
                     p.log_multiplier("flops").as_factor(),
                 ]
             )
-    header = ["method", "steps", "tokens / parameter", "seeds", "val loss"]
+    header = ["method", "steps", "learning rate", "tokens / parameter", "seeds", "val loss"]
     header += [f"gain, equal {study.LABELS[m]}" for m in METRICS] + ["compute multiplier"]
     return study.markdown(header, rows)
 
