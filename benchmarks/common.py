@@ -38,7 +38,8 @@ def machine(device: torch.device) -> dict[str, str]:
         git = ["git", "describe", "--always", "--dirty"]
         described = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
         commit = described or commit
-    settings = {k: v for k, v in os.environ.items() if re.match(r"TORCH|ENABLE_|CUBLAS|PYTORCH", k)}
+    names = re.compile(r"(TORCH|ENABLE_|CUBLAS|PYTORCH)(?!.*_DIR$)")
+    settings = {k: v for k, v in os.environ.items() if names.match(k)}
     return {
         "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
