@@ -3,11 +3,12 @@
     python frontier.py results/NAME
 
 results/NAME is a study (see study.py) in which `baseline` and the methods are trained for several
-numbers of steps, each run to the end of its learning-rate schedule. The final loss of the baselines
-as a function of compute is the frontier. Between two baselines, it is linear in the logarithm of
-compute. The gain of a run is the loss of the frontier at the compute of the run, minus the loss of
-the run. The run and the baselines have the same seed, so they read the same data in the same order.
-A run whose compute is outside the range of the baselines has no gain.
+numbers of steps, each run to the end of its learning-rate schedule. There can be several baselines,
+for example with different learning rates. At each number of steps, the best of them is used. The
+final loss of the baselines as a function of compute is the frontier. Between two baselines, it is
+linear in the logarithm of compute. The gain of a run is the loss of the frontier at the compute of
+the run, minus the loss of the run. The run and the baselines have the same seed, so they read the
+same data in the same order. A run whose compute is outside the range of the baselines has no gain.
 
 Writes README.md, gain.png and gain.svg to results/NAME.
 """
@@ -20,6 +21,7 @@ import stagewise.console  # noqa: F401  (first: Ctrl-C during the other imports)
 
 # isort: split
 
+import dataclasses
 import math
 import os
 import statistics
@@ -34,13 +36,14 @@ import plot
 import study
 from plot import COLORS
 from runs import Run
+from stagewise.config import Config, load_config
 from stagewise.errors import UserError, file_errors, report_user_errors
 from study import PlannedRun
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-BASELINE = "baseline"
+BASELINE = "baseline"  # what methods are compared with by default
 MIN_SEEDS = 3  # for a comparison to count
 # Lines of Markdown between which --readme writes.
 BEGIN, END = "<!-- written by frontier.py -->", "<!-- end -->"
@@ -214,13 +217,17 @@ def load_runs(folder: Path) -> tuple[study.Study, list[Finished], list[PlannedRu
     described, planned = study.load_study(folder)
     runs: list[Finished] = []
     missing, times = [], study.step_seconds(folder)
+    configs: dict[str, Config] = {}  # by label
     for p in planned:
         run = study.load_finished(folder / p.name)
         if run is None:
             missing.append(p)
-        else:
-            run.step_seconds = times.get(p.entry, {})
-            runs.append(Finished(p, run))
+            continue
+        if p.label not in configs:
+            configs[p.label] = load_config([*p.options], Config())
+        check_recipe(folder / p.name, run, dataclasses.replace(configs[p.label], seed=p.seed))
+        run.step_seconds = times.get(p.entry, {})
+        runs.append(Finished(p, run))
     # The loss does not depend on the size of micro-batches, apart from rounding and dropout masks.
     may_differ = study.METHOD | study.RECIPE | {"steps", "batch_size"}
     for finished in runs[1:]:
@@ -228,42 +235,77 @@ def load_runs(folder: Path) -> tuple[study.Study, list[Finished], list[PlannedRu
     return described, runs, missing
 
 
+def check_recipe(folder: Path, run: Run, config: Config) -> None:
+    """Raise UserError if a run was trained with another recipe than study.toml says now."""
+    for name in sorted(study.RECIPE):
+        before, now = getattr(run.config, name), getattr(config, name)
+        if before != now:
+            raise UserError(
+                f"{folder}: was trained with {name}={before}, but study.toml says {name}={now}: "
+                f"correct it, or move {folder} elsewhere and train the run again"
+            )
+
+
+def baselines_by_steps(
+    described: study.Study, runs: list[Finished]
+) -> dict[int, dict[str, list[Finished]]]:
+    """Return the runs of the baselines by number of steps and entry."""
+    result: dict[int, dict[str, list[Finished]]] = {}
+    for r in sorted(runs, key=lambda r: r.steps):
+        if r.planned.entry in described.baselines:
+            result.setdefault(r.steps, {}).setdefault(r.planned.entry, []).append(r)
+    return result
+
+
+def best_baselines(described: study.Study, runs: list[Finished]) -> list[Finished]:
+    """Return the runs of the best baseline at every number of steps.
+
+    This is the entry with the lowest mean loss of those with the most seeds.
+    """
+
+    def rank(own: list[Finished]) -> tuple[int, float]:
+        return -len(own), statistics.fmean(r.loss for r in own)
+
+    entries = baselines_by_steps(described, runs).values()
+    return [r for at in entries for r in min(at.values(), key=rank)]
+
+
 def points_of(described: study.Study, runs: list[Finished]) -> dict[str, list[Point]]:
-    """Return the points of every method that is compared with the baseline, by its label.
+    """Return the points of every method that is compared with the baselines, by its label.
 
     Raises:
         UserError: if there are not enough baselines.
     """
     frontiers: dict[tuple[str, int], Frontier] = {}
+    best = best_baselines(described, runs)
     for seed in {r.planned.seed for r in runs}:
-        own = [r for r in runs if r.planned.entry == BASELINE and r.planned.seed == seed]
+        own = [r for r in best if r.planned.seed == seed]
         if len(own) > 1:
             frontiers |= {(m, seed): Frontier.of(own, m) for m in METRICS}
     if not frontiers:
         raise UserError(
-            f"no seed has two finished runs of {BASELINE!r}: train them first, with python "
-            "study.py run"
+            f"no seed has two finished runs of {' or '.join(described.baselines)}: train them "
+            "first, with python study.py run"
         )
     points: dict[str, dict[str, list[Finished]]] = {}
     for r in runs:
         against = described.runs[r.planned.entry].get("against", BASELINE)
-        has_frontier = ("flops", r.planned.seed) in frontiers
-        if r.planned.entry != BASELINE and against == BASELINE and has_frontier:
+        compared = against in described.baselines and r.planned.entry not in described.baselines
+        if compared and ("flops", r.planned.seed) in frontiers:
             points.setdefault(r.planned.entry, {}).setdefault(r.planned.label, []).append(r)
     return {entry: [Point(rs, frontiers) for rs in by.values()] for entry, by in points.items()}
 
 
-def contrast(runs: list[Finished], label: str, other: str) -> dict[int, Estimate]:
-    """Return the loss of one method minus that of another one, by the steps of their baseline.
+def contrast(runs: list[Finished], others: list[Finished]) -> dict[int, Estimate]:
+    """Return the loss of `runs` minus that of `others`, by the steps of their baseline.
 
     Only runs with the same seed and the same FLOPs are compared.
     """
     differences: dict[int, list[float]] = {}
     for a in runs:
-        for b in runs:
-            asked = (a.planned.entry, b.planned.entry) == (label, other)
+        for b in others:
             paired = a.planned.seed == b.planned.seed and a.steps == b.steps
-            if asked and paired and abs(a.compute("flops") / b.compute("flops") - 1) < study.CLOSE:
+            if paired and abs(a.compute("flops") / b.compute("flops") - 1) < study.CLOSE:
                 differences.setdefault(a.steps, []).append(a.loss - b.loss)
     return {steps: Estimate.of(values) for steps, values in sorted(differences.items())}
 
@@ -383,9 +425,30 @@ def table(points: dict[str, list[Point]]) -> str:
     return study.markdown(header, rows)
 
 
+def baseline_table(described: study.Study, runs: list[Finished]) -> str:
+    """Return the mean losses of the baselines by number of steps. Bold: the best."""
+    per_step = runs[0].run.config.tokens_per_step / block_parameters(runs[0].run)
+    best = {r.steps: r.planned.entry for r in best_baselines(described, runs)}
+    rows = []
+    for steps, at in baselines_by_steps(described, runs).items():
+        row = [f"{steps:,}", f"{steps * per_step:.1f}"]
+        for entry in described.baselines:
+            own = at.get(entry)
+            loss = f"{statistics.fmean(r.loss for r in own):.4f} ({len(own)})" if own else ""
+            row.append(f"**{loss}**" if entry == best[steps] and len(at) > 1 else loss)
+        rows.append(row)
+    return study.markdown(["steps", "tokens / parameter", *described.baselines], rows)
+
+
 def contrast_table(described: study.Study, runs: list[Finished]) -> str:
     """Return the direct comparisons of a study as a table, or "" if there are none."""
-    found = {row: contrast(runs, *row[1:]) for row in described.contrasts}
+
+    def runs_of(label):
+        if label in described.baselines:
+            return best_baselines(described, runs)
+        return [r for r in runs if r.planned.entry == label]
+
+    found = {row: contrast(*map(runs_of, row[1:])) for row in described.contrasts}
     budgets = sorted({steps for estimates in found.values() for steps in estimates})
     if not budgets:
         return ""
@@ -466,6 +529,11 @@ CONTRASTS = (
     "positive number means that the second is better. It is bold if the interval does not contain "
     "zero and there are at least 3 seeds."
 )
+BASELINES = (
+    "Mean validation loss, and in parentheses the number of seeds. If there are several baselines "
+    "with the same number of steps, the methods are compared with the one in bold, which has the "
+    "lowest mean of those with the most seeds."
+)
 HOW_TO_READ = (
     "*Gain*: the loss of a baseline with the compute of the run, minus the loss of the run, in "
     "nats per token; positive if the method is better. Between two baselines, the loss is "
@@ -545,6 +613,7 @@ def main(args: Args) -> None:
         page += [f"## Gain at equal {study.LABELS[metric]}", overview(points, metric)]
         if metric == "flops":
             page.append(OVERVIEW)
+    page += ["## Baselines", baseline_table(described, runs), BASELINES]
     page += ["## All runs", table(points), HOW_TO_READ, "## Conditions", conditions(points)]
     study.write(folder / "README.md", "\n\n".join(page) + "\n")
     n = sum(map(len, points.values()))

@@ -179,6 +179,8 @@ class Study(Struct, forbid_unknown_fields=True):
     runs: Annotated[dict[Annotated[str, Meta(pattern=r"^\w[\w.-]*\Z")], Any], Meta(min_length=1)]
     about: str = ""  # Markdown for the report
     options: tuple[str, ...] = ()  # options of all runs
+    # For frontier.py: entries that train the whole model, for example with different learning rates
+    baselines: tuple[str, ...] = ("baseline",)
     # (question, label, other label): the loss of the first run minus that of the other one, for the
     # page of frontier.py
     contrasts: tuple[tuple[str, str, str], ...] = ()
@@ -222,9 +224,12 @@ def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
         study = convert(tomllib.loads(text.decode()), Study)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a valid study: {error}") from None
-    for _, *labels in study.contrasts:
-        if unknown := set(labels) - study.runs.keys():
-            raise UserError(f"{path}: contrasts: {unknown.pop()!r} is not a run")
+    labels = {f"contrasts, {text!r}": names for text, *names in study.contrasts}
+    if study.baselines != Study.baselines:
+        labels["baselines"] = [*study.baselines]
+    for where, names in labels.items():
+        if unknown := set(names) - study.runs.keys():
+            raise UserError(f"{path}: {where}: {unknown.pop()!r} is not a run")
     planned = []
     for label, table in study.runs.items():
         where = f"{path}, runs.{label}"

@@ -8,6 +8,7 @@ import shutil
 import signal
 import statistics
 
+import msgspec
 import numpy as np
 import pytest
 from conftest import ROOT, metrics
@@ -145,7 +146,7 @@ def test_the_page_has_a_row_for_every_method_and_budget(tiny, tmp_path, capsys):
     assert (folder / "gain.png").exists() and (folder / "gain.svg").exists()
     for steps, seed in itertools.product((16, 32), (1, 2, 3)):
         shutil.rmtree(folder / f"baseline_{steps}_seed{seed}")
-    with pytest.raises(UserError, match="no seed has two finished runs of 'baseline'"):
+    with pytest.raises(UserError, match="no seed has two finished runs of baseline"):
         frontier.main(frontier.Args(folder))
 
 
@@ -182,7 +183,8 @@ def test_the_finding_counts_the_methods_on_either_side_of_the_baseline(tiny):
 
 def test_contrasts_are_paired_differences_of_losses(tiny, tmp_path):
     described, runs, _ = frontier.load_runs(tiny)
-    estimate = frontier.contrast(runs, "matched", "matched_copies")
+    of = {name: [r for r in runs if r.planned.entry == name] for name in described.runs}
+    estimate = frontier.contrast(of["matched"], of["matched_copies"])
     losses = [
         [final(tiny, f"{name}_16_seed{seed}")[1] for seed in (1, 2)]
         for name in ("matched", "matched_copies")
@@ -190,14 +192,54 @@ def test_contrasts_are_paired_differences_of_losses(tiny, tmp_path):
     differences = [a - b for a, b in zip(*losses)]
     assert list(estimate) == [16] and estimate[16].n == 2
     assert estimate[16].mean == pytest.approx(statistics.fmean(differences))
-    assert list(frontier.contrast(runs, "baseline", "constant")) == [16]
-    assert frontier.contrast(runs, "baseline", "stacked") == {}  # fewer FLOPs
+    assert list(frontier.contrast(of["baseline"], of["constant"])) == [16]
+    assert frontier.contrast(of["baseline"], of["stacked"]) == {}  # fewer FLOPs
     table = re.sub(" +", " ", frontier.contrast_table(described, runs))
     assert f"| Do copies help? | matched - matched_copies | {estimate[16]}" in table
     text = (tiny / "study.toml").read_text().replace('line", "constant"', 'line", "other"')
     (tmp_path / "study.toml").write_text(text)
-    with pytest.raises(UserError, match="contrasts: 'other' is not a run"):
+    with pytest.raises(UserError, match="contrasts, 'Rate\\?': 'other' is not a run"):
         study.load_study(tmp_path)
+
+
+def test_the_best_baseline_is_used_at_every_number_of_steps(tiny):
+    described, runs, _ = frontier.load_runs(tiny)
+    described = msgspec.structs.replace(described, baselines=("baseline", "constant"))
+    # "constant" has one seed, and "baseline" three, unless only the first is known.
+    first = [r for r in runs if r.planned.seed == 1]
+    losses = {name: final(tiny, f"{name}_16_seed1")[1] for name in described.baselines}
+    lowest = min(losses, key=losses.get)
+    for known, expected in ((runs, "baseline"), (first, lowest)):
+        best = {r.steps: r.planned.entry for r in frontier.best_baselines(described, known)}
+        assert best == {8: "baseline", 16: expected, 32: "baseline"}
+        other = next(r for r in known if r.planned.name == "constant_16_seed1")
+        other.run.columns["val_loss"][-1] = 0.1
+        table = re.sub(" +", " ", frontier.baseline_table(described, known))
+        assert ("| **0.1000 (1)** |" in table) == (known is first)
+        assert "constant" not in frontier.points_of(described, known)
+        other.run.columns["val_loss"][-1] = losses["constant"]
+    path = tiny / "study.toml"
+    text = path.read_text()
+    path.write_text(text.replace("[runs.baseline]", 'baselines = ["x"]\n[runs.baseline]'))
+    with pytest.raises(UserError, match="baselines: 'x' is not a run"):
+        study.load_study(tiny)
+    path.write_text(text)
+
+
+def test_a_run_that_was_not_trained_as_planned_is_an_error(tiny, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny, folder)
+    text = (folder / "study.toml").read_text()
+    (folder / "study.toml").write_text(
+        text.replace(
+            '"--growth=stack"]\nsteps = [16, 32]',
+            '"--growth=stack", "--learning_rate=1"]\nsteps = [16, 32]',
+        )
+    )
+    with pytest.raises(
+        UserError, match=r"stacked_16_seed1: was trained with learning_rate=\S+, but"
+    ):
+        frontier.load_runs(folder)
 
 
 def test_the_finding_is_written_between_the_marks(tiny, tmp_path):
