@@ -15,6 +15,7 @@ variant erf does so, too, and is the one to compare with it.
 import contextlib
 import dataclasses
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -176,16 +177,28 @@ def nanogpt(c: Comparison, folder: Path) -> list[float]:
 
 
 def compare(losses: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """Return a row for each candidate, relative to the first."""
-    expected = np.array(next(iter(losses.values())))
+    """Return a row for each candidate, relative to the reference, and to nanoGPT if it is there."""
     rows = []
     for name, values in losses.items():
-        difference = np.array(values) / expected - 1
         row: dict[str, Any] = {"name": name, "final_loss": statistics.fmean(values[-LAST:])}
-        row["max_difference"] = float(np.abs(difference).max())
-        row["final_difference"] = float(difference[-LAST:].mean())
+        for other in {"reference", "nanoGPT"} & losses.keys():
+            difference = np.array(values) / np.array(losses[other]) - 1
+            row[f"largest_difference_{other}"] = float(np.abs(difference).max())
+            row[f"final_difference_{other}"] = float(difference[-LAST:].mean())
         rows.append(row | {"losses": values})
     return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as text."""
+    columns = {"name": "", "final_loss": f"loss, last {LAST} steps"}
+    for other in ("reference", "nanoGPT"):
+        columns[f"largest_difference_{other}"] = f"from {other}: largest"
+        columns[f"final_difference_{other}"] = f"last {LAST} steps"
+    columns = {key: title for key, title in columns.items() if key in rows[0]}
+    cells = [[row[key] for key in columns] for row in rows]
+    form = ("", ".4f", ".1e", "+.1e", ".1e", "+.1e")
+    return tabulate(cells, [*columns.values()], "simple", floatfmt=form)
 
 
 def check_options(config: LossConfig, device: torch.device) -> None:
@@ -214,17 +227,15 @@ def main() -> None:
     losses |= {name: ours(c, name) for name in config.variant}
     if config.nanogpt:
         losses["nanoGPT"] = nanogpt(c, config.nanogpt)
-    report = {"machine": machine(device), "config": dataclasses.asdict(config)}
+    report: dict[str, Any] = {"machine": machine(device), "config": dataclasses.asdict(config)}
+    if config.nanogpt:
+        git = ["git", "-C", str(config.nanogpt), "rev-parse", "HEAD"]
+        report["nanogpt_commit"] = subprocess.run(
+            git, capture_output=True, text=True
+        ).stdout.strip()
     report["rows"] = compare(losses)
-    columns = {
-        "name": "",
-        "final_loss": f"loss, last {LAST} steps",
-        "max_difference": "largest difference of a step",
-        "final_difference": f"difference, last {LAST} steps",
-    }
-    rows = [{columns[k]: row[k] for k in columns} for row in report["rows"]]
-    print(tabulate(rows, "keys", "simple", floatfmt=("", ".4f", ".1e", "+.1e")))
-    print(f"Differences are relative to the reference. {schedule.n_steps} steps.")
+    print(table(report["rows"]))
+    print(f"{schedule.n_steps} steps. Differences are relative, and those at the end are means.")
     write_report(config.json, report)
 
 

@@ -1,6 +1,7 @@
 """Changes of the model that benchmarks compare with the baseline.
 
-They are kept apart from model.py until a GPU shows that one of them is worth its code.
+They are kept apart from model.py until a measurement on a GPU shows that one of them is worth its
+code.
 """
 
 import importlib.util
@@ -15,7 +16,7 @@ from model import GPT, CausalSelfAttention
 from stagewise.config import Config
 from stagewise.device import matmul_dtype
 from stagewise.errors import UserError, did_you_mean
-from stagewise.loss import LOGITS_BYTES, chunk_size
+from stagewise.loss import LOGITS_BYTES, SoftmaxLoss, chunk_size
 
 COMPILE = ("none", "blocks", "model")
 BACKENDS = {
@@ -24,6 +25,8 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 CUDA_ONLY = ("cudnn", "efficient", "liger_loss")
+FP8_ROWS = 16  # of which all sizes of an fp8 matrix product must be multiples
+E4M3_MAX, E5M2_MAX = (torch.finfo(d).max for d in (torch.float8_e4m3fn, torch.float8_e5m2))
 VARIANTS = (*COMPILE, "erf", "bf16_residual", "fp8_head", "liger_loss", *BACKENDS)
 
 
@@ -38,10 +41,11 @@ def check_variant(name: str, config: Config, device: torch.device) -> None:
     products = matmul_dtype(device, config.dtype, config.n_embd) if on_cpu else config.dtype
     if name == "bf16_residual" and products == "float32":
         raise UserError(f"--variant={name} needs bf16 matrix products: use --dtype=bfloat16")
-    if name == "fp8_head" and (config.n_embd % 16 or config.batch_size * config.block_size % 16):
+    rows = config.batch_size * config.block_size
+    if name == "fp8_head" and (config.n_embd % FP8_ROWS or rows % FP8_ROWS):
         raise UserError(
-            f"--variant={name} needs n_embd={config.n_embd} and batch_size x block_size="
-            f"{config.batch_size * config.block_size} to be multiples of 16"
+            f"--variant={name} needs n_embd={config.n_embd} and batch_size x block_size={rows} to "
+            f"be multiples of {FP8_ROWS}"
         )
     if name == "liger_loss" and not importlib.util.find_spec("liger_kernel"):
         raise UserError(f"--variant={name} needs the package liger-kernel: install it")
@@ -61,10 +65,12 @@ def apply_variant(model: GPT, name: str) -> None:
     if name == "liger_loss":
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-        liger = LigerFusedLinearCrossEntropyLoss()
+        liger = LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)
 
         def loss(x, weight, targets):
-            return liger(weight, x, targets)
+            # Otherwise, autocast would round the weight again for every chunk.
+            dtype = torch.get_autocast_dtype(x.device.type) if _autocast(x) else x.dtype
+            return liger(weight.to(dtype), x.to(dtype), targets)
 
         model.forward = types.MethodType(forward_with(loss), model)
 
@@ -109,63 +115,81 @@ def forward_with(loss: Callable) -> Callable:
     return forward
 
 
+def _autocast(x):
+    return torch.is_autocast_enabled(x.device.type)
+
+
 # --- loss with matrix products in 8-bit floating point
 
 
 def fp8_loss(model: GPT) -> Callable:
     """Return a loss of (x, weight, targets), in chunks like `ChunkedCrossEntropy`."""
-    # On a CPU only the numerics matter.
-    on_gpu = model.lm_head.weight.is_cuda
-    to_fp8 = torch.compile(_to_fp8, dynamic=False) if on_gpu else _to_fp8
+    to_fp8, softmax_loss = _to_fp8, _softmax_loss_fp8
+    if model.lm_head.weight.is_cuda:  # on a CPU only the numerics matter
+        to_fp8, softmax_loss = (torch.compile(f, dynamic=False) for f in (to_fp8, softmax_loss))
 
     def loss(x, weight, targets):
-        return FP8CrossEntropy.apply(x, weight, targets, model.softmax_loss, to_fp8)
+        return FP8CrossEntropy.apply(x, weight, targets, to_fp8, softmax_loss)
 
     return loss
 
 
-def _to_fp8(t: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `t` in an fp8 dtype, scaled to its full range, and the scale (a scalar) to undo it."""
-    scale = t.abs().amax().float().clamp(min=1e-12) / torch.finfo(dtype).max
-    return (t.float() / scale).to(dtype), scale
+def _to_fp8(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `t` in e4m3, scaled to its full range, and the factor (a scalar) to undo that."""
+    scale = t.abs().amax().float().clamp(min=1e-12) / E4M3_MAX
+    return (t.float() / scale).to(torch.float8_e4m3fn), scale
 
 
-def _product(a, b, out_dtype):
-    """Return a @ b for two pairs of fp8 tensor and scale."""
-    # The kernels read a by rows and b by columns.
-    a8, b8 = a[0].contiguous(), b[0].t().contiguous().t()
-    return torch._scaled_mm(a8, b8, scale_a=a[1], scale_b=b[1], out_dtype=out_dtype)
+def _softmax_loss_fp8(logits, targets):
+    """Return the summed loss, and the gradient of the logits, times E5M2_MAX, in e5m2."""
+    loss, gradient = SoftmaxLoss.forward(None, logits, targets)  # type: ignore[arg-type]
+    return loss, (gradient * E5M2_MAX).to(torch.float8_e5m2)  # its elements are in [-1, 1]
 
 
 class FP8CrossEntropy(torch.autograd.Function):
-    """`ChunkedCrossEntropy` with all three matrix products in fp8, with a scale per tensor.
+    """`ChunkedCrossEntropy` with all three matrix products in fp8.
 
-    Activations and weights are in e4m3, gradients in e5m2, as in arXiv:2209.05433, Section 3. Sums
-    over chunks use fp32.
+    Activations and weights are in e4m3, gradients in e5m2, as in arXiv:2209.05433, Section 3. The
+    scales are constant for gradients, and determined per chunk of activations and for the weight.
+    Sums over chunks use fp32.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, softmax_loss, to_fp8):
+    def forward(ctx, x, weight, targets, to_fp8, softmax_loss):
         kind = x.device.type
         dx, dw = torch.empty_like(x), torch.zeros_like(weight)
         loss = torch.zeros((), device=x.device)
+        g_scale = torch.full((), 1 / E5M2_MAX, device=x.device)
         with torch.autocast(kind, enabled=False):
-            w8, w_scale = to_fp8(weight, torch.float8_e4m3fn)
+            w8, w_scale = to_fp8(weight)
+            w8_by_columns = w8.t().contiguous().t()  # as the kernels read the second factor
             size = chunk_size(len(x), len(weight), LOGITS_BYTES[kind], kind)
+            size = -(-size // FP8_ROWS) * FP8_ROWS
             for start in range(0, len(x), size):
                 rows = slice(start, start + size)
-                x8, x_scale = to_fp8(x[rows], torch.float8_e4m3fn)
-                logits = _product((x8, x_scale), (w8.t(), w_scale), torch.bfloat16)
-                chunk_loss, gradient = softmax_loss(logits, targets[rows])
-                g8, g_scale = to_fp8(gradient, torch.float8_e5m2)
+                x8, x_scale = to_fp8(x[rows])
+                logits = torch._scaled_mm(
+                    x8, w8.t(), scale_a=x_scale, scale_b=w_scale, out_dtype=torch.bfloat16
+                )
+                chunk_loss, g8 = softmax_loss(logits, targets[rows])
+                del logits
                 loss += chunk_loss
-                dx[rows] = _product((g8, g_scale), (w8, w_scale), torch.bfloat16)
-                dw += _product((g8.t(), g_scale), (x8, x_scale), torch.float32)
+                dx[rows] = torch._scaled_mm(
+                    g8, w8_by_columns, scale_a=g_scale, scale_b=w_scale, out_dtype=torch.bfloat16
+                )
+                dw += torch._scaled_mm(
+                    g8.t().contiguous(),
+                    x8.t().contiguous().t(),
+                    scale_a=g_scale,
+                    scale_b=x_scale,
+                    out_dtype=torch.float32,
+                )
+                del g8
         ctx.save_for_backward(dx, dw)
         ctx.N = len(x)
         return loss / len(x)
 
     @staticmethod
     def backward(ctx, grad):
-        dx, dw = (d * (grad / ctx.N) for d in ctx.saved_tensors)
+        dx, dw = (d.mul_(grad / ctx.N) for d in ctx.saved_tensors)
         return dx, dw, None, None, None

@@ -54,6 +54,70 @@ class GPT(nn.Module):
 """
 
 
+# A model with the interface of nanoGPT's.
+NANOGPT = """
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    bias: bool
+    dropout: float
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.n_head = c.n_head
+        self.ln_1, self.ln_2 = nn.LayerNorm(c.n_embd), nn.LayerNorm(c.n_embd)
+        self.attn, self.mlp = nn.Module(), nn.Module()
+        self.attn.c_attn = nn.Linear(c.n_embd, 3 * c.n_embd)
+        self.attn.c_proj = nn.Linear(c.n_embd, c.n_embd)
+        self.mlp.c_fc = nn.Linear(c.n_embd, 4 * c.n_embd)
+        self.mlp.c_proj = nn.Linear(4 * c.n_embd, c.n_embd)
+
+    def forward(self, x):
+        q, k, v = self.attn.c_attn(self.ln_1(x)).unflatten(-1, (3, self.n_head, -1)).unbind(-3)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        weights = (q @ k.mT / k.shape[-1] ** 0.5).masked_fill(
+            torch.ones(x.shape[1], x.shape[1]).triu(1).bool(), -torch.inf
+        )
+        x = x + self.attn.c_proj((weights.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x))))
+
+class GPT(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(c.vocab_size, c.n_embd), wpe=nn.Embedding(c.block_size, c.n_embd),
+            h=nn.ModuleList(Block(c) for _ in range(c.n_layer)), ln_f=nn.LayerNorm(c.n_embd),
+        ))
+        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight
+
+    def forward(self, idx, targets):
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[: idx.shape[1]]
+        for block in self.transformer.h:
+            x = block(x)
+        logits = self.lm_head(self.transformer.ln_f(x))
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        decayed = [p for p in self.parameters() if p.dim() >= 2]
+        others = [p for p in self.parameters() if p.dim() < 2]
+        groups = [{"params": decayed, "weight_decay": weight_decay},
+                  {"params": others, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
+"""
+
+
 def run_step(tmp_path, *options):
     """Return the report of benchmarks/step.py, its rows by name, and what it printed."""
     path = tmp_path / "report.json"
@@ -308,10 +372,9 @@ def test_the_options_of_the_series_are_valid(tmp_path, rehearsal):
             device = torch.device("cpu" if rehearsal else "cuda")
             benchmark.check_options(config, device)
             checked += 1
-        if command[0] == "benchmarks/losses.py":
-            losses.check_options(load_config(command[1:], losses.LossConfig()), device)
-            checked += 1
-    assert checked >= 7
+    assert checked >= 6
+    command = commands["losses"].command
+    losses.check_options(load_config(command[1:], losses.LossConfig()), torch.device("cpu"))
     assert any(word.startswith("--peer=nanogpt=") for word in commands["micro_32"].command)
 
 
@@ -319,7 +382,7 @@ def test_the_options_of_the_series_are_valid(tmp_path, rehearsal):
 
 
 def test_the_loss_with_products_in_fp8_is_close_to_the_exact_one(monkeypatch):
-    monkeypatch.setitem(stagewise.loss.LOGITS_BYTES, "cpu", 24 * 4 * 320)  # chunks of 16 rows
+    monkeypatch.setitem(stagewise.loss.LOGITS_BYTES, "cpu", 16 * 4 * 320)  # chunks of 16 rows
     torch.manual_seed(0)
     exact, rounded = (GPT(GPTConfig(**TINY), seed=1) for _ in range(2))
     variants.apply_variant(rounded, "fp8_head")
@@ -337,16 +400,21 @@ def test_the_loss_with_products_in_fp8_is_close_to_the_exact_one(monkeypatch):
 
 def test_losses_are_compared_with_a_reference(corpus, tmp_path):
     path = tmp_path / "losses.json"
-    options = TINY_RUN | dict(data_dir=corpus, steps=20, learning_rate=1e-4, dtype="float32")
+    options = TINY_RUN | dict(data_dir=corpus, steps=20, learning_rate=1e-3, dtype="float32")
     words = [f"--{name}={value}" for name, value in options.items()]
-    words += ["--variant=erf", "--variant=fp8_head", f"--json={path}"]
-    script("benchmarks/losses.py", *words)
+    words += ["--variant=erf", "--variant=fp8_head", f"--nanogpt={tmp_path}", f"--json={path}"]
+    (tmp_path / "model.py").write_text(NANOGPT)
+    output = script("benchmarks/losses.py", *words).stdout
     rows = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
-    assert list(rows) == ["reference", "train.py", "erf", "fp8_head"]
+    assert list(rows) == ["reference", "train.py", "erf", "fp8_head", "nanoGPT"]
     assert {len(row["losses"]) for row in rows.values()} == {20}
-    assert rows["reference"]["losses"][0] - rows["reference"]["losses"][-1] > 0.01
-    differences = [row["max_difference"] for row in rows.values()]
-    assert differences[0] == 0 and max(differences[1:3]) < 1e-5 < differences[3] < 1e-2
+    assert rows["reference"]["losses"][0] - rows["reference"]["losses"][-1] > 0.05
+    of = {name: row["largest_difference_reference"] for name, row in rows.items()}
+    assert of["reference"] == 0 and of["train.py"] < 1e-6 < of["fp8_head"] < 1e-2
+    # At this size, the two kinds of GELU differ little.
+    assert rows["erf"]["losses"] != rows["train.py"]["losses"]
+    assert rows["erf"]["largest_difference_nanoGPT"] < 1e-6
+    assert f"{of['erf']:.1e}" in output
 
 
 @pytest.mark.slow
