@@ -955,7 +955,7 @@ def check_resumable(
     if checkpoint["n_blocks"] != expected:
         raise UserError(
             f"{out_dir}: the newest checkpoint has {checkpoint['n_blocks']} blocks, but the "
-            f"schedule has {expected} at step {step}: use an earlier one"
+            f"schedule has {expected} after step {step}: use an earlier one"
         )
 
 

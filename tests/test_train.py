@@ -783,7 +783,7 @@ def test_a_checkpoint_whose_step_does_not_fit_its_blocks_is_an_error(run_train):
     (folder / "state.json").write_text(json.dumps(state | {"step": 2}))
     sums = "".join(f"{sha256(folder / f)}  {f}\n" for f in os.listdir(folder) if f != SUMS)
     (folder / SUMS).write_text(sums)
-    with pytest.raises(UserError, match="has 4 blocks, but the schedule has 1 at step 2"):
+    with pytest.raises(UserError, match="has 4 blocks, but the schedule has 1 after step 2"):
         run_train("run", **S4 | {"init_from": "resume"})
 
 
