@@ -43,7 +43,6 @@ from study import PlannedRun
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-BASELINE = "baseline"  # what methods are compared with by default
 MIN_SEEDS = 3  # for a comparison to count
 # Lines of Markdown between which --readme writes.
 BEGIN, END = "<!-- written by frontier.py -->", "<!-- end -->"
@@ -289,7 +288,7 @@ def points_of(described: study.Study, runs: list[Finished]) -> dict[str, list[Po
         )
     points: dict[str, dict[str, list[Finished]]] = {}
     for r in runs:
-        against = described.runs[r.planned.entry].get("against", BASELINE)
+        against = described.runs[r.planned.entry].get("against", study.BASELINE)
         compared = against in described.baselines and r.planned.entry not in described.baselines
         if compared and ("flops", r.planned.seed) in frontiers:
             points.setdefault(r.planned.entry, {}).setdefault(r.planned.label, []).append(r)

@@ -69,6 +69,7 @@ from train import make_model_config
 
 ROOT = Path(__file__).resolve().parent
 TIMES = "step_seconds.json"
+BASELINE = "baseline"  # label of the run that the others are compared with by default
 KEPT = ("config.json", "schedule.json", "metrics.jsonl")  # files of a run folder
 # Options that study.py sets itself.
 OWN_OPTIONS = ("seed", "out_dir", "init_from", "dry_run")
@@ -166,7 +167,7 @@ class RunEntry(Struct, forbid_unknown_fields=True):
         tuple[Annotated[int, Meta(ge=1)], ...]
         | dict[Annotated[str, Meta(pattern=r"^[1-9]\d*\Z")], tuple[str, ...]]
     ) = ()
-    against: str = "baseline"  # label of the run to compare with, of the same number of steps
+    against: str = BASELINE  # label of the run to compare with, of the same number of steps
     group: str = ""  # entries with the same group share a panel in the figure of frontier.py
     about: str = ""  # what it is, for the page of frontier.py
 
@@ -180,7 +181,7 @@ class Study(Struct, forbid_unknown_fields=True):
     about: str = ""  # Markdown for the report
     options: tuple[str, ...] = ()  # options of all runs
     # For frontier.py: entries that train the whole model, for example with different learning rates
-    baselines: tuple[str, ...] = ("baseline",)
+    baselines: tuple[str, ...] = (BASELINE,)
     # (question, label, other label): the loss of the first run minus that of the other one, for the
     # page of frontier.py
     contrasts: tuple[tuple[str, str, str], ...] = ()
@@ -225,8 +226,7 @@ def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a valid study: {error}") from None
     labels = {f"contrasts, {text!r}": names for text, *names in study.contrasts}
-    if study.baselines != Study.baselines:
-        labels["baselines"] = [*study.baselines]
+    labels["baselines"] = [label for label in study.baselines if label != BASELINE]
     for where, names in labels.items():
         if unknown := set(names) - study.runs.keys():
             raise UserError(f"{path}: {where}: {unknown.pop()!r} is not a run")
@@ -269,7 +269,7 @@ def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
         raise UserError(f"{path}: two runs have the same name: rename one of them")
     for run in runs:
         if f"{run.against}_seed{run.seed}" not in names:
-            against = study.runs[run.entry].get("against", "baseline")
+            against = study.runs[run.entry].get("against", BASELINE)
             if study.runs[against].get("steps") and run.against == against:
                 raise UserError(
                     f"{path}, runs.{run.entry}: runs.{against} lists several numbers of steps, so "
