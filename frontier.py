@@ -482,8 +482,8 @@ def finding(points: dict[str, list[Point]]) -> str:
         better = [name for name in ranked if gains[name].sign == 1]
         worse = [name for name in reversed(ranked) if gains[name].sign == -1]
         item = (
-            f"- **{nominal(at):.0f} tokens per parameter.** Methods better than the baseline: "
-            f"{len(better)} of {len(gains)}"
+            f"- **{nominal(at):.0f} tokens per non-embedding parameter.** Methods better than the "
+            f"baseline: {len(better)} of {len(gains)}"
         )
         if better:
             named = []

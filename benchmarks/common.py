@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: the machine, reports, and GPT-2 of other projects."""
+"""Shared by the benchmarks: the machine, reports, and other projects' GPT-2 implementations."""
 
 import ast
 import contextlib

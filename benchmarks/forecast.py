@@ -1,8 +1,8 @@
-"""How good is the forecast of forecast.py?
+"""How accurate is forecast.py?
 
     python benchmarks/forecast.py [configs/A.py configs/B.py ...] [--key=value ...]
 
-Makes the forecast, then the run, both with the given options of train.py, and compares the seconds
+Runs forecast.py, then train.py, with the same options, and compares the seconds
 of every phase. The wall time of the run is measured from when it writes config.json, because a
 forecast does not include the start of the process.
 """

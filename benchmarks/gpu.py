@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --nanogpt DIR --build_nanogpt DIR [--minutes 9] [--archive FILE.tar.gz]
 
-Each step is a process of its own. It writes NAME.json with the command, the device, the versions
+Each measurement runs in its own process. It writes NAME.json with the command, the device, the versions
 and the date, and its output to NAME.log. A step whose JSON file exists is skipped, so the same
 command continues an interrupted series. To repeat a step, delete its JSON file. A step that fails
 or exceeds its time limit does not stop the others. With --minutes, a step is started only if its

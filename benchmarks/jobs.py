@@ -2,7 +2,7 @@
 
     python benchmarks/jobs.py [--jobs 2] [--rounds 3]
 
-Trains a study of short runs of the demo's model, once with `--jobs 1` and once with more, in turn.
+Trains a study of short runs of the demo's model, alternately with `--jobs 1` and with more.
 One run at a time uses all cores; N at a time use 1/N of them each.
 """
 

@@ -1,4 +1,4 @@
-"""Does the fast path train as well as plain PyTorch, and as nanoGPT's own code?
+"""Do train.py's losses match those of plain PyTorch and of nanoGPT's own code?
 
     python benchmarks/losses.py configs/gpt2_124m.py --nanogpt DIR --variant fp8_head
 
@@ -8,8 +8,8 @@ options say, with each variant, and with nanoGPT's model and optimizer, set up a
 The report contains the loss of every step, and its difference from the reference.
 
 Rounding differs from the first step on. At a high learning rate, training amplifies this
-difference, also between two correct implementations in fp32. nanoGPT uses the exact GELU; the
-variant erf does so, too, and is the one to compare with it.
+difference, also between two correct implementations in fp32. nanoGPT uses the exact GELU: compare it with the variant
+`erf`, which does, too.
 """
 
 import contextlib

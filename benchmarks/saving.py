@@ -2,8 +2,8 @@
 
     python benchmarks/saving.py [--sequences 1] [--rounds 4]
 
-Steps and saves alternate, of a model with AdamW's state. A step has one micro-batch, forward,
-backward and update: the shortest that a real step can be.
+Alternates training steps and checkpoints of a model with AdamW state. A step is one micro-batch
+(forward, backward, update), so no step of a real run is shorter.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
-"""Changes of the model that benchmarks compare with the baseline.
+"""Changes to the model that benchmarks compare with the baseline.
 
-They are kept apart from model.py until a measurement on a GPU shows that one of them is worth its
-code.
+They are kept apart from model.py until a measurement on a GPU shows that one of them is worth
+adding.
 """
 
 import importlib.util
