@@ -11,8 +11,9 @@ Runs are trained in out/NAME/RUN; their output is in out/NAME/RUN.log. When a ru
 config.json, schedule.json and metrics.jsonl are copied to results/NAME/RUN.
 
 `report` writes results/NAME/README.md with both figures. It computes all numbers except those in
-the `about` text of the study. Every run is compared with the run that its `against` names, of the same seed, in three metrics: paper cost, FLOPs and seconds. Seconds are the number of steps times the median
-step time of each phase, so they do not include compilation and evaluation.
+the `about` text of the study. Every run is compared with the run that its `against` names, of the
+same seed, in three metrics: paper cost, FLOPs and seconds. Seconds are the number of steps times
+the median step time of each phase, so they do not include compilation and evaluation.
 
 `time` measures the step times again, one run at a time, and writes results/NAME/step_seconds.json.
 Use it if several runs or other work shared the machine during training. `report` and frontier.py

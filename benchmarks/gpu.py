@@ -2,11 +2,12 @@
 
     python benchmarks/gpu.py --nanogpt DIR --build_nanogpt DIR [--minutes 9] [--archive FILE.tar.gz]
 
-Each measurement runs in its own process. It writes NAME.json with the command, the device, the versions
-and the date, and its output to NAME.log. A step whose JSON file exists is skipped, so the same
-command continues an interrupted series. To repeat a step, delete its JSON file. A step that fails
-or exceeds its time limit does not stop the others. With --minutes, a step is started only if its
-time limit fits into the remaining time. A rehearsal runs all steps at a tiny size, on any device:
+Each measurement runs in its own process. It writes NAME.json with the command, the device, the
+versions and the date, and its output to NAME.log. A step whose JSON file exists is skipped, so the
+same command continues an interrupted series. To repeat a step, delete its JSON file. A step that
+fails or exceeds its time limit does not stop the others. With --minutes, a step is started only if
+its time limit fits into the remaining time. A rehearsal runs all steps at a tiny size, on any
+device:
 
     python benchmarks/gpu.py --rehearsal --out out/rehearsal
 """

@@ -8,8 +8,8 @@ options say, with each variant, and with nanoGPT's model and optimizer, set up a
 The report contains the loss of every step, and its difference from the reference.
 
 Rounding differs from the first step on. At a high learning rate, training amplifies this
-difference, also between two correct implementations in fp32. nanoGPT uses the exact GELU: compare it with the variant
-`erf`, which does, too.
+difference, also between two correct implementations in fp32. nanoGPT uses the exact GELU: compare
+it with the variant `erf`, which does, too.
 """
 
 import contextlib
