@@ -409,9 +409,10 @@ def run_study(args: RunArgs) -> None:
             f"{len(failed)} of {len(chosen)} runs failed ({', '.join(failed)}): fix the errors "
             f"above, then continue with the same command. Run folders: {out}"
         )
+    lengths = any(run.label != run.entry for run in runs)  # an entry lists numbers of steps
+    command = "frontier.py" if lengths else "study.py report"
     print(
-        f"all {len(chosen)} runs have finished; to write the report: "
-        f"python study.py report {args.folder}"
+        f"all {len(chosen)} runs have finished; to write the report: python {command} {args.folder}"
     )
 
 

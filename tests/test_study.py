@@ -539,7 +539,9 @@ def test_a_longer_run_continues_a_shorter_one_as_if_trained_from_the_start(
         for n in (14, 24)
     ]
     assert weight_decay == [0.1, 0.2]
-    assert "baseline_24_seed2: continues baseline_14_seed2 from step 10" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "baseline_24_seed2: continues baseline_14_seed2 from step 10" in said
+    assert f"to write the report: python frontier.py {folder}" in said
     direct = tmp_path / "direct"
     shutil.copytree(folder, direct, ignore=shutil.ignore_patterns("*_seed*"))
     study.main(study.RunArgs(direct, only=("baseline_24_seed2",), out=tmp_path / "alone"))
