@@ -391,7 +391,7 @@ def run_study(args: RunArgs) -> None:
         check_same(args.folder / run.name, configs[run.name])
         check_same(out / run.name, configs[run.name])
     waiting = [run for run in chosen if not load_finished(args.folder / run.name)]
-    training = Training(args, out, chosen, waiting, configs, flops)
+    training = Training(args, out, runs, chosen, waiting, configs, flops)
     for name in training.finished:
         training.discard_checkpoints(name)
     if waiting:
@@ -564,6 +564,7 @@ class Training:
     """Trains runs, several at a time, and shows the progress of all of them.
 
     Args:
+        runs: all runs of the study. A run can continue one that is not in `chosen`.
         chosen: the runs to train and those that have finished before.
         waiting: the runs to train.
         configs: by the name of the run.
@@ -581,13 +582,14 @@ class Training:
         self,
         args: RunArgs,
         out: Path,
+        runs: Sequence[PlannedRun],
         chosen: Sequence[PlannedRun],
         waiting: Sequence[PlannedRun],
         configs: Mapping[str, Config],
         flops: Mapping[str, int],
     ):
         self.args, self.out, self.n_runs = args, out, len(chosen)
-        self._runs, self._configs = chosen, configs
+        self._runs, self._configs = runs, configs
         self.finished = [run.name for run in chosen if run not in waiting]
         self.failed: list[str] = []
         self._environments = {}
@@ -687,6 +689,10 @@ class Training:
             source = self.out / name
             checkpoint = f"step_{step:08d}"
             if not (source / FOLDER / checkpoint).exists():
+                continue
+            try:
+                check_same(source, self._configs[name])
+            except UserError:
                 continue
             rows = [row for row in read_metrics(source / "metrics.jsonl") if row["step"] <= step]
             partial = folder / FOLDER / ".partial"

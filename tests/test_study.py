@@ -530,7 +530,8 @@ def test_a_longer_run_continues_a_shorter_one_as_if_trained_from_the_start(
         return 0
 
     instead_of_training(monkeypatch, train_one)
-    study.main(study.RunArgs(folder, out=tmp_path / "out"))
+    for only in (("baseline_8",), ("baseline_14",), ()):
+        study.main(study.RunArgs(folder, only=only, out=tmp_path / "out"))
     longer = {name: step for name, step in first_steps.items() if step}
     expected = {f"baseline_{n}_seed{s}": k for n, k in ((14, 6), (24, 10)) for s in (1, 2)}
     assert longer == expected | {"tuned_14_seed1": 6}
