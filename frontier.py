@@ -3,12 +3,13 @@
     python frontier.py results/NAME
 
 results/NAME is a study (see study.py) in which `baseline` and the methods are trained for several
-numbers of steps, each run to the end of its learning-rate schedule. There can be several baselines,
-for example with different learning rates. At each number of steps, the best of them is used. The
-final loss of the baselines as a function of compute is the frontier. Between two baselines, it is
-linear in the logarithm of compute. The gain of a run is the loss of the frontier at the compute of
-the run, minus the loss of the run. The run and the baselines have the same seed, so they read the
-same data in the same order. A run whose compute is outside the range of the baselines has no gain.
+numbers of steps, each run to the end of its learning-rate schedule. There can be variants of the
+baseline and of methods, for example with different learning rates. At each number of steps, the
+best variant is used. The final loss of the baselines as a function of compute is the frontier.
+Between two baselines, it is linear in the logarithm of compute. The gain of a run is the loss of
+the frontier at the compute of the run, minus the loss of the run. The run and the baselines have
+the same seed, so they read the same data in the same order. A run whose compute is outside the
+range of the baselines has no gain.
 
 Writes README.md, gain.png and gain.svg to results/NAME.
 """
@@ -38,7 +39,7 @@ from plot import COLORS
 from runs import Run
 from stagewise.config import Config, load_config
 from stagewise.errors import UserError, file_errors, report_user_errors
-from study import PlannedRun
+from study import BASELINE, PlannedRun
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -71,6 +72,7 @@ class Finished:
 
     planned: PlannedRun
     run: Run
+    method: str  # label of the entry in study.toml, or of the entry of which it is a variant
 
     @property
     def loss(self) -> float:
@@ -226,7 +228,8 @@ def load_runs(folder: Path) -> tuple[study.Study, list[Finished], list[PlannedRu
             configs[p.label] = load_config([*p.options], Config())
         check_recipe(folder / p.name, run, dataclasses.replace(configs[p.label], seed=p.seed))
         run.step_seconds = times.get(p.entry, {})
-        runs.append(Finished(p, run))
+        method = described.runs[p.entry].get("variant_of") or p.entry
+        runs.append(Finished(p, run, method))
     # The loss does not depend on the size of micro-batches, apart from rounding and dropout masks.
     may_differ = study.METHOD | study.RECIPE | {"steps", "batch_size"}
     for finished in runs[1:]:
@@ -245,54 +248,52 @@ def check_recipe(folder: Path, run: Run, config: Config) -> None:
             )
 
 
-def baselines_by_steps(
-    described: study.Study, runs: list[Finished]
-) -> dict[int, dict[str, list[Finished]]]:
-    """Return the runs of the baselines by number of steps and entry."""
-    result: dict[int, dict[str, list[Finished]]] = {}
-    for r in sorted(runs, key=lambda r: r.steps):
-        if r.planned.entry in described.baselines:
-            result.setdefault(r.steps, {}).setdefault(r.planned.entry, []).append(r)
+def variants(runs: list[Finished]) -> dict[tuple[str, int], dict[str, list[Finished]]]:
+    """Return the runs by method and number of steps, and then by entry."""
+    result: dict[tuple[str, int], dict[str, list[Finished]]] = {}
+    for r in runs:
+        result.setdefault((r.method, r.steps), {}).setdefault(r.planned.entry, []).append(r)
     return result
 
 
-def best_baselines(described: study.Study, runs: list[Finished]) -> list[Finished]:
-    """Return the runs of the best baseline at every number of steps.
+def best_variants(runs: list[Finished]) -> list[Finished]:
+    """Return the runs of the best variant of every method at every number of steps.
 
-    This is the entry with the lowest mean loss of those with the most seeds.
+    This is the variant with the lowest mean loss of those with the most seeds.
     """
 
     def rank(own: list[Finished]) -> tuple[int, float]:
         return -len(own), statistics.fmean(r.loss for r in own)
 
-    entries = baselines_by_steps(described, runs).values()
-    return [r for at in entries for r in min(at.values(), key=rank)]
+    return [r for entries in variants(runs).values() for r in min(entries.values(), key=rank)]
 
 
-def points_of(described: study.Study, runs: list[Finished]) -> dict[str, list[Point]]:
+def points_of(described: study.Study, best: list[Finished]) -> dict[str, list[Point]]:
     """Return the points of every method that is compared with the baselines, by its label.
+
+    Args:
+        best: the runs of the best variants.
 
     Raises:
         UserError: if there are not enough baselines.
     """
     frontiers: dict[tuple[str, int], Frontier] = {}
-    best = best_baselines(described, runs)
-    for seed in {r.planned.seed for r in runs}:
-        own = [r for r in best if r.planned.seed == seed]
+    for seed in {r.planned.seed for r in best}:
+        own = [r for r in best if r.method == BASELINE and r.planned.seed == seed]
         if len(own) > 1:
             frontiers |= {(m, seed): Frontier.of(own, m) for m in METRICS}
     if not frontiers:
         raise UserError(
-            f"no seed has two finished runs of {' or '.join(described.baselines)}: train them "
-            "first, with python study.py run"
+            f"no seed has two finished runs of {BASELINE!r}: train them first, with python "
+            "study.py run"
         )
-    points: dict[str, dict[str, list[Finished]]] = {}
-    for r in runs:
-        against = described.runs[r.planned.entry].get("against", study.BASELINE)
-        compared = against in described.baselines and r.planned.entry not in described.baselines
-        if compared and ("flops", r.planned.seed) in frontiers:
-            points.setdefault(r.planned.entry, {}).setdefault(r.planned.label, []).append(r)
-    return {entry: [Point(rs, frontiers) for rs in by.values()] for entry, by in points.items()}
+    points: dict[str, dict[int, list[Finished]]] = {}
+    for r in best:
+        against = described.runs[r.method].get("against", BASELINE)
+        has_frontier = ("flops", r.planned.seed) in frontiers
+        if r.method != BASELINE and against == BASELINE and has_frontier:
+            points.setdefault(r.method, {}).setdefault(r.steps, []).append(r)
+    return {method: [Point(rs, frontiers) for rs in by.values()] for method, by in points.items()}
 
 
 def contrast(runs: list[Finished], others: list[Finished]) -> dict[int, Estimate]:
@@ -424,34 +425,30 @@ def table(points: dict[str, list[Point]]) -> str:
     return study.markdown(header, rows)
 
 
-def baseline_table(described: study.Study, runs: list[Finished]) -> str:
-    """Return the mean losses of the baselines by number of steps. Bold: the best."""
-    per_step = runs[0].run.config.tokens_per_step / block_parameters(runs[0].run)
-    best = {r.steps: r.planned.entry for r in best_baselines(described, runs)}
+def variant_table(runs: list[Finished]) -> str:
+    """Return the variants of methods with more than one. Bold: the best."""
+    used = {r.planned.label for r in best_variants(runs)}
     rows = []
-    for steps, at in baselines_by_steps(described, runs).items():
-        row = [f"{steps:,}", f"{steps * per_step:.1f}"]
-        for entry in described.baselines:
-            own = at.get(entry)
-            loss = f"{statistics.fmean(r.loss for r in own):.4f} ({len(own)})" if own else ""
-            row.append(f"**{loss}**" if entry == best[steps] and len(at) > 1 else loss)
-        rows.append(row)
-    return study.markdown(["steps", "tokens / parameter", *described.baselines], rows)
+    for (method, steps), entries in variants(runs).items():
+        for entry, own in entries.items() if len(entries) > 1 else ():
+            loss = f"{statistics.fmean(r.loss for r in own):.4f}"
+            loss = f"**{loss}**" if own[0].planned.label in used else loss
+            rate = f"{own[0].run.config.learning_rate:g}"
+            rows.append([method, entry, f"{steps:,}", rate, str(len(own)), loss])
+    header = ["method", "variant", "steps", "learning rate", "seeds", "val loss"]
+    return study.markdown(header, rows, n_left=2) if rows else ""
 
 
-def contrast_table(described: study.Study, runs: list[Finished]) -> str:
+def contrast_table(described: study.Study, best: list[Finished]) -> str:
     """Return the direct comparisons of a study as a table, or "" if there are none."""
-
-    def runs_of(label):
-        if label in described.baselines:
-            return best_baselines(described, runs)
-        return [r for r in runs if r.planned.entry == label]
-
-    found = {row: contrast(*map(runs_of, row[1:])) for row in described.contrasts}
+    found = {
+        row: contrast(*([r for r in best if r.method == label] for label in row[1:]))
+        for row in described.contrasts
+    }
     budgets = sorted({steps for estimates in found.values() for steps in estimates})
     if not budgets:
         return ""
-    per_step = runs[0].run.config.tokens_per_step / block_parameters(runs[0].run)
+    per_step = best[0].run.config.tokens_per_step / block_parameters(best[0].run)
     header = ["question", "loss difference"]
     header += [f"{steps * per_step:.0f} tokens per parameter" for steps in budgets]
     rows = [
@@ -528,10 +525,10 @@ CONTRASTS = (
     "positive number means that the second is better. It is bold if the interval does not contain "
     "zero and there are at least 3 seeds."
 )
-BASELINES = (
-    "Mean validation loss, and in parentheses the number of seeds. If there are several baselines "
-    "with the same number of steps, the methods are compared with the one in bold, which has the "
-    "lowest mean of those with the most seeds."
+VARIANTS = (
+    "Some methods, and the baseline, were trained with several variants. At each number of steps, "
+    "the one in bold is used: it has the lowest mean loss over its seeds, of those with the most "
+    "seeds."
 )
 HOW_TO_READ = (
     "*Gain*: the loss of a baseline with the compute of the run, minus the loss of the run, in "
@@ -585,14 +582,15 @@ def main(args: Args) -> None:
     os.chdir(study.ROOT)
     folder = folder.relative_to(study.ROOT) if folder.is_relative_to(study.ROOT) else folder
     described, runs, missing = load_runs(folder)
-    points = points_of(described, runs)
+    best = best_variants(runs)
+    points = points_of(described, best)
     groups: dict[str, dict[str, list[Point]]] = {}
     for name, series in points.items():
         groups.setdefault(described.runs[name].get("group", ""), {})[name] = series
     with file_errors(folder, "make the folder writable"):
         draw(groups, folder / "gain")
     text = finding(points)
-    if contrasts := contrast_table(described, runs):
+    if contrasts := contrast_table(described, best):
         text += f"\n\n{CONTRASTS}\n\n{contrasts}"
     if readme:
         write_finding(readme, folder, text)
@@ -612,8 +610,10 @@ def main(args: Args) -> None:
         page += [f"## Gain at equal {study.LABELS[metric]}", overview(points, metric)]
         if metric == "flops":
             page.append(OVERVIEW)
-    page += ["## Baselines", baseline_table(described, runs), BASELINES]
-    page += ["## All runs", table(points), HOW_TO_READ, "## Conditions", conditions(points)]
+    page += ["## All runs", table(points), HOW_TO_READ]
+    if several := variant_table(runs):
+        page += ["## Variants", VARIANTS, several]
+    page += ["## Conditions", conditions(points)]
     study.write(folder / "README.md", "\n\n".join(page) + "\n")
     n = sum(map(len, points.values()))
     print(f"{folder / 'README.md'}: {n} combinations of method and budget")

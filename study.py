@@ -168,6 +168,8 @@ class RunEntry(Struct, forbid_unknown_fields=True):
         | dict[Annotated[str, Meta(pattern=r"^[1-9]\d*\Z")], tuple[str, ...]]
     ) = ()
     against: str = BASELINE  # label of the run to compare with, of the same number of steps
+    # For frontier.py: label of an entry for the same method, for example with another learning rate
+    variant_of: str = ""
     group: str = ""  # entries with the same group share a panel in the figure of frontier.py
     about: str = ""  # what it is, for the page of frontier.py
 
@@ -180,8 +182,6 @@ class Study(Struct, forbid_unknown_fields=True):
     runs: Annotated[dict[Annotated[str, Meta(pattern=r"^\w[\w.-]*\Z")], Any], Meta(min_length=1)]
     about: str = ""  # Markdown for the report
     options: tuple[str, ...] = ()  # options of all runs
-    # For frontier.py: entries that train the whole model, for example with different learning rates
-    baselines: tuple[str, ...] = (BASELINE,)
     # (question, label, other label): the loss of the first run minus that of the other one, for the
     # page of frontier.py
     contrasts: tuple[tuple[str, str, str], ...] = ()
@@ -225,11 +225,9 @@ def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
         study = convert(tomllib.loads(text.decode()), Study)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a valid study: {error}") from None
-    labels = {f"contrasts, {text!r}": names for text, *names in study.contrasts}
-    labels["baselines"] = [label for label in study.baselines if label != BASELINE]
-    for where, names in labels.items():
-        if unknown := set(names) - study.runs.keys():
-            raise UserError(f"{path}: {where}: {unknown.pop()!r} is not a run")
+    for _, *labels in study.contrasts:
+        if unknown := set(labels) - study.runs.keys():
+            raise UserError(f"{path}: contrasts: {unknown.pop()!r} is not a run")
     planned = []
     for label, table in study.runs.items():
         where = f"{path}, runs.{label}"
@@ -241,6 +239,12 @@ def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
             raise UserError(
                 f"{where}: against = {entry.against!r} is not a run: use one of "
                 f"{', '.join(study.runs)}"
+            )
+        of = study.runs.get(entry.variant_of, {})
+        if entry.variant_of and (entry.variant_of not in study.runs or of.get("variant_of")):
+            raise UserError(
+                f"{where}: variant_of = {entry.variant_of!r} is not a run, or itself a variant: "
+                "name a run without variant_of"
             )
         for key in ("seeds", "steps"):
             values = getattr(entry, key)

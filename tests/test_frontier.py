@@ -8,7 +8,6 @@ import shutil
 import signal
 import statistics
 
-import msgspec
 import numpy as np
 import pytest
 from conftest import ROOT, metrics
@@ -69,7 +68,8 @@ def tiny(corpus, tmp_path_factory):
 
 
 def points_of(folder):
-    return frontier.points_of(*frontier.load_runs(folder)[:2])
+    described, runs, _ = frontier.load_runs(folder)
+    return frontier.points_of(described, frontier.best_variants(runs))
 
 
 def final(folder, name):
@@ -146,7 +146,7 @@ def test_the_page_has_a_row_for_every_method_and_budget(tiny, tmp_path, capsys):
     assert (folder / "gain.png").exists() and (folder / "gain.svg").exists()
     for steps, seed in itertools.product((16, 32), (1, 2, 3)):
         shutil.rmtree(folder / f"baseline_{steps}_seed{seed}")
-    with pytest.raises(UserError, match="no seed has two finished runs of baseline"):
+    with pytest.raises(UserError, match="no seed has two finished runs of 'baseline'"):
         frontier.main(frontier.Args(folder))
 
 
@@ -198,32 +198,43 @@ def test_contrasts_are_paired_differences_of_losses(tiny, tmp_path):
     assert f"| Do copies help? | matched - matched_copies | {estimate[16]}" in table
     text = (tiny / "study.toml").read_text().replace('line", "constant"', 'line", "other"')
     (tmp_path / "study.toml").write_text(text)
-    with pytest.raises(UserError, match="contrasts, 'Rate\\?': 'other' is not a run"):
+    with pytest.raises(UserError, match="contrasts: 'other' is not a run"):
         study.load_study(tmp_path)
 
 
-def test_the_best_baseline_is_used_at_every_number_of_steps(tiny):
-    described, runs, _ = frontier.load_runs(tiny)
-    described = msgspec.structs.replace(described, baselines=("baseline", "constant"))
+def test_the_best_variant_is_used_at_every_number_of_steps(tiny, tmp_path):
+    text = (tiny / "study.toml").read_text()
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny, folder)
+    variant = '[runs.constant]\nvariant_of = "baseline"\n'
+    (folder / "study.toml").write_text(text.replace("[runs.constant]\n", variant))
+    _, runs, _ = frontier.load_runs(folder)
     # "constant" has one seed, and "baseline" three, unless only the first is known.
     first = [r for r in runs if r.planned.seed == 1]
-    losses = {name: final(tiny, f"{name}_16_seed1")[1] for name in described.baselines}
+    losses = {name: final(tiny, f"{name}_16_seed1")[1] for name in ("baseline", "constant")}
     lowest = min(losses, key=losses.get)
     for known, expected in ((runs, "baseline"), (first, lowest)):
-        best = {r.steps: r.planned.entry for r in frontier.best_baselines(described, known)}
-        assert best == {8: "baseline", 16: expected, 32: "baseline"}
-        other = next(r for r in known if r.planned.name == "constant_16_seed1")
-        other.run.columns["val_loss"][-1] = 0.1
-        table = re.sub(" +", " ", frontier.baseline_table(described, known))
-        assert ("| **0.1000 (1)** |" in table) == (known is first)
-        assert "constant" not in frontier.points_of(described, known)
-        other.run.columns["val_loss"][-1] = losses["constant"]
-    path = tiny / "study.toml"
-    text = path.read_text()
-    path.write_text(text.replace("[runs.baseline]", 'baselines = ["x"]\n[runs.baseline]'))
-    with pytest.raises(UserError, match="baselines: 'x' is not a run"):
-        study.load_study(tiny)
-    path.write_text(text)
+        best = frontier.best_variants(known)
+        used = {r.steps: r.planned.entry for r in best if r.method == "baseline"}
+        assert used == {8: "baseline", 16: expected, 32: "baseline"}
+        assert {r.method for r in best} == {r.method for r in known}
+        rows = re.sub(" +", " ", frontier.variant_table(known)).splitlines()[2:]
+        n = 1 if known is first else 3
+        of_baseline = [final(tiny, f"baseline_16_seed{seed}")[1] for seed in (1, 2, 3)[:n]]
+        cells = {
+            "baseline": (n, statistics.fmean(of_baseline)),
+            "constant": (1, losses["constant"]),
+        }
+        for row, (name, (seeds, loss)) in zip(rows, cells.items(), strict=True):
+            mark = "**" if name == expected else ""
+            assert row == f"| baseline | {name} | 16 | 0.001 | {seeds} | {mark}{loss:.4f}{mark} |"
+    frontier.main(frontier.Args(folder))
+    assert "## Variants" in (folder / "README.md").read_text()
+    for name in ("x", "constant"):
+        again = text.replace("[runs.constant]\n", f'[runs.constant]\nvariant_of = "{name}"\n')
+        (folder / "study.toml").write_text(again)
+        with pytest.raises(UserError, match=f"runs.constant: variant_of = '{name}' is not a run"):
+            study.load_study(folder)
 
 
 def test_a_run_that_was_not_trained_as_planned_is_an_error(tiny, tmp_path):
