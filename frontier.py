@@ -22,7 +22,6 @@ import stagewise.console  # noqa: F401  (first: Ctrl-C during the other imports)
 
 # isort: split
 
-import dataclasses
 import math
 import os
 import statistics
@@ -226,7 +225,10 @@ def load_runs(folder: Path) -> tuple[study.Study, list[Finished], list[PlannedRu
             continue
         if p.label not in configs:
             configs[p.label] = load_config([*p.options], Config())
-        check_recipe(folder / p.name, run, dataclasses.replace(configs[p.label], seed=p.seed))
+        # Not the options of all runs, which --options of study.py may replace.
+        words = p.options[len(described.options) :]
+        names = {w.removeprefix("--").split("=")[0] for w in words} & study.RECIPE - {"seed"}
+        check_recipe(folder / p.name, run, configs[p.label], names)
         run.step_seconds = times.get(p.entry, {})
         method = described.runs[p.entry].get("variant_of") or p.entry
         runs.append(Finished(p, run, method))
@@ -237,9 +239,9 @@ def load_runs(folder: Path) -> tuple[study.Study, list[Finished], list[PlannedRu
     return described, runs, missing
 
 
-def check_recipe(folder: Path, run: Run, config: Config) -> None:
-    """Raise UserError if a run was trained with another recipe than study.toml says now."""
-    for name in sorted(study.RECIPE):
+def check_recipe(folder: Path, run: Run, config: Config, names: set[str]) -> None:
+    """Raise UserError if a run was trained with other values of `names` than study.toml says."""
+    for name in sorted(names):
         before, now = getattr(run.config, name), getattr(config, name)
         if before != now:
             raise UserError(
