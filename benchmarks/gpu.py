@@ -124,27 +124,25 @@ def steps(args: Args) -> dict[str, Step]:
     else:
         scored = [f"--data={args.hellaswag or hellaswag.DEFAULT_PATH}"]
         limit = 1500
+    demo = ["train.py", "configs/demo.py", "--device=auto", "--init_from=auto"]
+    demo += ["--out_dir=out/demo_gpu"]
+    tiny_run = ["--steps=3", "--eval_tokens=512", "--hellaswag_data=none"]
+    if not (ROOT / "data/stdlib/meta.json").exists():
+        command = ["fineweb.py", "--source=stdlib", "--out=data/stdlib"]
+        result["demo_corpus"] = Step(command, 60)
+    result["demo"] = Step([*demo, *(tiny_run if args.rehearsal else ["--compile=blocks"])], 150)
     # A vocabulary as large as GPT-2's, so that the loss has several chunks. The reference in fp32
     # takes the longest, hence the small steps.
     vocabulary, tokens, rows = (300, 512, 16) if args.rehearsal else (49152, 32_768, 32)
     corpus = args.out / "corpus"
     command = ["fineweb.py", "--source=stdlib", f"--tokenizer=bpe:{vocabulary}", f"--out={corpus}"]
-    losses_corpus = Step(command, 120)
+    result["losses_corpus"] = Step(command, 120)
     command = ["benchmarks/losses.py", "configs/gpt2_124m.py", *(TINY_MODEL * args.rehearsal)]
     command += [f"--data_dir={corpus}", "--steps=200", "--warmup_steps=50", "--lr_schedule=wsd"]
     command += [f"--tokens_per_step={tokens}", f"--batch_size={rows}", "--dtype=bfloat16"]
-    for name in ("erf", "bf16_residual", "fp8_head"):
-        command += [f"--variant={name}"]
+    command += [f"--variant={name}" for name in ("erf", "bf16_residual", "fp8_head")]
     command += [f"--nanogpt={args.nanogpt}"] if args.nanogpt else []
-    losses = Step(command, 300)
-    demo = ["train.py", "configs/demo.py", "--device=auto", "--init_from=auto"]
-    demo += ["--out_dir=out/demo_gpu"]
-    tiny_run = ["--steps=3", "--eval_tokens=512", "--hellaswag_data=none"]
-    if not (ROOT / "data/stdlib/meta.json").exists():
-        corpus = ["fineweb.py", "--source=stdlib", "--out=data/stdlib"]
-        result["demo_corpus"] = Step(corpus, 60)
-    result["demo"] = Step([*demo, *(tiny_run if args.rehearsal else ["--compile=blocks"])], 150)
-    result |= {"losses_corpus": losses_corpus, "losses": losses}
+    result["losses"] = Step(command, 300)
     peer = [f"--peer={args.build_nanogpt}"] if args.build_nanogpt and not args.rehearsal else []
     command = ["benchmarks/scoring.py", *scored]
     result["scoring_all"] = Step([*command, f"--limit={4 * args.rehearsal}", "--alone=True"], 90)

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
 from benchmarks.common import load_definitions, machine, write_report
-from benchmarks.variants import COMPILE, apply_variant, check_variant
+from benchmarks.variants import COMPILE, apply_variant, check_variants
 from cost import make_schedules
 from model import GPT, GPTConfig
 from schedule import Schedule, learning_rate
@@ -83,43 +83,54 @@ class Comparison:
             self.data, order, self.schedule, 0, self.config, Ranks(), self.device
         )
 
-    def losses(self, name: str, model, optimizer, step: Callable) -> list[float]:
+    def losses(self, name: str, optimizer, step: Callable) -> list[float]:
         """Train, and return the loss of every step.
 
         Args:
-            step: makes a step of (model, optimizer, batches), and returns its loss.
+            step: makes a step on the next of `batches`, and returns its loss.
         """
         batches, losses = self.batches(), []
         for i in tqdm(range(self.schedule.n_steps), desc=name, unit="step"):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(i, self.schedule, self.config)
-            losses.append(step(model, optimizer, batches))
+            losses.append(step(batches))
         return torch.stack(losses).tolist()
+
+
+def plain(c: Comparison, name: str, params, optimizer, loss_of: Callable) -> list[float]:
+    """Return the losses of a loop like that of nanoGPT's train.py.
+
+    Args:
+        loss_of: returns the mean loss of inputs and targets, with a gradient.
+    """
+    accum_steps = grad_accum_steps(c.config, c.config.tokens_per_step, world_size=1)
+
+    def step(batches):
+        total = 0
+        for _ in range(accum_steps):
+            x, y = (t.to(c.device) for t in next(batches))
+            loss = loss_of(x, y) / accum_steps
+            loss.backward()
+            total += loss.detach()
+        if c.config.grad_clip:
+            torch.nn.utils.clip_grad_norm_(params, c.config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return total
+
+    return c.losses(name, optimizer, step)
 
 
 def reference(c: Comparison) -> list[float]:
     """Return the losses of plain PyTorch in fp32."""
-    model, config = c.model(), c.config
-    betas = (config.beta1, config.beta2)
-    optimizer = torch.optim.AdamW(
-        model.param_groups(config.weight_decay), betas=betas, foreach=False, fused=False
-    )
-    accum_steps = grad_accum_steps(config, config.tokens_per_step, world_size=1)
+    model = c.model()
+    groups, betas = model.param_groups(c.config.weight_decay), (c.config.beta1, c.config.beta2)
+    optimizer = torch.optim.AdamW(groups, betas=betas, foreach=False, fused=False)
 
-    def step(model, optimizer, batches):
-        total = 0
-        for _ in range(accum_steps):
-            x, y = (t.to(c.device) for t in next(batches))
-            loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten()) / accum_steps
-            loss.backward()
-            total += loss.detach()
-        if config.grad_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        return total
+    def loss_of(x, y):
+        return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
 
-    return c.losses("reference", model, optimizer, step)
+    return plain(c, "reference", [*model.parameters()], optimizer, loss_of)
 
 
 def ours(c: Comparison, variant: str = "") -> list[float]:
@@ -134,16 +145,16 @@ def ours(c: Comparison, variant: str = "") -> list[float]:
     accum_steps = grad_accum_steps(config, phase.tokens_per_step, world_size=1)
     precision = autocast(c.device, config.dtype, config.n_embd)
 
-    def step(model, optimizer, batches):
+    def step(batches):
         return train.train_step(
             model, optimizer, batches, accum_steps, precision, config.grad_clip
         )[0]
 
-    return c.losses(variant or "train.py", model, optimizer, step)
+    return c.losses(variant or "train.py", optimizer, step)
 
 
 def nanogpt(c: Comparison, folder: Path) -> list[float]:
-    """Return the losses of nanoGPT's model and optimizer, in a loop like that of its train.py."""
+    """Return the losses of nanoGPT's model and optimizer."""
     config = c.config
     module = load_definitions(folder / "model.py")
     sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "dropout")
@@ -156,24 +167,12 @@ def nanogpt(c: Comparison, folder: Path) -> list[float]:
             config.weight_decay, config.learning_rate, betas, c.device.type
         )
     compiled: Any = torch.compile(model) if config.compile != "none" else model
-    accum_steps = grad_accum_steps(config, config.tokens_per_step, world_size=1)
-    precision = autocast(c.device, config.dtype, config.n_embd)
 
-    def step(model, optimizer, batches):
-        total = 0
-        for _ in range(accum_steps):
-            x, y = (t.to(c.device, non_blocking=True) for t in next(batches))
-            with precision:
-                loss = model(x, y)[1] / accum_steps
-            loss.backward()
-            total += loss.detach()
-        if config.grad_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return total
+    def loss_of(x, y):
+        with autocast(c.device, config.dtype, config.n_embd):
+            return compiled(x, y)[1]
 
-    return c.losses("nanoGPT", compiled, optimizer, step)
+    return plain(c, "nanoGPT", [*model.parameters()], optimizer, loss_of)
 
 
 def compare(losses: dict[str, list[float]]) -> list[dict[str, Any]]:
@@ -203,11 +202,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def check_options(config: LossConfig, device: torch.device) -> None:
     """Raise UserError if something cannot be trained."""
-    for name in config.variant:
-        check_variant(name, config, device)
-    compiled = {config.compile, *config.variant} & {"blocks", "model"}
-    if compiled and device.type == "cpu":
-        train.check_compiler(min(compiled))
+    check_variants(config.variant, config, device)
     if config.nanogpt and not (config.nanogpt / "model.py").is_file():
         raise UserError(f"--nanogpt={config.nanogpt} has no model.py: name a checkout of nanoGPT")
     grad_accum_steps(config, config.tokens_per_step, world_size=1)

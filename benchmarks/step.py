@@ -41,7 +41,7 @@ from benchmarks.common import (
     transformers_gpt2,
     write_report,
 )
-from benchmarks.variants import COMPILE, apply_variant, check_variant
+from benchmarks.variants import COMPILE, apply_variant, check_variants
 from cost import cost_per_token, make_schedules
 from model import GPT, GPTConfig
 from schedule import Phase, Schedule, Step
@@ -191,11 +191,7 @@ def defaults(on_gpu: bool) -> BenchmarkConfig:
 
 def check_options(config: BenchmarkConfig, device: torch.device) -> None:
     """Raise UserError if something cannot be timed."""
-    for name in config.variant:
-        check_variant(name, config, device)
-    compiled = {config.compile, *config.variant} & {"blocks", "model"}
-    if compiled and device.type == "cpu":
-        train.check_compiler(min(compiled))
+    check_variants(config.variant, config, device)
     for option in config.peer:
         name, _, folder = option.partition("=")
         if name not in PEERS:

@@ -6,7 +6,7 @@ adding.
 
 import importlib.util
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import functional as F
@@ -17,6 +17,7 @@ from stagewise.config import Config
 from stagewise.device import matmul_dtype
 from stagewise.errors import UserError, did_you_mean
 from stagewise.loss import LOGITS_BYTES, SoftmaxLoss, chunk_size
+from train import check_compiler
 
 COMPILE = ("none", "blocks", "model")
 BACKENDS = {
@@ -30,8 +31,16 @@ E4M3_MAX, E5M2_MAX = (torch.finfo(d).max for d in (torch.float8_e4m3fn, torch.fl
 VARIANTS = (*COMPILE, "erf", "bf16_residual", "fp8_head", "liger_loss", *BACKENDS)
 
 
-def check_variant(name: str, config: Config, device: torch.device) -> None:
-    """Raise UserError if there is no such variant, or it cannot run."""
+def check_variants(names: Sequence[str], config: Config, device: torch.device) -> None:
+    """Raise UserError if there is no such variant, or the baseline or a variant cannot run."""
+    for name in names:
+        _check_variant(name, config, device)
+    compiled = {config.compile, *names} & {"blocks", "model"}
+    if compiled and device.type == "cpu":
+        check_compiler(min(compiled))
+
+
+def _check_variant(name, config, device):
     if name not in VARIANTS:
         raise UserError(f"--variant={name} is unknown{did_you_mean(name, VARIANTS)}")
     if name in CUDA_ONLY and device.type != "cuda":

@@ -27,33 +27,6 @@ QUICK = [*SMALL, "--device=cpu", "--compile=none", "--rounds=3", "--min_seconds=
 MODEL_CONFIG = GPTConfig(block_size=32, vocab_size=320, n_layer=4, n_head=2, n_embd=32)
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 
-PEER = """
-import torch
-from torch import nn
-from dataclasses import dataclass
-from a_module_that_does_not_exist import something
-
-raise SystemExit("a peer's script must not run")
-
-@dataclass
-class GPTConfig:
-    block_size: int
-    vocab_size: int
-    n_layer: int
-    n_head: int
-    n_embd: int
-
-class GPT(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-
-    def forward(self, x, y):
-        logits = self.wte(x) @ self.wte.weight.T
-        return logits, nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
-"""
-
-
 # A model with the interface of nanoGPT's.
 NANOGPT = """
 from dataclasses import dataclass
@@ -69,8 +42,8 @@ class GPTConfig:
     n_layer: int
     n_head: int
     n_embd: int
-    bias: bool
-    dropout: float
+    bias: bool = True
+    dropout: float = 0.0
 
 class Block(nn.Module):
     def __init__(self, c):
@@ -115,6 +88,11 @@ class GPT(nn.Module):
         groups = [{"params": decayed, "weight_decay": weight_decay},
                   {"params": others, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
+"""
+PEER = f"""
+from a_module_that_does_not_exist import something
+{NANOGPT}
+raise SystemExit("a peer's script must not run")
 """
 
 
