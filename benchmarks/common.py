@@ -38,6 +38,7 @@ def machine(device: torch.device) -> dict[str, str]:
         git = ["git", "describe", "--always", "--dirty"]
         described = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
         commit = described or commit
+    # Folders do not affect a measurement, and torch sets one itself.
     names = re.compile(r"(TORCH|ENABLE_|CUBLAS|PYTORCH)(?!.*_DIR$)")
     settings = {k: v for k, v in os.environ.items() if names.match(k)}
     return {
