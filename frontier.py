@@ -71,7 +71,8 @@ class Finished:
 
     planned: PlannedRun
     run: Run
-    method: str  # label of the entry in study.toml, or of the entry of which it is a variant
+    method: str
+    compared_with: str  # method of the runs with which it is compared
 
     @property
     def loss(self) -> float:
@@ -84,6 +85,11 @@ class Finished:
         if metric == "seconds":
             return study.total_seconds(self.run)
         return float(self.run.columns[metric][-1])
+
+    @property
+    def rate(self) -> float:
+        """Learning rate."""
+        return self.run.config.learning_rate
 
     @property
     def steps(self) -> int:
@@ -230,8 +236,8 @@ def load_runs(folder: Path) -> tuple[study.Study, list[Finished], list[PlannedRu
         names = {w.removeprefix("--").split("=")[0] for w in words} & study.RECIPE - {"seed"}
         check_recipe(folder / p.name, run, configs[p.label], names)
         run.step_seconds = times.get(p.entry, {})
-        method = described.runs[p.entry].get("variant_of") or p.entry
-        runs.append(Finished(p, run, method))
+        against = described.runs[p.entry].against
+        runs.append(Finished(p, run, described.method(p.entry), described.method(against)))
     # The loss does not depend on the size of micro-batches, apart from rounding and dropout masks.
     may_differ = study.METHOD | study.RECIPE | {"steps", "batch_size"}
     for finished in runs[1:]:
@@ -291,9 +297,8 @@ def points_of(described: study.Study, best: list[Finished]) -> dict[str, list[Po
         )
     points: dict[str, dict[int, list[Finished]]] = {}
     for r in best:
-        against = described.runs[r.method].get("against", BASELINE)
         has_frontier = ("flops", r.planned.seed) in frontiers
-        if r.method != BASELINE and against == BASELINE and has_frontier:
+        if r.method != BASELINE and r.compared_with == BASELINE and has_frontier:
             points.setdefault(r.method, {}).setdefault(r.steps, []).append(r)
     return {method: [Point(rs, frontiers) for rs in by.values()] for method, by in points.items()}
 
@@ -428,17 +433,22 @@ def table(points: dict[str, list[Point]]) -> str:
 
 
 def variant_table(runs: list[Finished]) -> str:
-    """Return the variants of methods with more than one. Bold: the best."""
+    """Return the losses of methods with several variants by learning rate. Bold: the best."""
     used = {r.planned.label for r in best_variants(runs)}
+    several = {at: entries for at, entries in variants(runs).items() if len(entries) > 1}
+    rates = sorted({own[0].rate for entries in several.values() for own in entries.values()})
+    methods = list(dict.fromkeys(method for method, _ in several))
     rows = []
-    for (method, steps), entries in variants(runs).items():
-        for entry, own in entries.items() if len(entries) > 1 else ():
-            loss = f"{statistics.fmean(r.loss for r in own):.4f}"
-            loss = f"**{loss}**" if own[0].planned.label in used else loss
-            rate = f"{own[0].run.config.learning_rate:g}"
-            rows.append([method, entry, f"{steps:,}", rate, str(len(own)), loss])
-    header = ["method", "variant", "steps", "learning rate", "seeds", "val loss"]
-    return study.markdown(header, rows, n_left=2) if rows else ""
+    for method, steps in sorted(several, key=lambda at: (methods.index(at[0]), at[1])):
+        cells: dict[float, list[str]] = {rate: [] for rate in rates}
+        most = max(map(len, several[method, steps].values()))
+        for own in several[method, steps].values():
+            cell = f"{statistics.fmean(r.loss for r in own):.4f}"
+            cell = f"**{cell}**" if own[0].planned.label in used else cell
+            cells[own[0].rate].append(cell + (f" (n = {len(own)})" if len(own) < most else ""))
+        rows.append([method, f"{steps:,}", str(most), *map(", ".join, cells.values())])
+    header = ["method", "steps", "seeds", *(f"{rate:g}" for rate in rates)]
+    return study.markdown(header, rows) if rows else ""
 
 
 def contrast_table(described: study.Study, best: list[Finished]) -> str:
@@ -528,9 +538,10 @@ CONTRASTS = (
     "zero and there are at least 3 seeds."
 )
 VARIANTS = (
-    "Some methods, and the baseline, were trained with several variants. At each number of steps, "
-    "the one in bold is used: it has the lowest mean loss over its seeds, of those with the most "
-    "seeds."
+    "Some methods were trained with several variants, for example with several learning rates. The "
+    "table contains the mean validation loss over the seeds, with a column for each learning rate. "
+    "At each number of steps, the variant in bold is used: of those with the most seeds, it has "
+    "the lowest mean loss."
 )
 HOW_TO_READ = (
     "*Gain*: the loss of a baseline with the compute of the run, minus the loss of the run, in "
@@ -545,6 +556,26 @@ HOW_TO_READ = (
     "phase. They are comparable only if the method has the same `batch_size` as the baseline, and "
     "if either no other work ran during training or `study.py time` measured the step times."
 )
+
+
+def interpolation_error(best: list[Finished]) -> str:
+    """Describe how well the loss of a baseline is interpolated between its neighbors."""
+    errors = []
+    for seed in {r.planned.seed for r in best}:
+        own = [r for r in best if r.method == BASELINE and r.planned.seed == seed]
+        own.sort(key=lambda r: r.compute("flops"))
+        for before, left_out, after in zip(own, own[1:], own[2:], strict=False):
+            line = Frontier.of([before, after], "flops")
+            errors.append(line.loss_at(left_out.compute("flops")) - left_out.loss)
+    if not errors:
+        return ""
+    return (
+        "*Accuracy of the interpolation*: if each baseline in turn is left out, the loss that is "
+        "interpolated between its neighbors differs from its own by "
+        f"{min(errors):+.3f} to {max(errors):+.3f} nats (mean {statistics.fmean(errors):+.3f}). "
+        "The neighbors are twice as far apart as the baselines that are used for the gain of a "
+        "run, so the error of a gain is about a quarter of this."
+    )
 
 
 def conditions(points: dict[str, list[Point]]) -> str:
@@ -588,7 +619,8 @@ def main(args: Args) -> None:
     points = points_of(described, best)
     groups: dict[str, dict[str, list[Point]]] = {}
     for name, series in points.items():
-        groups.setdefault(described.runs[name].get("group", ""), {})[name] = series
+        entry = described.runs.get(name)
+        groups.setdefault(entry.group if entry else "", {})[name] = series
     with file_errors(folder, "make the folder writable"):
         draw(groups, folder / "gain")
     text = finding(points)
@@ -606,13 +638,15 @@ def main(args: Args) -> None:
     ]
     if missing:
         page.append(f"**Not finished yet:** {len(missing)} runs.")
-    if legend := [[n, e["about"]] for n, e in described.runs.items() if e.get("about")]:
+    if legend := [[n, e.about] for n, e in described.runs.items() if e.about]:
         page += ["## Methods", study.markdown(["method", "description"], legend, n_left=2)]
     for metric in ("flops", "paper_cost"):
         page += [f"## Gain at equal {study.LABELS[metric]}", overview(points, metric)]
         if metric == "flops":
             page.append(OVERVIEW)
     page += ["## All runs", table(points), HOW_TO_READ]
+    if accuracy := interpolation_error(best):
+        page.append(accuracy)
     if several := variant_table(runs):
         page += ["## Variants", VARIANTS, several]
     page += ["## Conditions", conditions(points)]

@@ -168,7 +168,8 @@ class RunEntry(Struct, forbid_unknown_fields=True):
         | dict[Annotated[str, Meta(pattern=r"^[1-9]\d*\Z")], tuple[str, ...]]
     ) = ()
     against: str = BASELINE  # label of the run to compare with, of the same number of steps
-    # For frontier.py: label of an entry for the same method, for example with another learning rate
+    # For frontier.py: method of which this is a variant, for example with another learning rate. It
+    # can be the label of another entry.
     variant_of: str = ""
     group: str = ""  # entries with the same group share a panel in the figure of frontier.py
     about: str = ""  # what it is, for the page of frontier.py
@@ -178,13 +179,17 @@ class Study(Struct, forbid_unknown_fields=True):
     """study.toml."""
 
     title: str  # title of the report
-    # RunEntry by label
+    # by label; read with `load_study`, the values are RunEntry
     runs: Annotated[dict[Annotated[str, Meta(pattern=r"^\w[\w.-]*\Z")], Any], Meta(min_length=1)]
     about: str = ""  # Markdown for the report
     options: tuple[str, ...] = ()  # options of all runs
     # (question, label, other label): the loss of the first run minus that of the other one, for the
     # page of frontier.py
     contrasts: tuple[tuple[str, str, str], ...] = ()
+
+    def method(self, label: str) -> str:
+        """Return the method of an entry: the one of which it is a variant, or its own label."""
+        return self.runs[label].variant_of or label
 
 
 class StepTimes(Struct):
@@ -228,23 +233,24 @@ def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
     for _, *labels in study.contrasts:
         if unknown := set(labels) - study.runs.keys():
             raise UserError(f"{path}: contrasts: {unknown.pop()!r} is not a run")
-    planned = []
     for label, table in study.runs.items():
-        where = f"{path}, runs.{label}"
         try:
-            entry = convert(table, RunEntry)
+            study.runs[label] = convert(table, RunEntry)
         except ValueError as error:
-            raise UserError(f"{where}: {error}") from None
+            raise UserError(f"{path}, runs.{label}: {error}") from None
+    planned = []
+    for label, entry in study.runs.items():
+        where = f"{path}, runs.{label}"
         if entry.against not in study.runs:
             raise UserError(
                 f"{where}: against = {entry.against!r} is not a run: use one of "
                 f"{', '.join(study.runs)}"
             )
-        of = study.runs.get(entry.variant_of, {})
-        if entry.variant_of and (entry.variant_of not in study.runs or of.get("variant_of")):
+        others = [study.method(other) for other in study.runs if other != label]
+        if (method := entry.variant_of) and method not in others:
             raise UserError(
-                f"{where}: variant_of = {entry.variant_of!r} is not a run, or itself a variant: "
-                "name a run without variant_of"
+                f"{where}: variant_of = {method!r} is not a run without variant_of, and no other "
+                "run is a variant of it: correct it"
             )
         for key in ("seeds", "steps"):
             values = getattr(entry, key)
@@ -273,8 +279,8 @@ def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
         raise UserError(f"{path}: two runs have the same name: rename one of them")
     for run in runs:
         if f"{run.against}_seed{run.seed}" not in names:
-            against = study.runs[run.entry].get("against", BASELINE)
-            if study.runs[against].get("steps") and run.against == against:
+            against = study.runs[run.entry].against
+            if study.runs[against].steps and run.against == against:
                 raise UserError(
                     f"{path}, runs.{run.entry}: runs.{against} lists several numbers of steps, so "
                     "this run must list them too: add steps = [...] with numbers from that list; "
@@ -282,7 +288,7 @@ def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
                 )
             raise UserError(
                 f"{path}, runs.{run.entry}: {run.against} has no run with seed {run.seed} to "
-                f"compare with: add it to runs.{study.runs[run.entry].get('against', 'baseline')}"
+                f"compare with: add it to runs.{against}"
             )
     return study, runs
 

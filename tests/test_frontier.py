@@ -218,23 +218,62 @@ def test_the_best_variant_is_used_at_every_number_of_steps(tiny, tmp_path):
         used = {r.steps: r.planned.entry for r in best if r.method == "baseline"}
         assert used == {8: "baseline", 16: expected, 32: "baseline"}
         assert {r.method for r in best} == {r.method for r in known}
-        rows = re.sub(" +", " ", frontier.variant_table(known)).splitlines()[2:]
+        rows = re.sub(" +", " ", frontier.variant_table(known)).splitlines()
         n = 1 if known is first else 3
         of_baseline = [final(tiny, f"baseline_16_seed{seed}")[1] for seed in (1, 2, 3)[:n]]
-        cells = {
-            "baseline": (n, statistics.fmean(of_baseline)),
-            "constant": (1, losses["constant"]),
-        }
-        for row, (name, (seeds, loss)) in zip(rows, cells.items(), strict=True):
-            mark = "**" if name == expected else ""
-            assert row == f"| baseline | {name} | 16 | 0.001 | {seeds} | {mark}{loss:.4f}{mark} |"
+        means = {"baseline": statistics.fmean(of_baseline), "constant": losses["constant"]}
+        cells = {k: f"**{v:.4f}**" if k == expected else f"{v:.4f}" for k, v in means.items()}
+        if n == 3:
+            cells["constant"] += " (n = 1)"
+        assert rows[0] == "| method | steps | seeds | 0.001 |"
+        assert rows[2:] == [f"| baseline | 16 | {n} | {', '.join(cells.values())} |"]
     frontier.main(frontier.Args(folder))
     assert "## Variants" in (folder / "README.md").read_text()
-    for name in ("x", "constant"):
-        again = text.replace("[runs.constant]\n", f'[runs.constant]\nvariant_of = "{name}"\n')
-        (folder / "study.toml").write_text(again)
-        with pytest.raises(UserError, match=f"runs.constant: variant_of = '{name}' is not a run"):
-            study.load_study(folder)
+    again = text.replace("[runs.constant]\n", '[runs.constant]\nvariant_of = "x"\n')
+    (folder / "study.toml").write_text(again)
+    with pytest.raises(UserError, match="runs.constant: variant_of = 'x' is not a run"):
+        study.load_study(folder)
+
+
+def test_variants_of_a_method_need_no_run_of_its_name(tiny, tmp_path):
+    """As in a study for choosing learning rates: `baseline` itself is the method of two runs."""
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny, folder)
+    for path in folder.glob("baseline_*"):
+        path.rename(folder / path.name.replace("baseline", "main"))
+    header = (folder / "study.toml").read_text().split("contrasts")[0]
+    (folder / "study.toml").write_text(header + VARIANTS_ONLY)
+    expected, points = points_of(tiny), points_of(folder)
+    assert points.keys() == {"grown"}
+    for point, label in zip(points["grown"], ("shorter", "stacked"), strict=True):
+        assert str(point.gain("flops")) == str(expected[label][0].gain("flops"))
+    frontier.main(frontier.Args(folder))
+
+
+VARIANTS_ONLY = """
+[runs.main]
+variant_of = "baseline"
+steps = [8, 16, 32]
+seeds = [1, 2, 3]
+against = "main"
+[runs.constant]
+variant_of = "baseline"
+options = ["--lr_schedule=constant"]
+steps = [16]
+against = "constant"
+[runs.shorter]
+variant_of = "grown"
+options = ["--skip_policy=layer_dropout", "--skip_rate=0.9"]
+steps = [8]
+seeds = [1, 2]
+against = "main"
+[runs.stacked]
+variant_of = "grown"
+options = ["--stages=2", "--freezing=none", "--growth=stack"]
+steps = [16]
+seeds = [1, 2, 3]
+against = "main"
+"""
 
 
 def test_a_run_that_was_not_trained_as_planned_is_an_error(tiny, tmp_path):
