@@ -9,7 +9,8 @@ a run is compute-matched: its cumulative cost equals the total cost of its basel
 reads only config.json, schedule.json and metrics.jsonl, which train.py writes.
 
 With --against, also draw figure 3: the validation loss minus that of a reference run, for example
-one that never grew, at the same number of tokens, over the tokens since the last growth step.
+one that never grew, at the same number of tokens, over the tokens since the last growth step. A
+second table shows how many tokens it takes until the difference stays below --tolerance.
 
 With --html, also write a self-contained page: zoomable figures with a choice of x axis, the
 schedules, tables of results, phases and options that differ, and samples.txt of each run folder.
@@ -93,6 +94,8 @@ class Args:
     against: tuple[Path, ...] = ()
     """Reference runs for figure 3, the difference of the validation losses. Each run is compared
     with the one of its seed. Runs named NAME_seedN are averaged over their seeds."""
+    tolerance: float = 0.02
+    """Difference of the validation losses in nats below which a run has reached its reference."""
     metric: Literal["acc_norm", "acc"] = "acc_norm"
     """HellaSwag metric: by lowest mean loss per token (acc_norm) or lowest total loss (acc)."""
     out: Path = Path("plots")
@@ -287,15 +290,14 @@ def reference_of(run: Run, references: list[Run]) -> Run:
     return reference
 
 
-def figure_difference(runs: list[Run], references: list[Run], args: Args):
-    """Return figure 3. Faint lines are single runs, bold lines means over seeds.
-
-    Seeds that were evaluated at different steps have no mean.
+def loss_differences(
+    runs: list[Run], references: list[Run]
+) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
+    """Return the `loss_difference` of each seed by the name of the run without the seed.
 
     Raises:
         UserError: if a run has no reference, or no evaluation after its last growth step.
     """
-    fig, ax = plt.subplots(layout="constrained")
     names: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for run in runs:
         x, y = loss_difference(run, reference_of(run, references))
@@ -305,6 +307,46 @@ def figure_difference(runs: list[Run], references: list[Run], args: Args):
                 "run covers: leave it out"
             )
         names.setdefault(re.sub(r"_seed\d+$", "", run.name), []).append((x, y))
+    return names
+
+
+def tokens_to_reach(x: np.ndarray, y: np.ndarray, tolerance: float) -> float:
+    """Return the first of `x` from which on `y` stays below `tolerance`; infinity if none."""
+    above = np.flatnonzero(y >= tolerance)
+    first = above[-1] + 1 if len(above) else 0
+    return float(x[first]) if first < len(x) else math.inf
+
+
+def difference_table(runs: list[Run], references: list[Run], args: Args) -> str:
+    """Return a table of when runs reach their references; see `loss_differences`."""
+    rows = []
+    for name, curves in loss_differences(runs, references).items():
+        reached = [tokens_to_reach(x, y, args.tolerance) for x, y in curves]
+        mean = float(np.mean(reached))
+        rows.append(
+            [
+                name,
+                str(len(curves)),
+                f"{np.mean([y[-1] for _, y in curves]):+.4f}",
+                f"{sum(map(math.isfinite, reached))} of {len(curves)}",
+                f"{mean:,.0f}" if math.isfinite(mean) else "-",
+            ]
+        )
+    header = ["run", "seeds", "final difference", f"within {args.tolerance:g}", "tokens until then"]
+    align = ("left", *("right",) * (len(header) - 1))
+    return tabulate(rows, header, "simple", colalign=align, disable_numparse=True)
+
+
+def figure_difference(runs: list[Run], references: list[Run], args: Args):
+    """Return figure 3. Faint lines are single runs, bold lines means over seeds.
+
+    Seeds that were evaluated at different steps have no mean.
+
+    Raises:
+        UserError: if a run has no reference, or no evaluation after its last growth step.
+    """
+    fig, ax = plt.subplots(layout="constrained")
+    names = loss_differences(runs, references)
     for (name, curves), color in zip(names.items(), COLORS * len(names)):
         first, _ = curves[0]
         same = all(np.array_equal(x, first) for x, _ in curves)
@@ -755,7 +797,10 @@ def main(args: Args) -> None:
     print(table(runs, args))
     for note in run_notes(runs):
         print(f"note: {note[0].lower()}{note[1:-1]}")
-    draw_figures(runs, args, [load_run(folder) for folder in args.against])
+    references = [load_run(folder) for folder in args.against]
+    draw_figures(runs, args, references)
+    if references:
+        print(difference_table(runs, references, args))
     if args.html:
         write_html(runs, args)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import math
 import re
 import shutil
 import xml.etree.ElementTree
@@ -75,7 +76,7 @@ def test_the_difference_from_a_reference_after_growth(runs, run_train, tmp_path)
     others = [run_train(f"{name}_seed2", seed=2, **OPTIONS[name]) for name in OPTIONS]
     paths = [runs[1].rename(tmp_path / "s4_seed1"), others[1]]
     args = ("--against", str(runs[0]), str(others[0]), "--out", str(tmp_path / "out"))
-    script("plot.py", *map(str, paths), *args)
+    printed = script("plot.py", *map(str, paths), *args, "--tolerance=1e-9").stdout
     image = (tmp_path / "out" / "figure3_difference.svg").read_text()
     assert "s4 (2 seeds)" in image and "since the last growth step" in image
     with plt.style.context(plot.STYLE):
@@ -84,6 +85,18 @@ def test_the_difference_from_a_reference_after_growth(runs, run_train, tmp_path)
     one, two, mean = (line.get_ydata() for line in figure.axes[0].lines[:3])
     assert mean == pytest.approx((one + two) / 2) and one == pytest.approx(difference)
     plt.close(figure)
+    reached = [plot.tokens_to_reach(since, y, 1e-9) for y in (one, two)]
+    row = f"{mean[-1]:+.4f} {sum(map(math.isfinite, reached))} of 2"
+    assert f"s4 2 {row}" in re.sub(" +", " ", printed)
+
+
+@pytest.mark.parametrize(
+    ("difference", "expected"),
+    [([0.3, 0.2, 0.1], 3), ([0.01, 0.2, 0.1], 3), ([0.01, -0.2, 0.1], 1), ([0.3, 0.2, 0.2], None)],
+)
+def test_a_run_reaches_its_reference_where_the_difference_stays_small(difference, expected):
+    x, y = np.array([1.0, 2.0, 3.0]), np.array(difference)
+    assert plot.tokens_to_reach(x, y, 0.15) == (expected or math.inf)
 
 
 def test_a_difference_needs_a_reference_of_the_same_seed_and_evaluations(runs, run_train, tmp_path):
