@@ -31,6 +31,7 @@ from dataclasses import dataclass
 import matplotlib
 import numpy as np
 import tyro
+from scipy import stats
 
 import plot
 import study
@@ -47,11 +48,6 @@ MIN_SEEDS = 3  # for a comparison to count
 # Lines of Markdown between which --readme writes.
 BEGIN, END = "<!-- written by frontier.py -->", "<!-- end -->"
 METRICS = ("flops", "paper_cost", "seconds")
-# 97.5% quantiles of Student's t distribution, by degrees of freedom.
-T_QUANTILES = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-)
 
 
 @dataclass
@@ -131,6 +127,7 @@ class Estimate:
     mean: float
     half_width: float  # NaN with a single seed
     n: int
+    p: float = math.nan  # of a two-sided t test of mean = 0
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Estimate":
@@ -140,8 +137,10 @@ class Estimate:
         n = len(known)
         if n == 1:
             return cls(known[0], math.nan, 1)
-        t = T_QUANTILES[min(n - 2, len(T_QUANTILES) - 1)]  # more seeds: conservative
-        return cls(statistics.fmean(known), t * statistics.stdev(known) / math.sqrt(n), n)
+        mean, error = statistics.fmean(known), statistics.stdev(known) / math.sqrt(n)
+        t = abs(mean) / error if error else math.inf
+        half_width = float(stats.t.ppf(0.975, n - 1)) * error
+        return cls(mean, half_width, n, 2 * float(stats.t.sf(t, n - 1)))
 
     @property
     def sign(self) -> int:
@@ -325,10 +324,10 @@ def draw(groups: dict[str, dict[str, list[Point]]], path: Path) -> None:
     """
     known = {name: series for points in groups.values() for name, series in points.items()}
     lines = {name: line for name, series in known.items() if len(line := _line(series))}
-    columns = min(2, len(groups))
+    columns = min(3 if len(groups) > 4 else 2, len(groups))
     rows = -(-len(groups) // columns)
     with plt.style.context(plot.STYLE):
-        size = (5.0 * columns if columns > 1 else 8.6, 3.3 * rows + 0.4)
+        size = ((8.6, 10.0, 13.0)[columns - 1], 3.3 * rows + 0.4)
         fig, axes = plt.subplots(
             rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False,
             layout="constrained",
@@ -411,7 +410,7 @@ def nominal(at: dict[str, Point]) -> float:
     return run.schedule.baseline.tokens / block_parameters(run)
 
 
-def table(points: dict[str, list[Point]]) -> str:
+def table(points: dict[str, list[Point]], metrics: Sequence[str]) -> str:
     rows = []
     for name, series in points.items():
         for p in sorted(series, key=lambda p: p.steps):
@@ -423,12 +422,12 @@ def table(points: dict[str, list[Point]]) -> str:
                     f"{p.tokens_per_parameter():.1f}",
                     str(len(p.runs)),
                     f"{statistics.fmean(r.loss for r in p.runs):.4f}",
-                    *(str(p.gain(metric)) for metric in METRICS),
+                    *(str(p.gain(metric)) for metric in metrics),
                     p.log_multiplier("flops").as_factor(),
                 ]
             )
     header = ["method", "steps", "learning rate", "tokens / parameter", "seeds", "val loss"]
-    header += [f"gain, equal {study.LABELS[m]}" for m in METRICS] + ["compute multiplier"]
+    header += [f"gain, equal {study.LABELS[m]}" for m in metrics] + ["compute multiplier"]
     return study.markdown(header, rows)
 
 
@@ -475,52 +474,79 @@ def contrast_table(described: study.Study, best: list[Finished]) -> str:
 def finding(points: dict[str, list[Point]]) -> str:
     """Return a paragraph and a list: which methods are better than the baseline at every budget."""
     items = []
-    compared = 0
-    for at in by_budget(points).values():
+    compared: dict[str, Estimate] = {}
+    for steps, at in by_budget(points).items():
         gains = {name: p.gain("flops") for name, p in at.items()}
         gains = {n: g for n, g in gains.items() if g.n >= MIN_SEEDS and not math.isnan(g.mean)}
         if not gains:
             continue
-        compared += len(gains)
-        multipliers = {name: at[name].log_multiplier("flops") for name in gains}
-        # By the compute multiplier, because gains at different FLOPs are not comparable. It is
-        # unknown for a loss that no baseline has.
-        ranked = sorted(
-            gains, key=lambda n: (-np.nan_to_num(multipliers[n].mean, nan=0.0), -gains[n].mean)
-        )
+        compared |= {f"{name} with {steps:,} steps": gain for name, gain in gains.items()}
+
+        def multiplier(name, at=at, gains=gains):
+            # Unknown if the loss of a run is lower or higher than that of any baseline.
+            factor = at[name].log_multiplier("flops").mean
+            return math.copysign(math.inf, gains[name].mean) if math.isnan(factor) else factor
+
+        # Gains at different FLOPs are not comparable, compute multipliers are.
+        ranked = sorted(gains, key=lambda n: (multiplier(n), gains[n].mean), reverse=True)
         better = [name for name in ranked if gains[name].sign == 1]
         worse = [name for name in reversed(ranked) if gains[name].sign == -1]
-        item = (
-            f"- **{nominal(at):.0f} tokens per non-embedding parameter.** Methods better than the "
-            f"baseline: {len(better)} of {len(gains)}"
-        )
-        if better:
-            named = []
-            for name in better[:3]:
-                factor = multipliers[name].as_factor()
-                worth = "" if factor == "-" else f", compute multiplier {factor}"
-                named.append(f"{name} by {gains[name].mean:.3f} nats{worth}")
-            item += f" ({'; '.join(named)}{'; ...' if len(better) > 3 else ''})"
-        item += f". Worse: {len(worse)}"
-        if worse:
-            item += f" (the last is {worse[0]}, by {-gains[worse[0]].mean:.3f} nats)"
         rest = len(gains) - len(better) - len(worse)
-        items.append(f"{item}. No significant difference: {rest}.")
+        items.append(
+            f"- **{steps:,} steps ({nominal(at):.0f} tokens per parameter).** Methods better than "
+            f"the baseline: {len(better)} of {len(gains)}{_listed(better, at)}. Worse: "
+            f"{len(worse)}{_listed(worse, at)}. No significant difference: {rest}."
+        )
     if not compared:
         return (
             f"There is no comparison yet: it takes a method that is trained with {MIN_SEEDS} seeds "
             "and costs as much as one of the baselines, or an amount between them."
         )
+    corrected = holm(compared)
+    remain = f"these remain: {', '.join(corrected)}" if corrected else "none remains"
     return (
         "Every method is compared, at equal FLOPs, with a baseline: a model of the same final size "
         "that is trained as a whole. The gain of a method is the baseline's validation loss minus "
         "its own. The compute multiplier is the FLOPs that a baseline needs for the same loss, "
-        "divided by the FLOPs of the method.\n\n"
+        "divided by the FLOPs of the method. A budget is given as training tokens per "
+        "non-embedding parameter. Many methods cost fewer FLOPs than a baseline with the same "
+        "number of steps: they are compared with a shorter baseline, and its tokens per parameter "
+        "are given with the gain.\n\n"
         + "\n".join(items)
-        + f"\n\nThese are {compared} comparisons, each with at least {MIN_SEEDS} seeds. A method "
-        "counts as better or worse if the 95% interval of its gain does not contain zero. If there "
-        "is no difference, this happens by chance in about one of twenty comparisons."
+        + f"\n\nThese are {len(compared)} comparisons, each with at least {MIN_SEEDS} seeds. A "
+        "method counts as better or worse if the 95% interval of its gain does not contain zero. "
+        "If there is no difference, this happens by chance in about one of twenty comparisons, "
+        "and the comparisons are not independent: they share the seeds and the baselines. After "
+        f"Holm's correction for {len(compared)} comparisons, {remain}."
     )
+
+
+def _listed(names: list[str], at: dict[str, Point], most: int = 3) -> str:
+    """Return the gains of the first methods in parentheses, or "" if there are none."""
+    described = []
+    for name in names[:most]:
+        gain, factor = at[name].gain("flops"), at[name].log_multiplier("flops").as_factor()
+        worth = "" if factor == "-" else f", compute multiplier {factor}"
+        tokens = at[name].tokens_per_parameter()
+        described.append(
+            f"{name} by {abs(gain.mean):.3f} nats at {tokens:.1f} tokens per parameter{worth}"
+        )
+    more = [f"{len(names) - most} more"] if len(names) > most else []
+    return f" ({'; '.join(described + more)})" if names else ""
+
+
+def holm(estimates: dict[str, Estimate], level: float = 0.05) -> list[str]:
+    """Return the names of the estimates that differ from zero after Holm's correction.
+
+    Source: S. Holm, "A Simple Sequentially Rejective Multiple Test Procedure", 1979.
+    """
+    result = []
+    ordered = sorted(estimates, key=lambda name: estimates[name].p)
+    for i, name in enumerate(ordered):
+        if not estimates[name].p <= level / (len(ordered) - i):
+            break
+        result.append(name)
+    return result
 
 
 OVERVIEW = (
@@ -552,9 +578,11 @@ HOW_TO_READ = (
     "and 95% interval). A dash means that the compute or the loss of a run is outside the range of "
     "the baselines. *Steps*: the option `--steps`; a run with continual training has more steps. "
     "*Tokens / parameter*: the tokens that a baseline reads with the FLOPs of the run, per "
-    "non-embedding parameter. *Seconds*: the number of steps times the median step time of each "
-    "phase. They are comparable only if the method has the same `batch_size` as the baseline, and "
-    "if either no other work ran during training or `study.py time` measured the step times."
+    "non-embedding parameter."
+)
+SECONDS = (
+    " *Seconds*: the number of steps times the step time of each phase, which `study.py time` has "
+    "measured. They are comparable only if the method has the same `batch_size` as the baseline."
 )
 
 
@@ -644,7 +672,10 @@ def main(args: Args) -> None:
         page += [f"## Gain at equal {study.LABELS[metric]}", overview(points, metric)]
         if metric == "flops":
             page.append(OVERVIEW)
-    page += ["## All runs", table(points), HOW_TO_READ]
+    # Other work during training changes the step times.
+    timed = all(r.run.step_seconds for r in best)
+    page += ["## All runs", table(points, METRICS if timed else METRICS[:2])]
+    page.append(HOW_TO_READ + (SECONDS if timed else ""))
     if accuracy := interpolation_error(best):
         page.append(accuracy)
     if several := variant_table(runs):

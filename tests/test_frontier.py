@@ -11,6 +11,7 @@ import statistics
 import numpy as np
 import pytest
 from conftest import ROOT, metrics
+from scipy import stats
 from test_study import instead_of_training, train_here, write_study
 
 import frontier
@@ -95,7 +96,7 @@ def test_the_gain_is_the_difference_to_the_interpolated_baseline_of_the_same_see
         gains.append(l0 + share * (l1 - l0) - loss)
     gain = points["stacked"][1].gain("flops")
     assert gain.n == 3 and gain.mean == pytest.approx(statistics.fmean(gains))
-    expected = 4.303 * statistics.stdev(gains) / math.sqrt(3)
+    expected = 4.302653 * statistics.stdev(gains) / math.sqrt(3)
     assert gain.half_width == pytest.approx(expected)
     # tokens of a baseline with the same FLOPs
     f8 = final(tiny, "baseline_8_seed1")[0]
@@ -131,6 +132,16 @@ def test_intervals_are_those_of_students_t():
     assert str(Estimate.of([0.1, math.nan])) == "-"
     estimate = Estimate.of(list(range(11)))  # standard error 1; t = 2.228
     assert estimate.half_width == pytest.approx(2.228, 1e-3)
+    assert estimate.p == pytest.approx(stats.ttest_1samp(list(range(11)), 0).pvalue)
+    assert Estimate.of([0.1, 0.1]).p == 0 and math.isnan(Estimate.of([0.1]).p)
+
+
+def test_holms_correction():
+    p_values = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005, "unknown": math.nan}
+    estimates = {name: Estimate(1.0, 0.5, 3, p) for name, p in p_values.items()}
+    # 0.05 is divided by 5, 4, 3; 0.03 is above 0.05 / 3.
+    assert frontier.holm(estimates) == ["d", "a"]
+    assert frontier.holm({"b": estimates["b"]}) == ["b"]
 
 
 def test_the_page_has_a_row_for_every_method_and_budget(tiny, tmp_path, capsys):
@@ -174,11 +185,29 @@ def test_the_finding_counts_the_methods_on_either_side_of_the_baseline(tiny):
     )  # matched_copies has two seeds
     assert f"than the baseline: {int(stacked.gain('flops').sign == 1)} of 1" in text
     for name in better:
-        assert f"{name} by {at_16[name].mean:.3f} nats, compute multiplier" in text
+        tokens = points[name][0].tokens_per_parameter()
+        assert f"{name} by {at_16[name].mean:.3f} nats at {tokens:.1f} tokens" in text
     assert "These are 3 comparisons" in text
     above, around = Estimate(0.2, 0.1, 3), Estimate(0.1, 0.1, 3)
     assert above.sign == 1 and Estimate(-0.2, 0.1, 3).sign == -1 and around.sign == 0
     assert Estimate(0.2, 0.1, 2).sign == 0 and Estimate(0.2, math.nan, 1).sign == 0
+
+
+def test_a_loss_below_that_of_all_baselines_ranks_first(tiny, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny, folder)
+    for seed in (1, 2, 3):
+        low, high = (final(tiny, f"baseline_{steps}_seed{seed}")[1] for steps in (32, 16))
+        assert low < high
+        for name, loss in ("stacked", low - 0.5), ("matched", (low + high) / 2):
+            path = folder / f"{name}_16_seed{seed}" / "metrics.jsonl"
+            rows = path.read_text().splitlines()
+            last = json.loads(rows[-1]) | {"val_loss": loss}
+            path.write_text("\n".join([*rows[:-1], json.dumps(last)]) + "\n")
+    points = points_of(folder)
+    assert math.isnan(points["stacked"][0].log_multiplier("flops").mean)
+    text = next(s for s in frontier.finding(points).splitlines() if s.startswith("- **16 steps"))
+    assert text.index("(stacked by") < text.index("; matched by") < text.index("multiplier")
 
 
 def test_contrasts_are_paired_differences_of_losses(tiny, tmp_path):
