@@ -169,6 +169,7 @@ class Point:
 
     runs: list[Finished]
     frontiers: dict[tuple[str, int], Frontier]  # by metric and seed
+    baseline: Run  # of any length
 
     def gain(self, metric: str) -> Estimate:
         """Return the gain over the frontier at equal compute, in nats."""
@@ -202,9 +203,9 @@ class Point:
 
         These are tokens of the baseline, because a method may read more tokens with the same FLOPs.
         """
-        run = self.runs[0].run
-        flops_per_token = run.schedule.baseline.flops / run.schedule.baseline.tokens
-        return float(run.columns["flops"][-1]) / flops_per_token / block_parameters(run)
+        schedule = self.baseline.schedule.baseline
+        flops_per_token = schedule.flops / schedule.tokens
+        return self.runs[0].compute("flops") / flops_per_token / block_parameters(self.baseline)
 
 
 def block_parameters(run: Run) -> int:
@@ -239,8 +240,11 @@ def load_runs(folder: Path) -> tuple[study.Study, list[Finished], list[PlannedRu
         runs.append(Finished(p, run, described.method(p.entry), described.method(against)))
     # The loss does not depend on the size of micro-batches, apart from rounding and dropout masks.
     may_differ = study.METHOD | study.RECIPE | {"steps", "batch_size"}
-    for finished in runs[1:]:
-        study.check_comparable(folder, finished.run, runs[0].run, may_differ)
+    controls = {label for label, entry in described.runs.items() if entry.control}
+    same_depth = [r for r in runs if r.planned.entry not in controls]
+    for r in runs if same_depth else ():
+        depth = {"n_layer"} if r.planned.entry in controls else set()
+        study.check_comparable(folder, r.run, same_depth[0].run, may_differ | depth)
     return described, runs, missing
 
 
@@ -285,8 +289,9 @@ def points_of(described: study.Study, best: list[Finished]) -> dict[str, list[Po
         UserError: if there are not enough baselines.
     """
     frontiers: dict[tuple[str, int], Frontier] = {}
+    baselines = [r for r in best if r.method == BASELINE]
     for seed in {r.planned.seed for r in best}:
-        own = [r for r in best if r.method == BASELINE and r.planned.seed == seed]
+        own = [r for r in baselines if r.planned.seed == seed]
         if len(own) > 1:
             frontiers |= {(m, seed): Frontier.of(own, m) for m in METRICS}
     if not frontiers:
@@ -299,7 +304,10 @@ def points_of(described: study.Study, best: list[Finished]) -> dict[str, list[Po
         has_frontier = ("flops", r.planned.seed) in frontiers
         if r.method != BASELINE and r.compared_with == BASELINE and has_frontier:
             points.setdefault(r.method, {}).setdefault(r.steps, []).append(r)
-    return {method: [Point(rs, frontiers) for rs in by.values()] for method, by in points.items()}
+    return {
+        method: [Point(rs, frontiers, baselines[0].run) for rs in by.values()]
+        for method, by in points.items()
+    }
 
 
 def contrast(runs: list[Finished], others: list[Finished]) -> dict[int, Estimate]:
@@ -557,6 +565,11 @@ OVERVIEW = (
     "baseline. A dash means that the method was not trained at this budget, or that the compute of "
     "one of its runs is outside the range of the baselines."
 )
+CONTROLS = (
+    "These runs are not methods, and they are not counted above. Their models can have a different "
+    "number of blocks. The columns are those of the table of all runs; *tokens / parameter* refers "
+    "to the baseline."
+)
 CONTRASTS = (
     "Direct comparisons of two kinds of runs with the same FLOPs and the same seed: the validation "
     "loss of the first minus that of the second, in nats per token (mean and 95% interval). A "
@@ -606,9 +619,8 @@ def interpolation_error(best: list[Finished]) -> str:
     )
 
 
-def conditions(points: dict[str, list[Point]]) -> str:
+def conditions(runs: list[Run]) -> str:
     """Describe the model, the data and the hardware in a few sentences."""
-    runs = [r.run for series in points.values() for p in series for r in p.runs]
     c, schedule = runs[0].config, runs[0].schedule
     dates = sorted({run.config.date for run in runs})
     return (
@@ -651,6 +663,9 @@ def main(args: Args) -> None:
         groups.setdefault(entry.group if entry else "", {})[name] = series
     with file_errors(folder, "make the folder writable"):
         draw(groups, folder / "gain")
+    is_control = {described.method(label) for label, e in described.runs.items() if e.control}
+    controls = {name: series for name, series in points.items() if name in is_control}
+    points = {name: series for name, series in points.items() if name not in is_control}
     text = finding(points)
     if contrasts := contrast_table(described, best):
         text += f"\n\n{CONTRASTS}\n\n{contrasts}"
@@ -676,11 +691,13 @@ def main(args: Args) -> None:
     timed = all(r.run.step_seconds for r in best)
     page += ["## All runs", table(points, METRICS if timed else METRICS[:2])]
     page.append(HOW_TO_READ + (SECONDS if timed else ""))
+    if controls:
+        page += ["## Controls", CONTROLS, table(controls, METRICS[:2])]
     if accuracy := interpolation_error(best):
         page.append(accuracy)
     if several := variant_table(runs):
         page += ["## Variants", VARIANTS, several]
-    page += ["## Conditions", conditions(points)]
+    page += ["## Conditions", conditions([r.run for r in best if r.method not in is_control])]
     study.write(folder / "README.md", "\n\n".join(page) + "\n")
     n = sum(map(len, points.values()))
     print(f"{folder / 'README.md'}: {n} combinations of method and budget")

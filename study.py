@@ -173,6 +173,8 @@ class RunEntry(Struct, forbid_unknown_fields=True):
     variant_of: str = ""
     group: str = ""  # entries with the same group share a panel in the figure of frontier.py
     about: str = ""  # what it is, for the page of frontier.py
+    # For frontier.py: not one of the methods, and n_layer may differ from that of the other runs
+    control: bool = False
 
 
 class Study(Struct, forbid_unknown_fields=True):

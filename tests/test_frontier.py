@@ -48,6 +48,10 @@ against = "constant"
 options = ["--skip_policy=layer_dropout", "--skip_rate=0.9"]
 steps = [8]
 seeds = [1, 2]
+[runs.small]
+control = true
+options = ["--n_layer=1"]
+steps = [32]
 [runs.later]
 steps = [8]
 """
@@ -61,7 +65,7 @@ def tiny(corpus, tmp_path_factory):
     handlers = {number: signal.getsignal(number) for number in study.StopRequest.SIGNALS}
     with pytest.MonkeyPatch.context() as patch:
         instead_of_training(patch, train_here)
-        only = ("baseline", "stacked", "matched", "matched_copies", "constant", "shorter")
+        only = ("baseline", "stacked", "matched", "matched_copies", "constant", "shorter", "small")
         study.main(study.RunArgs(folder, only=only, out=folder / "out"))
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -85,6 +89,7 @@ def test_the_gain_is_the_difference_to_the_interpolated_baseline_of_the_same_see
         "matched": [16],
         "matched_copies": [16],
         "shorter": [8],
+        "small": [32],
     }
     assert [run.name for run in missing] == ["later_8_seed1"]
     gains = []
@@ -159,6 +164,26 @@ def test_the_page_has_a_row_for_every_method_and_budget(tiny, tmp_path, capsys):
         shutil.rmtree(folder / f"baseline_{steps}_seed{seed}")
     with pytest.raises(UserError, match="no seed has two finished runs of 'baseline'"):
         frontier.main(frontier.Args(folder))
+
+
+def test_a_control_is_compared_but_not_counted(tiny, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny, folder)
+    points = points_of(folder)
+    (small,) = points["small"]
+    flops = final(tiny, "small_32_seed1")[0]
+    f32 = final(tiny, "baseline_32_seed1")[0]
+    baseline = frontier.load_runs(tiny)[1][0].run  # four blocks
+    parameters = frontier.block_parameters(baseline)
+    tokens = 32 * baseline.config.tokens_per_step
+    assert small.tokens_per_parameter() == pytest.approx(flops / f32 * tokens / parameters)
+    frontier.main(frontier.Args(folder))
+    before, controls = (folder / "README.md").read_text().split("## Controls")
+    assert "| small " not in before and re.search(r"^\| small +\| +32 \|", controls, re.MULTILINE)
+    text = (folder / "study.toml").read_text()
+    (folder / "study.toml").write_text(text.replace("control = true\n", ""))
+    with pytest.raises(UserError, match="small_32_seed1: n_layer is 1, but 4 in"):
+        frontier.load_runs(folder)
 
 
 def test_micro_batches_may_differ_but_not_the_model(tiny, tmp_path):
