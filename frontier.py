@@ -529,6 +529,21 @@ def finding(points: dict[str, list[Point]]) -> str:
     )
 
 
+def control_finding(controls: dict[str, list[Point]], about: dict[str, str]) -> str:
+    """Return a paragraph on the controls, or "" if none has been trained."""
+    items = []
+    for name, series in controls.items():
+        gains = [
+            f"{p.gain('flops')} nats at {p.tokens_per_parameter():.1f} tokens per parameter"
+            for p in sorted(series, key=lambda p: p.steps)
+            if not math.isnan(p.gain("flops").mean)
+        ]
+        if gains:
+            description = f" ({about[name]})" if about.get(name) else ""
+            items.append(f"{name}{description}: {', '.join(gains)}")
+    return f"Gains of controls, which are not counted above: {'; '.join(items)}." if items else ""
+
+
 def _listed(names: list[str], at: dict[str, Point], most: int = 3) -> str:
     """Return the gains of the first methods in parentheses, or "" if there are none."""
     described = []
@@ -667,6 +682,9 @@ def main(args: Args) -> None:
     controls = {name: series for name, series in points.items() if name in is_control}
     points = {name: series for name, series in points.items() if name not in is_control}
     text = finding(points)
+    about = {name: e.about for name, e in described.runs.items()}
+    if found := control_finding(controls, about):
+        text += f"\n\n{found}"
     if contrasts := contrast_table(described, best):
         text += f"\n\n{CONTRASTS}\n\n{contrasts}"
     if readme:

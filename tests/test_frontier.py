@@ -179,6 +179,8 @@ def test_a_control_is_compared_but_not_counted(tiny, tmp_path):
     assert small.tokens_per_parameter() == pytest.approx(flops / f32 * tokens / parameters)
     frontier.main(frontier.Args(folder))
     before, controls = (folder / "README.md").read_text().split("## Controls")
+    gain = f"{small.gain('flops')} nats at {small.tokens_per_parameter():.1f} tokens per parameter"
+    assert f"which are not counted above: small: {gain}." in before
     assert "| small " not in before and re.search(r"^\| small +\| +32 \|", controls, re.MULTILINE)
     text = (folder / "study.toml").read_text()
     (folder / "study.toml").write_text(text.replace("control = true\n", ""))
