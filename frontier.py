@@ -491,7 +491,7 @@ def finding(points: dict[str, list[Point]]) -> str:
         compared |= {f"{name} with {steps:,} steps": gain for name, gain in gains.items()}
 
         def multiplier(name, at=at, gains=gains):
-            # Unknown if the loss of a run is lower or higher than that of any baseline.
+            # Unknown if the loss of a run is below or above those of all baselines.
             factor = at[name].log_multiplier("flops").mean
             return math.copysign(math.inf, gains[name].mean) if math.isnan(factor) else factor
 
@@ -511,15 +511,20 @@ def finding(points: dict[str, list[Point]]) -> str:
             "and costs as much as one of the baselines, or an amount between them."
         )
     corrected = holm(compared)
-    remain = f"these remain: {', '.join(corrected)}" if corrected else "none remains"
+    named = [f"{name} ({'better' if compared[name].mean > 0 else 'worse'})" for name in corrected]
+    remain = (
+        f"these differences remain significant at the 5% level: {', '.join(named)}"
+        if named
+        else "no difference remains significant at the 5% level"
+    )
     return (
         "Every method is compared, at equal FLOPs, with a baseline: a model of the same final size "
         "that is trained as a whole. The gain of a method is the baseline's validation loss minus "
         "its own. The compute multiplier is the FLOPs that a baseline needs for the same loss, "
-        "divided by the FLOPs of the method. A budget is given as training tokens per "
-        "non-embedding parameter. Many methods cost fewer FLOPs than a baseline with the same "
-        "number of steps: they are compared with a shorter baseline, and its tokens per parameter "
-        "are given with the gain.\n\n"
+        "divided by the FLOPs of the method. A budget is a number of steps. In "
+        "parentheses are the training tokens of a baseline with this number of steps, per "
+        "non-embedding parameter. Many methods cost fewer FLOPs than this baseline. They are "
+        "compared with a shorter baseline, whose tokens per parameter are given with the gain.\n\n"
         + "\n".join(items)
         + f"\n\nThese are {len(compared)} comparisons, each with at least {MIN_SEEDS} seeds. A "
         "method counts as better or worse if the 95% interval of its gain does not contain zero. "
@@ -534,14 +539,20 @@ def control_finding(controls: dict[str, list[Point]], about: dict[str, str]) -> 
     items = []
     for name, series in controls.items():
         gains = [
-            f"{p.gain('flops')} nats at {p.tokens_per_parameter():.1f} tokens per parameter"
+            f"{p.gain('flops')} nats at {p.tokens_per_parameter():.1f} tokens per parameter of the "
+            f"baseline (n = {len(p.runs)})"
             for p in sorted(series, key=lambda p: p.steps)
             if not math.isnan(p.gain("flops").mean)
         ]
         if gains:
             description = f" ({about[name]})" if about.get(name) else ""
             items.append(f"{name}{description}: {', '.join(gains)}")
-    return f"Gains of controls, which are not counted above: {'; '.join(items)}." if items else ""
+    if not items:
+        return ""
+    return (
+        "Controls are not methods, and are not counted above. Their gains over the baseline at "
+        f"equal FLOPs (n: seeds) are: {'; '.join(items)}."
+    )
 
 
 def _listed(names: list[str], at: dict[str, Point], most: int = 3) -> str:
@@ -582,8 +593,9 @@ OVERVIEW = (
 )
 CONTROLS = (
     "These runs are not methods, and they are not counted above. Their models can have a different "
-    "number of blocks. The columns are those of the table of all runs; *tokens / parameter* refers "
-    "to the baseline."
+    "number of blocks. The columns are those of the table of all runs; *tokens / parameter* are "
+    "the tokens that the baseline reads with the FLOPs of the run, per non-embedding parameter of "
+    "the baseline."
 )
 CONTRASTS = (
     "Direct comparisons of two kinds of runs with the same FLOPs and the same seed: the validation "
@@ -592,10 +604,11 @@ CONTRASTS = (
     "zero and there are at least 3 seeds."
 )
 VARIANTS = (
-    "Some methods were trained with several variants, for example with several learning rates. The "
+    "Some methods were trained in several variants, for example with several learning rates. The "
     "table contains the mean validation loss over the seeds, with a column for each learning rate. "
     "At each number of steps, the variant in bold is used: of those with the most seeds, it has "
-    "the lowest mean loss."
+    "the lowest mean loss. Commas separate variants with the same learning rate; *n* is given for "
+    "a variant with fewer seeds than the others."
 )
 HOW_TO_READ = (
     "*Gain*: the loss of a baseline with the compute of the run, minus the loss of the run, in "
@@ -626,11 +639,12 @@ def interpolation_error(best: list[Finished]) -> str:
     if not errors:
         return ""
     return (
-        "*Accuracy of the interpolation*: if each baseline in turn is left out, the loss that is "
-        "interpolated between its neighbors differs from its own by "
-        f"{min(errors):+.3f} to {max(errors):+.3f} nats (mean {statistics.fmean(errors):+.3f}). "
-        "The neighbors are twice as far apart as the baselines that are used for the gain of a "
-        "run, so the error of a gain is about a quarter of this."
+        "*Accuracy of the interpolation*: each baseline except the shortest and the longest is "
+        "left out in turn, and its loss is interpolated between its neighbors. The interpolated "
+        f"loss minus the actual one is {min(errors):+.3f} to {max(errors):+.3f} nats (mean "
+        f"{statistics.fmean(errors):+.3f}). The neighbors are about twice as far apart as the "
+        "baselines that are used for the gain of a run. As far as the error is due to the "
+        "curvature of the loss, that of a gain is therefore at most about a quarter of this."
     )
 
 
@@ -709,10 +723,10 @@ def main(args: Args) -> None:
     timed = all(r.run.step_seconds for r in best)
     page += ["## All runs", table(points, METRICS if timed else METRICS[:2])]
     page.append(HOW_TO_READ + (SECONDS if timed else ""))
-    if controls:
-        page += ["## Controls", CONTROLS, table(controls, METRICS[:2])]
     if accuracy := interpolation_error(best):
         page.append(accuracy)
+    if controls:
+        page += ["## Controls", CONTROLS, table(controls, METRICS[:2])]
     if several := variant_table(runs):
         page += ["## Variants", VARIANTS, several]
     page += ["## Conditions", conditions([r.run for r in best if r.method not in is_control])]

@@ -95,7 +95,8 @@ class Args:
     """Reference runs for figure 3, the difference of the validation losses. Each run is compared
     with the one of its seed. Runs named NAME_seedN are averaged over their seeds."""
     tolerance: float = 0.02
-    """Difference of the validation losses in nats below which a run has reached its reference."""
+    """A run has reached its reference when the difference of the validation losses, in nats, stays
+    below this."""
     metric: Literal["acc_norm", "acc"] = "acc_norm"
     """HellaSwag metric: by lowest mean loss per token (acc_norm) or lowest total loss (acc)."""
     out: Path = Path("plots")
@@ -332,7 +333,13 @@ def difference_table(runs: list[Run], references: list[Run], args: Args) -> str:
                 f"{mean:,.0f}" if math.isfinite(mean) else "-",
             ]
         )
-    header = ["run", "seeds", "final difference", f"within {args.tolerance:g}", "tokens until then"]
+    header = [
+        "run",
+        "seeds",
+        "final difference",
+        f"seeds below {args.tolerance:g}",
+        "tokens until then (mean)",
+    ]
     align = ("left", *("right",) * (len(header) - 1))
     return tabulate(rows, header, "simple", colalign=align, disable_numparse=True)
 

@@ -251,8 +251,8 @@ def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
         others = [study.method(other) for other in study.runs if other != label]
         if (method := entry.variant_of) and method not in others:
             raise UserError(
-                f"{where}: variant_of = {method!r} is not a run without variant_of, and no other "
-                "run is a variant of it: correct it"
+                f"{where}: variant_of = {method!r} is neither the label of another run without "
+                "variant_of nor the variant_of of another run: correct it"
             )
         for key in ("seeds", "steps"):
             values = getattr(entry, key)

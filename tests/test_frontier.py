@@ -179,8 +179,8 @@ def test_a_control_is_compared_but_not_counted(tiny, tmp_path):
     assert small.tokens_per_parameter() == pytest.approx(flops / f32 * tokens / parameters)
     frontier.main(frontier.Args(folder))
     before, controls = (folder / "README.md").read_text().split("## Controls")
-    gain = f"{small.gain('flops')} nats at {small.tokens_per_parameter():.1f} tokens per parameter"
-    assert f"which are not counted above: small: {gain}." in before
+    tokens = f"{small.tokens_per_parameter():.1f} tokens per parameter of the baseline"
+    assert f"small: {small.gain('flops')} nats at {tokens} (n = 1)." in before
     assert "| small " not in before and re.search(r"^\| small +\| +32 \|", controls, re.MULTILINE)
     text = (folder / "study.toml").read_text()
     (folder / "study.toml").write_text(text.replace("control = true\n", ""))
@@ -287,7 +287,7 @@ def test_the_best_variant_is_used_at_every_number_of_steps(tiny, tmp_path):
     assert "## Variants" in (folder / "README.md").read_text()
     again = text.replace("[runs.constant]\n", '[runs.constant]\nvariant_of = "x"\n')
     (folder / "study.toml").write_text(again)
-    with pytest.raises(UserError, match="runs.constant: variant_of = 'x' is not a run"):
+    with pytest.raises(UserError, match="runs.constant: variant_of = 'x' is neither"):
         study.load_study(folder)
 
 
