@@ -22,6 +22,7 @@ import stagewise.console  # noqa: F401  (first: Ctrl-C during the other imports)
 
 # isort: split
 
+import collections
 import math
 import os
 import statistics
@@ -138,7 +139,7 @@ class Estimate:
         if n == 1:
             return cls(known[0], math.nan, 1)
         mean, error = statistics.fmean(known), statistics.stdev(known) / math.sqrt(n)
-        t = abs(mean) / error if error else math.inf
+        t = abs(mean) / error if error else math.inf if mean else 0.0
         half_width = float(stats.t.ppf(0.975, n - 1)) * error
         return cls(mean, half_width, n, 2 * float(stats.t.sf(t, n - 1)))
 
@@ -194,6 +195,15 @@ class Point:
             ]
         )
 
+    def rank(self) -> tuple[float, float]:
+        """Return what methods are sorted by: the compute multiplier, then the gain.
+
+        Gains at different FLOPs are not comparable, so the multiplier comes first. It is unknown if
+        the loss of a run is below or above those of all baselines.
+        """
+        gain, multiplier = self.gain("flops").mean, self.log_multiplier("flops").mean
+        return math.copysign(math.inf, gain) if math.isnan(multiplier) else multiplier, gain
+
     @property
     def steps(self) -> int:
         return self.runs[0].steps
@@ -240,10 +250,10 @@ def load_runs(folder: Path) -> tuple[study.Study, list[Finished], list[PlannedRu
         runs.append(Finished(p, run, described.method(p.entry), described.method(against)))
     # The loss does not depend on the size of micro-batches, apart from rounding and dropout masks.
     may_differ = study.METHOD | study.RECIPE | {"steps", "batch_size"}
-    controls = {label for label, entry in described.runs.items() if entry.control}
-    same_depth = [r for r in runs if r.planned.entry not in controls]
+    controls = described.controls()
+    same_depth = [r for r in runs if r.method not in controls]
     for r in runs if same_depth else ():
-        depth = {"n_layer"} if r.planned.entry in controls else set()
+        depth = {"n_layer"} if r.method in controls else set()
         study.check_comparable(folder, r.run, same_depth[0].run, may_differ | depth)
     return described, runs, missing
 
@@ -425,6 +435,7 @@ def table(points: dict[str, list[Point]], metrics: Sequence[str]) -> str:
             rows.append(
                 [
                     name,
+                    "" if (entry := p.runs[0].planned.entry) == name else entry,
                     f"{p.steps:,}",
                     f"{p.runs[0].run.config.learning_rate:g}",
                     f"{p.tokens_per_parameter():.1f}",
@@ -434,9 +445,9 @@ def table(points: dict[str, list[Point]], metrics: Sequence[str]) -> str:
                     p.log_multiplier("flops").as_factor(),
                 ]
             )
-    header = ["method", "steps", "learning rate", "tokens / parameter", "seeds", "val loss"]
-    header += [f"gain, equal {study.LABELS[m]}" for m in metrics] + ["compute multiplier"]
-    return study.markdown(header, rows)
+    header = ["method", "variant", "steps", "learning rate", "tokens / parameter", "seeds"]
+    header += ["val loss", *(f"gain, equal {study.LABELS[m]}" for m in metrics)]
+    return study.markdown([*header, "compute multiplier"], rows, n_left=2)
 
 
 def variant_table(runs: list[Finished]) -> str:
@@ -449,10 +460,13 @@ def variant_table(runs: list[Finished]) -> str:
     for method, steps in sorted(several, key=lambda at: (methods.index(at[0]), at[1])):
         cells: dict[float, list[str]] = {rate: [] for rate in rates}
         most = max(map(len, several[method, steps].values()))
-        for own in several[method, steps].values():
+        same_rate = collections.Counter(own[0].rate for own in several[method, steps].values())
+        for entry, own in several[method, steps].items():
             cell = f"{statistics.fmean(r.loss for r in own):.4f}"
             cell = f"**{cell}**" if own[0].planned.label in used else cell
-            cells[own[0].rate].append(cell + (f" (n = {len(own)})" if len(own) < most else ""))
+            notes = [entry] if same_rate[own[0].rate] > 1 else []
+            notes += [f"n = {len(own)}"] if len(own) < most else []
+            cells[own[0].rate].append(cell + (f" ({', '.join(notes)})" if notes else ""))
         rows.append([method, f"{steps:,}", str(most), *map(", ".join, cells.values())])
     header = ["method", "steps", "seeds", *(f"{rate:g}" for rate in rates)]
     return study.markdown(header, rows) if rows else ""
@@ -489,14 +503,7 @@ def finding(points: dict[str, list[Point]]) -> str:
         if not gains:
             continue
         compared |= {f"{name} with {steps:,} steps": gain for name, gain in gains.items()}
-
-        def multiplier(name, at=at, gains=gains):
-            # Unknown if the loss of a run is below or above those of all baselines.
-            factor = at[name].log_multiplier("flops").mean
-            return math.copysign(math.inf, gains[name].mean) if math.isnan(factor) else factor
-
-        # Gains at different FLOPs are not comparable, compute multipliers are.
-        ranked = sorted(gains, key=lambda n: (multiplier(n), gains[n].mean), reverse=True)
+        ranked = sorted(gains, key=lambda name: at[name].rank(), reverse=True)
         better = [name for name in ranked if gains[name].sign == 1]
         worse = [name for name in reversed(ranked) if gains[name].sign == -1]
         rest = len(gains) - len(better) - len(worse)
@@ -607,8 +614,8 @@ VARIANTS = (
     "Some methods were trained in several variants, for example with several learning rates. The "
     "table contains the mean validation loss over the seeds, with a column for each learning rate. "
     "At each number of steps, the variant in bold is used: of those with the most seeds, it has "
-    "the lowest mean loss. Commas separate variants with the same learning rate; *n* is given for "
-    "a variant with fewer seeds than the others."
+    "the lowest mean loss. Variants with the same learning rate are named; *n* is given for a "
+    "variant with fewer seeds than the others."
 )
 HOW_TO_READ = (
     "*Gain*: the loss of a baseline with the compute of the run, minus the loss of the run, in "
@@ -619,7 +626,8 @@ HOW_TO_READ = (
     "and 95% interval). A dash means that the compute or the loss of a run is outside the range of "
     "the baselines. *Steps*: the option `--steps`; a run with continual training has more steps. "
     "*Tokens / parameter*: the tokens that a baseline reads with the FLOPs of the run, per "
-    "non-embedding parameter."
+    "non-embedding parameter. "
+    "*Variant*: the entry of study.toml that is used, if it has another name than the method."
 )
 SECONDS = (
     " *Seconds*: the number of steps times the step time of each phase, which `study.py time` has "
@@ -692,9 +700,7 @@ def main(args: Args) -> None:
         groups.setdefault(entry.group if entry else "", {})[name] = series
     with file_errors(folder, "make the folder writable"):
         draw(groups, folder / "gain")
-    is_control = {described.method(label) for label, e in described.runs.items() if e.control}
-    controls = {name: series for name, series in points.items() if name in is_control}
-    points = {name: series for name, series in points.items() if name not in is_control}
+    controls = {n: points.pop(n) for n in list(points) if n in described.controls()}
     text = finding(points)
     about = {name: e.about for name, e in described.runs.items()}
     if found := control_finding(controls, about):
@@ -729,7 +735,10 @@ def main(args: Args) -> None:
         page += ["## Controls", CONTROLS, table(controls, METRICS[:2])]
     if several := variant_table(runs):
         page += ["## Variants", VARIANTS, several]
-    page += ["## Conditions", conditions([r.run for r in best if r.method not in is_control])]
+    page += [
+        "## Conditions",
+        conditions([r.run for r in best if r.method not in described.controls()]),
+    ]
     study.write(folder / "README.md", "\n\n".join(page) + "\n")
     n = sum(map(len, points.values()))
     print(f"{folder / 'README.md'}: {n} combinations of method and budget")

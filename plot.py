@@ -785,6 +785,8 @@ def main(args: Args) -> None:
     if args.html:
         check_plotly()
     folders = args.runs or sorted(p.parent for p in Path("out").rglob("metrics.jsonl"))
+    if not math.isfinite(args.tolerance):
+        raise UserError(f"--tolerance={args.tolerance} must be a finite number")
     if not folders:
         raise UserError("no runs in out/: train one with train.py, or specify run folders")
     runs = []

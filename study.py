@@ -193,6 +193,10 @@ class Study(Struct, forbid_unknown_fields=True):
         """Return the method of an entry: the one of which it is a variant, or its own label."""
         return self.runs[label].variant_of or label
 
+    def controls(self) -> set[str]:
+        """Return the methods of which an entry has `control = true`."""
+        return {self.method(label) for label, entry in self.runs.items() if entry.control}
+
 
 class StepTimes(Struct):
     """step_seconds.json: seconds by entry and name of the phase."""

@@ -138,7 +138,11 @@ def test_intervals_are_those_of_students_t():
     estimate = Estimate.of(list(range(11)))  # standard error 1; t = 2.228
     assert estimate.half_width == pytest.approx(2.228, 1e-3)
     assert estimate.p == pytest.approx(stats.ttest_1samp(list(range(11)), 0).pvalue)
-    assert Estimate.of([0.1, 0.1]).p == 0 and math.isnan(Estimate.of([0.1]).p)
+    assert (
+        Estimate.of([0.1, 0.1]).p == 0
+        and Estimate.of([0.0, 0.0]).p == 1
+        and math.isnan(Estimate.of([0.1]).p)
+    )
 
 
 def test_holms_correction():
@@ -181,11 +185,38 @@ def test_a_control_is_compared_but_not_counted(tiny, tmp_path):
     before, controls = (folder / "README.md").read_text().split("## Controls")
     tokens = f"{small.tokens_per_parameter():.1f} tokens per parameter of the baseline"
     assert f"small: {small.gain('flops')} nats at {tokens} (n = 1)." in before
-    assert "| small " not in before and re.search(r"^\| small +\| +32 \|", controls, re.MULTILINE)
+    assert "| small " not in before
+    assert re.search(r"^\| small +\| +\| +32 \|", controls, re.MULTILINE)
     text = (folder / "study.toml").read_text()
     (folder / "study.toml").write_text(text.replace("control = true\n", ""))
     with pytest.raises(UserError, match="small_32_seed1: n_layer is 1, but 4 in"):
         frontier.load_runs(folder)
+
+
+def test_the_interpolation_is_checked_with_each_baseline_between_two_others(tiny):
+    errors = []
+    for seed in (1, 2, 3):
+        (f0, l0), (f1, l1), (f2, l2) = (
+            final(tiny, f"baseline_{s}_seed{seed}") for s in (8, 16, 32)
+        )
+        errors.append(l0 + math.log(f1 / f0) / math.log(f2 / f0) * (l2 - l0) - l1)
+    text = frontier.interpolation_error(frontier.best_variants(frontier.load_runs(tiny)[1]))
+    assert f"is {min(errors):+.3f} to {max(errors):+.3f} nats" in text
+    assert f"(mean {statistics.fmean(errors):+.3f})" in text
+    assert frontier.interpolation_error([]) == ""
+
+
+def test_seconds_are_shown_if_the_step_times_of_all_entries_were_measured(tiny, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny, folder)
+    frontier.main(frontier.Args(folder))
+    assert "equal seconds" not in (folder / "README.md").read_text()
+    _, runs, _ = frontier.load_runs(folder)
+    entries = {r.planned.entry: {p.name: 0.5 for p in r.run.schedule.phases} for r in runs}
+    for known, shown in (entries, True), ({k: entries[k] for k in list(entries)[1:]}, False):
+        (folder / study.TIMES).write_text(json.dumps({"entries": known}))
+        frontier.main(frontier.Args(folder))
+        assert ("equal seconds" in (folder / "README.md").read_text()) == shown
 
 
 def test_micro_batches_may_differ_but_not_the_model(tiny, tmp_path):
@@ -279,8 +310,8 @@ def test_the_best_variant_is_used_at_every_number_of_steps(tiny, tmp_path):
         of_baseline = [final(tiny, f"baseline_16_seed{seed}")[1] for seed in (1, 2, 3)[:n]]
         means = {"baseline": statistics.fmean(of_baseline), "constant": losses["constant"]}
         cells = {k: f"**{v:.4f}**" if k == expected else f"{v:.4f}" for k, v in means.items()}
-        if n == 3:
-            cells["constant"] += " (n = 1)"
+        cells["baseline"] += " (baseline)"  # both have the same rate
+        cells["constant"] += " (constant, n = 1)" if n == 3 else " (constant)"
         assert rows[0] == "| method | steps | seeds | 0.001 |"
         assert rows[2:] == [f"| baseline | 16 | {n} | {', '.join(cells.values())} |"]
     frontier.main(frontier.Args(folder))

@@ -112,6 +112,8 @@ def test_a_difference_needs_a_reference_of_the_same_seed_and_evaluations(runs, r
     edit(runs[1] / "config.json", corpus="0" * 64)
     with pytest.raises(UserError, match="--against: .*baseline and .*s4: These runs were trained"):
         plot.reference_of(load_run(runs[1]), [load_run(runs[0])])
+    with pytest.raises(UserError, match="--tolerance=nan must be a finite number"):
+        plot.main(plot.Args((runs[1],), against=(runs[0],), tolerance=math.nan))
     with pytest.raises(UserError, match="--against cannot be used with --schedule"):
         plot.main(plot.Args(schedule=("configs/demo.py",), against=(runs[0],)))
 
