@@ -447,7 +447,12 @@ def table(points: dict[str, list[Point]], metrics: Sequence[str]) -> str:
             )
     header = ["method", "variant", "steps", "learning rate", "tokens / parameter", "seeds"]
     header += ["val loss", *(f"gain, equal {study.LABELS[m]}" for m in metrics)]
-    return study.markdown([*header, "compute multiplier"], rows, n_left=2)
+    header.append("compute multiplier")
+    if not any(row[1] for row in rows):
+        for row in (header, *rows):
+            del row[1]
+        return study.markdown(header, rows)
+    return study.markdown(header, rows, n_left=2)
 
 
 def variant_table(runs: list[Finished]) -> str:
@@ -615,7 +620,8 @@ VARIANTS = (
     "table contains the mean validation loss over the seeds, with a column for each learning rate. "
     "At each number of steps, the variant in bold is used: of those with the most seeds, it has "
     "the lowest mean loss. Variants with the same learning rate are named; *n* is given for a "
-    "variant with fewer seeds than the others."
+    "variant with fewer seeds than the others. In the table of all runs, *variant* is the entry of "
+    "study.toml that is used, if it has another name than the method."
 )
 HOW_TO_READ = (
     "*Gain*: the loss of a baseline with the compute of the run, minus the loss of the run, in "
@@ -626,8 +632,7 @@ HOW_TO_READ = (
     "and 95% interval). A dash means that the compute or the loss of a run is outside the range of "
     "the baselines. *Steps*: the option `--steps`; a run with continual training has more steps. "
     "*Tokens / parameter*: the tokens that a baseline reads with the FLOPs of the run, per "
-    "non-embedding parameter. "
-    "*Variant*: the entry of study.toml that is used, if it has another name than the method."
+    "non-embedding parameter."
 )
 SECONDS = (
     " *Seconds*: the number of steps times the step time of each phase, which `study.py time` has "

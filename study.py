@@ -167,6 +167,7 @@ class RunEntry(Struct, forbid_unknown_fields=True):
         tuple[Annotated[int, Meta(ge=1)], ...]
         | dict[Annotated[str, Meta(pattern=r"^[1-9]\d*\Z")], tuple[str, ...]]
     ) = ()
+    more_seeds: dict[str, tuple[Annotated[int, Meta(ge=0, lt=2**32)], ...]] = {}  # by steps
     against: str = BASELINE  # label of the run to compare with, of the same number of steps
     # For frontier.py: method of which this is a variant, for example with another learning rate. It
     # can be the label of another entry.
@@ -258,12 +259,14 @@ def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
                 f"{where}: variant_of = {method!r} is neither the label of another run without "
                 "variant_of nor the variant_of of another run: correct it"
             )
-        for key in ("seeds", "steps"):
-            values = getattr(entry, key)
-            if len(set(values)) < len(values):
-                raise UserError(f"{where}: {key}: a value is listed more than once")
         listed = entry.steps if isinstance(entry.steps, dict) else dict.fromkeys(entry.steps, ())
         lengths: dict[Any, tuple[str, ...]] = listed or {None: ()}
+        seeds = {n: (*entry.seeds, *entry.more_seeds.get(str(n), ())) for n in lengths}
+        if unknown := entry.more_seeds.keys() - set(map(str, listed)):
+            raise UserError(f"{where}: more_seeds: {unknown.pop()} is not in steps: correct it")
+        for key, values in [("steps", entry.steps), *(("seeds", s) for s in seeds.values())]:
+            if len(set(values)) < len(values):
+                raise UserError(f"{where}: {key}: a value is listed more than once")
         for option in (*study.options, *entry.options, *itertools.chain(*lengths.values())):
             if option.removeprefix("--").split("=")[0] in (*OWN_OPTIONS, "help", "-h"):
                 raise UserError(f"{where}: options: the study sets {option} itself")
@@ -277,7 +280,7 @@ def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
                     (int(steps or 0), i),
                     PlannedRun(label + suffix, seed, (*words, f"--seed={seed}"), against, label),
                 )
-                for i, seed in enumerate(entry.seeds)
+                for i, seed in enumerate(seeds[steps])
             ]
     runs = [run for _, run in sorted(planned, key=lambda item: item[0])]
     names = {run.name for run in runs}

@@ -335,6 +335,8 @@ def test_variants_of_a_method_need_no_run_of_its_name(tiny, tmp_path):
     for point, label in zip(points["grown"], ("shorter", "stacked"), strict=True):
         assert str(point.gain("flops")) == str(expected[label][0].gain("flops"))
     frontier.main(frontier.Args(folder))
+    page = re.sub(" +", " ", (folder / "README.md").read_text())
+    assert "| method | variant | steps |" in page and "| grown | shorter | 8 |" in page
 
 
 VARIANTS_ONLY = """

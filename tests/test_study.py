@@ -905,6 +905,9 @@ def test_a_report_that_cannot_be_written_is_an_error(copy):
     "line, named",
     [
         ("seeds = [1, 1]", "runs.s4: seeds: a value is listed more than once"),
+        ("steps = [8]\nmore_seeds = {8 = [2, 1]}", "runs.s4: seeds: a value is listed more than"),
+        ("steps = [8]\nmore_seeds = {9 = [2]}", "runs.s4: more_seeds: 9 is not in steps"),
+        ("more_seeds = {8 = [2]}", "runs.s4: more_seeds: 8 is not in steps"),
         ("seeds = [-1]", "runs.s4: .*expected `int` >= 0"),
         ('options = ["--seed=3"]', "runs.s4: options: the study sets --seed=3 itself"),
         ('options = ["--help"]', "runs.s4: options: the study sets --help itself"),
@@ -915,6 +918,15 @@ def test_studies_that_would_count_a_run_twice_or_not_train_it_are_errors(tmp_pat
     (tmp_path / "study.toml").write_text(text + line + "\n")
     with pytest.raises(UserError, match=named):
         study.load_study(tmp_path)
+
+
+def test_some_numbers_of_steps_can_have_more_seeds(tmp_path):
+    entry = "steps = {length}\nseeds = [1, 2]\nmore_seeds = {{8 = [4, 3]}}\n"
+    for length in ("[16, 8]", '{16 = [], 8 = ["--stages=2"]}'):
+        text = f'title = "x"\n[runs.baseline]\n{entry.format(length=length)}'
+        (tmp_path / "study.toml").write_text(text)
+        names = [run.name.removeprefix("baseline_") for run in study.load_study(tmp_path)[1]]
+        assert names == ["8_seed1", "8_seed2", "8_seed4", "8_seed3", "16_seed1", "16_seed2"]
 
 
 @pytest.mark.parametrize("given", [None, "mine"])
