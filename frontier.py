@@ -23,6 +23,7 @@ import stagewise.console  # noqa: F401  (first: Ctrl-C during the other imports)
 # isort: split
 
 import collections
+import itertools
 import math
 import os
 import statistics
@@ -498,51 +499,132 @@ def contrast_table(described: study.Study, best: list[Finished]) -> str:
     return study.markdown(header, rows, n_left=2)
 
 
-def finding(points: dict[str, list[Point]]) -> str:
-    """Return a paragraph and a list: which methods are better than the baseline at every budget."""
-    items = []
-    compared: dict[str, Estimate] = {}
+def compared(points: dict[str, list[Point]]) -> dict[int, dict[str, Estimate]]:
+    """Return the gains at equal FLOPs that have enough seeds, by number of steps and method."""
+    found: dict[int, dict[str, Estimate]] = {}
     for steps, at in by_budget(points).items():
-        gains = {name: p.gain("flops") for name, p in at.items()}
-        gains = {n: g for n, g in gains.items() if g.n >= MIN_SEEDS and not math.isnan(g.mean)}
-        if not gains:
-            continue
-        compared |= {f"{name} with {steps:,} steps": gain for name, gain in gains.items()}
-        ranked = sorted(gains, key=lambda name: at[name].rank(), reverse=True)
-        better = [name for name in ranked if gains[name].sign == 1]
-        worse = [name for name in reversed(ranked) if gains[name].sign == -1]
+        for name, point in at.items():
+            gain = point.gain("flops")
+            if gain.n >= MIN_SEEDS and not math.isnan(gain.mean):
+                found.setdefault(steps, {})[name] = gain
+    return found
+
+
+def better_and_worse(
+    gains: dict[str, Estimate], at: dict[str, Point]
+) -> tuple[list[str], list[str]]:
+    """Return the methods above and below zero, each with the largest difference first."""
+    ranked = sorted(gains, key=lambda name: at[name].rank(), reverse=True)
+    better = [name for name in ranked if gains[name].sign == 1]
+    return better, [name for name in reversed(ranked) if gains[name].sign == -1]
+
+
+def summary(points: dict[str, list[Point]], controls: dict[str, list[Point]]) -> str:
+    """Return one paragraph on what the study has found, for readers who know nothing about it."""
+    found = compared(points)
+    if not found:
+        return NOTHING
+    sentences = []
+    budgets = by_budget(points)
+    for steps, gains in found.items():
+        at = budgets[steps]
+        better, worse = better_and_worse(gains, at)
+        sentences.append(
+            f"With {nominal(at):.2g} training tokens per parameter ({steps:,} steps), "
+            f"{len(better)} of {len(gains)} methods {'is' if len(better) == 1 else 'are'} better "
+            f"and {len(worse)} {'is' if len(worse) == 1 else 'are'} worse."
+        )
+        if better:
+            best = at[better[0]]
+            factor = best.log_multiplier("flops").as_factor()
+            sentences[-1] += f" The best is {better[0]}, by {gains[better[0]].mean:.2f} nats"
+            sentences[-1] += (
+                f": the baseline needs {factor} times as many FLOPs for the same loss."
+                if factor != "-"
+                else "."
+            )
+    for before, after in itertools.pairwise(found):
+        both = [name for name in found[before] if name in found[after]]
+        less = sum(found[after][name].mean < found[before][name].mean for name in both)
+        if both:
+            sentences.append(
+                f"{less} of the {len(both)} methods that were trained with both {before:,} and "
+                f"{after:,} steps gain less with {after:,}."
+            )
+    gains_of_controls = [
+        f"{name} by {gain.mean:.2f} nats (equal FLOPs to {p.tokens_per_parameter():.0f} tokens per "
+        "parameter)"
+        for name, series in controls.items()
+        for p in sorted(series, key=lambda p: p.steps)
+        if (gain := p.gain("flops")).sign == 1
+    ]
+    if gains_of_controls:
+        sentences.append(
+            "Smaller models that never grow can be better than the baseline, too: "
+            f"{', '.join(gains_of_controls)}."
+        )
+    all_gains = [gain for gains in found.values() for gain in gains.values()]
+    different = sum(gain.sign != 0 for gain in all_gains)
+    return (
+        "Every method is compared with a *baseline*: a model of the same final size that is "
+        "trained as a whole, with the same FLOPs. A method is *better* if its validation loss is "
+        f"lower, and the 95% interval of the difference, over at least {MIN_SEEDS} seeds, does not "
+        f"contain zero. {' '.join(sentences)} After a correction for {len(all_gains)} comparisons "
+        f"(Holm), {len(holm(_flat(found)))} of the {different} differences remain significant."
+    )
+
+
+def _flat(found: dict[int, dict[str, Estimate]]) -> dict[str, Estimate]:
+    return {
+        f"{name} with {steps:,} steps": gain
+        for steps, gains in found.items()
+        for name, gain in gains.items()
+    }
+
+
+NOTHING = (
+    f"There is no comparison yet: it takes a method that is trained with {MIN_SEEDS} seeds and "
+    "costs as much as one of the baselines, or an amount between them."
+)
+
+
+def finding(points: dict[str, list[Point]]) -> str:
+    """Return a list: which methods are better than the baseline at every budget."""
+    found = compared(points)
+    if not found:
+        return NOTHING
+    items = []
+    for steps, gains in found.items():
+        at = by_budget(points)[steps]
+        better, worse = better_and_worse(gains, at)
         rest = len(gains) - len(better) - len(worse)
         items.append(
             f"- **{steps:,} steps ({nominal(at):.0f} tokens per parameter).** Methods better than "
             f"the baseline: {len(better)} of {len(gains)}{_listed(better, at)}. Worse: "
             f"{len(worse)}{_listed(worse, at)}. No significant difference: {rest}."
         )
-    if not compared:
-        return (
-            f"There is no comparison yet: it takes a method that is trained with {MIN_SEEDS} seeds "
-            "and costs as much as one of the baselines, or an amount between them."
-        )
-    corrected = holm(compared)
-    named = [f"{name} ({'better' if compared[name].mean > 0 else 'worse'})" for name in corrected]
+    estimates = _flat(found)
+    named = [
+        f"{name} ({'better' if estimates[name].mean > 0 else 'worse'})" for name in holm(estimates)
+    ]
     remain = (
         f"these differences remain significant at the 5% level: {', '.join(named)}"
         if named
         else "no difference remains significant at the 5% level"
     )
     return (
-        "Every method is compared, at equal FLOPs, with a baseline: a model of the same final size "
-        "that is trained as a whole. The gain of a method is the baseline's validation loss minus "
-        "its own. The compute multiplier is the FLOPs that a baseline needs for the same loss, "
-        "divided by the FLOPs of the method. A budget is a number of steps. In "
-        "parentheses are the training tokens of a baseline with this number of steps, per "
-        "non-embedding parameter. Many methods cost fewer FLOPs than this baseline. They are "
-        "compared with a shorter baseline, whose tokens per parameter are given with the gain.\n\n"
+        "The gain of a method is the baseline's validation loss minus its own. The compute "
+        "multiplier is the FLOPs that a baseline needs for the same loss, divided by the FLOPs of "
+        "the method. A budget is a number of steps. In parentheses are the training tokens of a "
+        "baseline with this number of steps, per non-embedding parameter. Many methods cost fewer "
+        "FLOPs than this baseline. They are compared with a shorter baseline, whose tokens per "
+        "parameter are given with the gain.\n\n"
         + "\n".join(items)
-        + f"\n\nThese are {len(compared)} comparisons, each with at least {MIN_SEEDS} seeds. A "
+        + f"\n\nThese are {len(estimates)} comparisons, each with at least {MIN_SEEDS} seeds. A "
         "method counts as better or worse if the 95% interval of its gain does not contain zero. "
         "If there is no difference, this happens by chance in about one of twenty comparisons, "
         "and the comparisons are not independent: they share the seeds and the baselines. After "
-        f"Holm's correction for {len(compared)} comparisons, {remain}."
+        f"Holm's correction for {len(estimates)} comparisons, {remain}."
     )
 
 
@@ -706,14 +788,14 @@ def main(args: Args) -> None:
     with file_errors(folder, "make the folder writable"):
         draw(groups, folder / "gain")
     controls = {n: points.pop(n) for n in list(points) if n in described.controls()}
-    text = finding(points)
-    about = {name: e.about for name, e in described.runs.items()}
-    if found := control_finding(controls, about):
-        text += f"\n\n{found}"
-    if contrasts := contrast_table(described, best):
-        text += f"\n\n{CONTRASTS}\n\n{contrasts}"
+    text = summary(points, controls)
+    overviews = {m: overview(points, m) for m in METRICS[:2]}
+    contrasts = contrast_table(described, best)
     if readme:
-        write_finding(readme, folder, text)
+        shown = (
+            f"{CONTRASTS}\n\n{contrasts}" if contrasts else f"{overviews['flops']}\n\n{OVERVIEW}"
+        )
+        write_finding(readme, folder, f"{text}\n\n{shown}")
     page = [
         f"# {described.title}",
         f"*Written by `python frontier.py {folder.as_posix()}` from the run folders next to this "
@@ -724,10 +806,16 @@ def main(args: Args) -> None:
     ]
     if missing:
         page.append(f"**Not finished yet:** {len(missing)} runs.")
+    page += ["## Comparisons with the baseline", finding(points)]
+    about = {name: e.about for name, e in described.runs.items()}
+    if found := control_finding(controls, about):
+        page.append(found)
+    if contrasts:
+        page += ["## Direct comparisons", CONTRASTS, contrasts]
     if legend := [[n, e.about] for n, e in described.runs.items() if e.about]:
         page += ["## Methods", study.markdown(["method", "description"], legend, n_left=2)]
-    for metric in ("flops", "paper_cost"):
-        page += [f"## Gain at equal {study.LABELS[metric]}", overview(points, metric)]
+    for metric, table_of_gains in overviews.items():
+        page += [f"## Gain at equal {study.LABELS[metric]}", table_of_gains]
         if metric == "flops":
             page.append(OVERVIEW)
     # Other work during training changes the step times.

@@ -321,8 +321,14 @@ def check_runs(
     for option in options:
         if option.split("=")[0] in OWN_OPTIONS:
             raise UserError(f"--options {option}: the study sets this option: remove it")
-    configs, flops = {}, {}
+    configs: dict[str, Config] = {}
+    flops: dict[str, int] = {}
+    first: dict[str, str] = {}  # name of the first run by label
     for run in runs:
+        if (known := first.setdefault(run.label, run.name)) != run.name:
+            configs[run.name] = dataclasses.replace(configs[known], seed=run.seed)
+            flops[run.name] = flops[known]
+            continue
         config = load_config([*run.options, *(f"--{option}" for option in options)], Config())
         meta = load_meta(config.data_dir)
         model_config = make_model_config(config, padded_vocab_size(meta))

@@ -246,6 +246,12 @@ def test_the_finding_counts_the_methods_on_either_side_of_the_baseline(tiny):
         tokens = points[name][0].tokens_per_parameter()
         assert f"{name} by {at_16[name].mean:.3f} nats at {tokens:.1f} tokens" in text
     assert "These are 3 comparisons" in text
+    summary = frontier.summary(points, {})
+    assert f"16 steps), {len(better)} of 2 methods" in summary
+    both = {n: [p.gain("flops").mean for p in points[n]] for n in ("stacked",)}
+    less = sum(after < before for before, after in both.values())
+    assert f"{less} of the 1 methods that were trained with both 16 and 32 steps gain" in summary
+    assert "After a correction for 3 comparisons" in summary
     above, around = Estimate(0.2, 0.1, 3), Estimate(0.1, 0.1, 3)
     assert above.sign == 1 and Estimate(-0.2, 0.1, 3).sign == -1 and around.sign == 0
     assert Estimate(0.2, 0.1, 2).sign == 0 and Estimate(0.2, math.nan, 1).sign == 0
@@ -389,7 +395,8 @@ def test_the_finding_is_written_between_the_marks(tiny, tmp_path):
     text = page.read_text()
     assert text.startswith(f"before\n{frontier.BEGIN}\n![") and "former" not in text
     assert text.endswith(f"{frontier.END}\nafter\n") and "](copy/gain.png)" in text
-    assert "These are 3 comparisons" in text
+    assert "After a correction for 3 comparisons" in text and "| Do copies help?" in text
+    assert "These are 3 comparisons" in (folder / "README.md").read_text()
     page.write_text("nothing\n")
     with pytest.raises(UserError, match="has no lines <!-- written by frontier.py -->"):
         frontier.main(frontier.Args(folder, readme=page))
