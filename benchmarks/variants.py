@@ -56,6 +56,15 @@ def _check_variant(name, config, device):
             f"--variant={name} needs n_embd={config.n_embd} and batch_size x block_size={rows} to "
             f"be multiples of {FP8_ROWS}"
         )
+    if (
+        name == "fp8_head"
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) < (8, 9)
+    ):
+        raise UserError(
+            f"--variant={name} needs a GPU with fp8 matrix products (compute capability 8.9 or "
+            "higher): use another variant"
+        )
     if name == "liger_loss" and not importlib.util.find_spec("liger_kernel"):
         raise UserError(f"--variant={name} needs the package liger-kernel: install it")
 
