@@ -419,14 +419,19 @@ def overview(points: dict[str, list[Point]], metric: str) -> str:
         rows.append(row)
     header = ["method"]
     for steps, at in budgets.items():
-        header.append(f"{steps:,} steps ({nominal(at):.0f})")
+        header.append(f"{steps:,} steps ({nominal(at)})")
     return study.markdown(header, rows)
 
 
-def nominal(at: dict[str, Point]) -> float:
+def nominal(at: dict[str, Point]) -> str:
     """Return the tokens per non-embedding parameter of a baseline with as many steps."""
     run = next(iter(at.values())).runs[0].run
-    return run.schedule.baseline.tokens / block_parameters(run)
+    return per_parameter(run.schedule.baseline.tokens / block_parameters(run))
+
+
+def per_parameter(tokens: float) -> str:
+    """Format tokens per parameter as an integer, or with two digits if there is less than one."""
+    return f"{tokens:.0f}" if tokens >= 1 else f"{tokens:.2g}"
 
 
 def table(points: dict[str, list[Point]], metrics: Sequence[str]) -> str:
@@ -489,7 +494,7 @@ def contrast_table(described: study.Study, best: list[Finished]) -> str:
         return ""
     per_step = best[0].run.config.tokens_per_step / block_parameters(best[0].run)
     header = ["question", "loss difference"]
-    header += [f"{steps * per_step:.0f} tokens per parameter" for steps in budgets]
+    header += [f"{per_parameter(steps * per_step)} tokens per parameter" for steps in budgets]
     rows = [
         [question, f"{label} - {other}"]
         + [str(estimates[steps]) if steps in estimates else "" for steps in budgets]
@@ -530,7 +535,7 @@ def summary(points: dict[str, list[Point]], controls: dict[str, list[Point]]) ->
         at = budgets[steps]
         better, worse = better_and_worse(gains, at)
         sentences.append(
-            f"With {nominal(at):.2g} training tokens per parameter ({steps:,} steps), "
+            f"With {nominal(at)} training tokens per parameter ({steps:,} steps), "
             f"{len(better)} of {len(gains)} methods {'is' if len(better) == 1 else 'are'} better "
             f"and {len(worse)} {'is' if len(worse) == 1 else 'are'} worse."
         )
@@ -552,8 +557,8 @@ def summary(points: dict[str, list[Point]], controls: dict[str, list[Point]]) ->
                 f"{after:,} steps gain less with {after:,}."
             )
     gains_of_controls = [
-        f"{name} by {gain.mean:.2f} nats (equal FLOPs to {p.tokens_per_parameter():.0f} tokens per "
-        "parameter)"
+        f"{name} by {gain.mean:.2f} nats at {per_parameter(p.tokens_per_parameter())} tokens per "
+        "parameter"
         for name, series in controls.items()
         for p in sorted(series, key=lambda p: p.steps)
         if (gain := p.gain("flops")).sign == 1
@@ -599,7 +604,7 @@ def finding(points: dict[str, list[Point]]) -> str:
         better, worse = better_and_worse(gains, at)
         rest = len(gains) - len(better) - len(worse)
         items.append(
-            f"- **{steps:,} steps ({nominal(at):.0f} tokens per parameter).** Methods better than "
+            f"- **{steps:,} steps ({nominal(at)} tokens per parameter).** Methods better than "
             f"the baseline: {len(better)} of {len(gains)}{_listed(better, at)}. Worse: "
             f"{len(worse)}{_listed(worse, at)}. No significant difference: {rest}."
         )
