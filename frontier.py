@@ -183,18 +183,19 @@ class Point:
         )
 
     def log_multiplier(self, metric: str) -> Estimate:
-        """Return the logarithm of the compute multiplier.
+        """Return the logarithm of the compute multiplier."""
+        return Estimate.of(list(self.log_multipliers(metric).values()))
+
+    def log_multipliers(self, metric: str) -> dict[int, float]:
+        """Return the logarithm of the compute multiplier of every run, by seed.
 
         This is the compute that a baseline needs for the loss of the run, divided by the run's.
         """
-        return Estimate.of(
-            [
-                math.log(
-                    self.frontiers[metric, r.planned.seed].compute_at(r.loss) / r.compute(metric)
-                )
-                for r in self.runs
-            ]
-        )
+        result = {}
+        for r in self.runs:
+            needed = self.frontiers[metric, r.planned.seed].compute_at(r.loss)
+            result[r.planned.seed] = math.log(needed / r.compute(metric))
+        return result
 
     def rank(self) -> tuple[float, float]:
         """Return what methods are sorted by: the compute multiplier, then the gain.
@@ -281,13 +282,20 @@ def variants(runs: list[Finished]) -> dict[tuple[str, int], dict[str, list[Finis
 def best_variants(runs: list[Finished]) -> list[Finished]:
     """Return the runs of the best variant of every method at every number of steps.
 
-    This is the variant with the lowest mean loss of those with the most seeds.
+    This is the variant with the lowest mean loss over the seeds with which all of them were
+    trained. Variants with fewer than MIN_SEEDS seeds count only if no variant has more.
     """
-
-    def rank(own: list[Finished]) -> tuple[int, float]:
-        return -len(own), statistics.fmean(r.loss for r in own)
-
-    return [r for entries in variants(runs).values() for r in min(entries.values(), key=rank)]
+    best = []
+    for entries in variants(runs).values():
+        enough = min(MIN_SEEDS, max(map(len, entries.values())))
+        candidates = [own for own in entries.values() if len(own) >= enough]
+        shared = set.intersection(*({r.planned.seed for r in own} for own in candidates))
+        mean = {
+            id(own): statistics.fmean(r.loss for r in own if not shared or r.planned.seed in shared)
+            for own in candidates
+        }
+        best += min(candidates, key=lambda own: mean[id(own)])
+    return best
 
 
 def points_of(described: study.Study, best: list[Finished]) -> dict[str, list[Point]]:
@@ -321,18 +329,18 @@ def points_of(described: study.Study, best: list[Finished]) -> dict[str, list[Po
     }
 
 
-def contrast(runs: list[Finished], others: list[Finished]) -> dict[int, Estimate]:
-    """Return the loss of `runs` minus that of `others`, by the steps of their baseline.
+def contrast(runs: list[Finished], others: list[Finished]) -> dict[tuple[int, int], float]:
+    """Return the loss of `runs` minus that of `others`, by the steps of the baseline and the seed.
 
     Only runs with the same seed and the same FLOPs are compared.
     """
-    differences: dict[int, list[float]] = {}
+    differences: dict[tuple[int, int], float] = {}
     for a in runs:
         for b in others:
             paired = a.planned.seed == b.planned.seed and a.steps == b.steps
             if paired and abs(a.compute("flops") / b.compute("flops") - 1) < study.CLOSE:
-                differences.setdefault(a.steps, []).append(a.loss - b.loss)
-    return {steps: Estimate.of(values) for steps, values in sorted(differences.items())}
+                differences[a.steps, a.planned.seed] = a.loss - b.loss
+    return differences
 
 
 def draw(groups: dict[str, dict[str, list[Point]]], path: Path) -> None:
@@ -485,10 +493,20 @@ def variant_table(runs: list[Finished]) -> str:
 
 def contrast_table(described: study.Study, best: list[Finished]) -> str:
     """Return the direct comparisons of a study as a table, or "" if there are none."""
-    found = {
-        row: contrast(*([r for r in best if r.method == label] for label in row[1:]))
-        for row in described.contrasts
-    }
+    found = {}
+    for row in described.contrasts:
+        first, *rest = (
+            contrast(*([r for r in best if r.method == label] for label in pair))
+            for pair in (row[1:3], row[3:])
+            if pair
+        )
+        if rest:
+            first = {at: first[at] - rest[0][at] for at in first.keys() & rest[0].keys()}
+        budgets = sorted({steps for steps, _ in first})
+        found[row] = {
+            n: Estimate.of([value for (steps, _), value in first.items() if steps == n])
+            for n in budgets
+        }
     budgets = sorted({steps for estimates in found.values() for steps in estimates})
     if not budgets:
         return ""
@@ -496,9 +514,9 @@ def contrast_table(described: study.Study, best: list[Finished]) -> str:
     header = ["question", "loss difference"]
     header += [f"{per_parameter(steps * per_step)} tokens per parameter" for steps in budgets]
     rows = [
-        [question, f"{label} - {other}"]
+        [question, ("{} - {}" if len(labels) == 2 else "({} - {}) - ({} - {})").format(*labels)]
         + [str(estimates[steps]) if steps in estimates else "" for steps in budgets]
-        for (question, label, other), estimates in found.items()
+        for (question, *labels), estimates in found.items()
         if estimates
     ]
     return study.markdown(header, rows, n_left=2)
@@ -515,122 +533,68 @@ def compared(points: dict[str, list[Point]]) -> dict[int, dict[str, Estimate]]:
     return found
 
 
-def better_and_worse(
-    gains: dict[str, Estimate], at: dict[str, Point]
-) -> tuple[list[str], list[str]]:
-    """Return the methods above and below zero, each with the largest difference first."""
-    ranked = sorted(gains, key=lambda name: at[name].rank(), reverse=True)
-    better = [name for name in ranked if gains[name].sign == 1]
-    return better, [name for name in reversed(ranked) if gains[name].sign == -1]
-
-
-def summary(points: dict[str, list[Point]], controls: dict[str, list[Point]]) -> str:
-    """Return one paragraph on what the study has found, for readers who know nothing about it."""
+def summary(points: dict[str, list[Point]]) -> str:
+    """Return what the study has found: a table with a row per budget, and the text around it."""
     found = compared(points)
     if not found:
         return NOTHING
-    sentences = []
-    budgets = by_budget(points)
+    rows, notes = [], []
     for steps, gains in found.items():
-        at = budgets[steps]
-        better, worse = better_and_worse(gains, at)
-        sentences.append(
-            f"With {nominal(at)} training tokens per parameter ({steps:,} steps), "
-            f"{len(better)} of {len(gains)} methods {'is' if len(better) == 1 else 'are'} better "
-            f"and {len(worse)} {'is' if len(worse) == 1 else 'are'} worse."
+        at = by_budget(points)[steps]
+        signs = [gain.sign for gain in gains.values()]
+        best = max(gains, key=lambda name: at[name].rank())
+        rows.append(
+            [f"{steps:,} ({nominal(at)})", str(len(gains)), str(signs.count(1))]
+            + [str(signs.count(-1)), best, f"{at[best].tokens_per_parameter():.1f}"]
+            + [str(gains[best]), at[best].log_multiplier("flops").as_factor()]
         )
-        if better:
-            best = at[better[0]]
-            factor = best.log_multiplier("flops").as_factor()
-            sentences[-1] += f" The best is {better[0]}, by {gains[better[0]].mean:.2f} nats"
-            sentences[-1] += (
-                f": the baseline needs {factor} times as many FLOPs for the same loss."
-                if factor != "-"
-                else "."
-            )
+    header = ["steps (tokens / parameter)", "methods", "better", "worse", "best method"]
+    header += ["tokens / parameter", "gain", "compute multiplier"]
     for before, after in itertools.pairwise(found):
-        both = [name for name in found[before] if name in found[after]]
-        less = sum(found[after][name].mean < found[before][name].mean for name in both)
-        if both:
-            sentences.append(
-                f"{less} of the {len(both)} methods that were trained with both {before:,} and "
-                f"{after:,} steps gain less with {after:,}."
+        changes = []
+        for name in found[before].keys() & found[after].keys():
+            new, old = (
+                by_budget(points)[n][name].log_multipliers("flops") for n in (after, before)
             )
-    gains_of_controls = [
-        f"{name} by {gain.mean:.2f} nats at {per_parameter(p.tokens_per_parameter())} tokens per "
-        "parameter"
-        for name, series in controls.items()
-        for p in sorted(series, key=lambda p: p.steps)
-        if (gain := p.gain("flops")).sign == 1
-    ]
-    if gains_of_controls:
-        sentences.append(
-            "Smaller models that never grow can be better than the baseline, too: "
-            f"{', '.join(gains_of_controls)}."
-        )
-    all_gains = [gain for gains in found.values() for gain in gains.values()]
-    different = sum(gain.sign != 0 for gain in all_gains)
-    return (
-        "Every method is compared with a *baseline*: a model of the same final size that is "
-        "trained as a whole, with the same FLOPs. A method is *better* if its validation loss is "
-        f"lower, and the 95% interval of the difference, over at least {MIN_SEEDS} seeds, does not "
-        f"contain zero. {' '.join(sentences)} After a correction for {len(all_gains)} comparisons "
-        f"(Holm), {len(holm(_flat(found)))} of the {different} differences remain significant."
-    )
-
-
-def _flat(found: dict[int, dict[str, Estimate]]) -> dict[str, Estimate]:
-    return {
+            changes.append(Estimate.of([new[seed] - old[seed] for seed in new if seed in old]))
+        signs = [change.sign for change in changes if not math.isnan(change.mean)]
+        if signs:
+            notes.append(
+                f"From {before:,} to {after:,} steps, the compute multiplier becomes lower for "
+                f"{signs.count(-1)} of {len(signs)} methods and higher for {signs.count(1)} (95% "
+                "interval of the paired differences)."
+            )
+    estimates = {
         f"{name} with {steps:,} steps": gain
         for steps, gains in found.items()
         for name, gain in gains.items()
     }
+    named = [
+        f"{name} ({'better' if estimates[name].mean > 0 else 'worse'})" for name in holm(estimates)
+    ]
+    notes.append(
+        f"The gains of {len(estimates)} combinations of method and budget are compared with zero. "
+        f"After Holm's correction for this number, {len(named)} differ from zero at the 5% level"
+        f"{': ' if named else '.'}{', '.join(named)}{'.' if named else ''}"
+    )
+    table_of_budgets = study.markdown(header, rows)
+    return f"{SUMMARY}\n\n{table_of_budgets}\n\n{' '.join(notes)}"
 
 
+SUMMARY = (
+    "Every method is compared, at equal FLOPs, with a *baseline*: a model of the same final size "
+    "that is trained as a whole. The *gain* of a method is the baseline's validation loss, "
+    "interpolated between baselines of different lengths, minus its own. The *compute multiplier* "
+    "is the FLOPs that a baseline needs for the same loss, divided by the FLOPs of the method. A "
+    f"method is *better* or *worse* if it has at least {MIN_SEEDS} seeds and the 95% interval of "
+    "its gain does not contain zero. The *best method* has the highest compute multiplier. Many "
+    "methods cost fewer FLOPs than a baseline with the same number of steps. They are compared "
+    "with a shorter one; the table shows the tokens that it reads per non-embedding parameter."
+)
 NOTHING = (
     f"There is no comparison yet: it takes a method that is trained with {MIN_SEEDS} seeds and "
     "costs as much as one of the baselines, or an amount between them."
 )
-
-
-def finding(points: dict[str, list[Point]]) -> str:
-    """Return a list: which methods are better than the baseline at every budget."""
-    found = compared(points)
-    if not found:
-        return NOTHING
-    items = []
-    for steps, gains in found.items():
-        at = by_budget(points)[steps]
-        better, worse = better_and_worse(gains, at)
-        rest = len(gains) - len(better) - len(worse)
-        items.append(
-            f"- **{steps:,} steps ({nominal(at)} tokens per parameter).** Methods better than "
-            f"the baseline: {len(better)} of {len(gains)}{_listed(better, at)}. Worse: "
-            f"{len(worse)}{_listed(worse, at)}. No significant difference: {rest}."
-        )
-    estimates = _flat(found)
-    named = [
-        f"{name} ({'better' if estimates[name].mean > 0 else 'worse'})" for name in holm(estimates)
-    ]
-    remain = (
-        f"these differences remain significant at the 5% level: {', '.join(named)}"
-        if named
-        else "no difference remains significant at the 5% level"
-    )
-    return (
-        "The gain of a method is the baseline's validation loss minus its own. The compute "
-        "multiplier is the FLOPs that a baseline needs for the same loss, divided by the FLOPs of "
-        "the method. A budget is a number of steps. In parentheses are the training tokens of a "
-        "baseline with this number of steps, per non-embedding parameter. Many methods cost fewer "
-        "FLOPs than this baseline. They are compared with a shorter baseline, whose tokens per "
-        "parameter are given with the gain.\n\n"
-        + "\n".join(items)
-        + f"\n\nThese are {len(estimates)} comparisons, each with at least {MIN_SEEDS} seeds. A "
-        "method counts as better or worse if the 95% interval of its gain does not contain zero. "
-        "If there is no difference, this happens by chance in about one of twenty comparisons, "
-        "and the comparisons are not independent: they share the seeds and the baselines. After "
-        f"Holm's correction for {len(estimates)} comparisons, {remain}."
-    )
 
 
 def control_finding(controls: dict[str, list[Point]], about: dict[str, str]) -> str:
@@ -652,20 +616,6 @@ def control_finding(controls: dict[str, list[Point]], about: dict[str, str]) -> 
         "Controls are not methods, and are not counted above. Their gains over the baseline at "
         f"equal FLOPs (n: seeds) are: {'; '.join(items)}."
     )
-
-
-def _listed(names: list[str], at: dict[str, Point], most: int = 3) -> str:
-    """Return the gains of the first methods in parentheses, or "" if there are none."""
-    described = []
-    for name in names[:most]:
-        gain, factor = at[name].gain("flops"), at[name].log_multiplier("flops").as_factor()
-        worth = "" if factor == "-" else f", compute multiplier {factor}"
-        tokens = at[name].tokens_per_parameter()
-        described.append(
-            f"{name} by {abs(gain.mean):.3f} nats at {tokens:.1f} tokens per parameter{worth}"
-        )
-    more = [f"{len(names) - most} more"] if len(names) > most else []
-    return f" ({'; '.join(described + more)})" if names else ""
 
 
 def holm(estimates: dict[str, Estimate], level: float = 0.05) -> list[str]:
@@ -705,10 +655,11 @@ CONTRASTS = (
 VARIANTS = (
     "Some methods were trained in several variants, for example with several learning rates. The "
     "table contains the mean validation loss over the seeds, with a column for each learning rate. "
-    "At each number of steps, the variant in bold is used: of those with the most seeds, it has "
-    "the lowest mean loss. Variants with the same learning rate are named; *n* is given for a "
-    "variant with fewer seeds than the others. In the table of all runs, *variant* is the entry of "
-    "study.toml that is used, if it has another name than the method."
+    "At each number of steps, the variant in bold is used. It has the lowest mean loss over the "
+    f"seeds that all variants with at least {MIN_SEEDS} seeds have. Variants with the same "
+    "learning rate are named; *n* is given for a variant with fewer seeds than the others. In the "
+    "table of all runs, *variant* is the entry of study.toml that is used, if it has another name "
+    "than the method."
 )
 HOW_TO_READ = (
     "*Gain*: the loss of a baseline with the compute of the run, minus the loss of the run, in "
@@ -793,7 +744,10 @@ def main(args: Args) -> None:
     with file_errors(folder, "make the folder writable"):
         draw(groups, folder / "gain")
     controls = {n: points.pop(n) for n in list(points) if n in described.controls()}
-    text = summary(points, controls)
+    text = summary(points)
+    about = {name: e.about for name, e in described.runs.items()}
+    if found := control_finding(controls, about):
+        text += f"\n\n{found}"
     overviews = {m: overview(points, m) for m in METRICS[:2]}
     contrasts = contrast_table(described, best)
     if readme:
@@ -811,10 +765,6 @@ def main(args: Args) -> None:
     ]
     if missing:
         page.append(f"**Not finished yet:** {len(missing)} runs.")
-    page += ["## Comparisons with the baseline", finding(points)]
-    about = {name: e.about for name, e in described.runs.items()}
-    if found := control_finding(controls, about):
-        page.append(found)
     if contrasts:
         page += ["## Direct comparisons", CONTRASTS, contrasts]
     if legend := [[n, e.about] for n, e in described.runs.items() if e.about]:

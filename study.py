@@ -60,7 +60,7 @@ from schedule import begun, decay_start, learning_rate
 from stagewise.checkpoint import FOLDER, checkpoints
 from stagewise.config import INPUTS, Config, grad_accum_steps, load_config, padded_vocab_size
 from stagewise.data import fingerprint, load_meta
-from stagewise.errors import UserError, file_errors, report_user_errors
+from stagewise.errors import UserError, did_you_mean, file_errors, report_user_errors
 from stagewise.fileio import atomic_write, convert, decode_json, open_file, read_bytes
 from stagewise.metrics import last_row, read_metrics
 from stagewise.monitor import EXIT_STOPPED
@@ -187,8 +187,8 @@ class Study(Struct, forbid_unknown_fields=True):
     about: str = ""  # Markdown for the report
     options: tuple[str, ...] = ()  # options of all runs
     # (question, label, other label): the loss of the first run minus that of the other one, for the
-    # page of frontier.py
-    contrasts: tuple[tuple[str, str, str], ...] = ()
+    # page of frontier.py. With four labels: this difference minus that of the last two.
+    contrasts: tuple[tuple[str, ...], ...] = ()
 
     def method(self, label: str) -> str:
         """Return the method of an entry: the one of which it is a variant, or its own label."""
@@ -237,8 +237,10 @@ def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
         study = convert(tomllib.loads(text.decode()), Study)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a valid study: {error}") from None
-    for _, *labels in study.contrasts:
-        if unknown := set(labels) - study.runs.keys():
+    for row in study.contrasts:
+        if len(row) not in (3, 5):
+            raise UserError(f"{path}: contrasts: {list(row)} is not a question with 2 or 4 runs")
+        if unknown := set(row[1:]) - study.runs.keys():
             raise UserError(f"{path}: contrasts: {unknown.pop()!r} is not a run")
     for label, table in study.runs.items():
         try:
@@ -283,9 +285,14 @@ def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
                 for i, seed in enumerate(seeds[steps])
             ]
     runs = [run for _, run in sorted(planned, key=lambda item: item[0])]
+    entries: dict[str, str] = {}
+    for run in runs:
+        if entries.setdefault(run.label, run.entry) != run.entry:
+            raise UserError(
+                f"{path}: runs.{run.entry} and runs.{entries[run.label]} both have a run "
+                f"{run.label}: rename one of them"
+            )
     names = {run.name for run in runs}
-    if len(names) < len(runs):
-        raise UserError(f"{path}: two runs have the same name: rename one of them")
     for run in runs:
         if f"{run.against}_seed{run.seed}" not in names:
             against = study.runs[run.entry].against
@@ -323,13 +330,12 @@ def check_runs(
             raise UserError(f"--options {option}: the study sets this option: remove it")
     configs: dict[str, Config] = {}
     flops: dict[str, int] = {}
-    first: dict[str, str] = {}  # name of the first run by label
+    of_label: dict[str, Config] = {}  # the runs of a label differ only in the seed
     for run in runs:
-        if (known := first.setdefault(run.label, run.name)) != run.name:
-            configs[run.name] = dataclasses.replace(configs[known], seed=run.seed)
-            flops[run.name] = flops[known]
-            continue
-        config = load_config([*run.options, *(f"--{option}" for option in options)], Config())
+        if run.label not in of_label:
+            words = [*run.options, *(f"--{option}" for option in options)]
+            of_label[run.label] = load_config(words, Config())
+        config = dataclasses.replace(of_label[run.label], seed=run.seed)
         meta = load_meta(config.data_dir)
         model_config = make_model_config(config, padded_vocab_size(meta))
         schedule, baseline = make_schedules(config, model_config)
@@ -404,11 +410,11 @@ def run_study(args: RunArgs) -> None:
     for name, value in (("jobs", args.jobs), ("processes", args.processes)):
         if not 1 <= value <= 1024:
             raise UserError(f"--{name}={value} must be between 1 and 1,024")
-    _, runs = load_study(args.folder)
-    if unknown := set(args.only) - {n for r in runs for n in (r.entry, r.label, r.name)}:
-        raise UserError(
-            f"--only {' '.join(sorted(unknown))}: the runs are {', '.join(r.name for r in runs)}"
-        )
+    described, runs = load_study(args.folder)
+    known = {n: None for r in runs for n in (r.entry, r.label, r.name)}
+    for name in args.only:
+        if name not in known:
+            raise UserError(f"--only {name}: no such run{did_you_mean(name, described.runs)}")
     configs, flops = check_runs(runs, args.options, args.processes)
     chosen = [r for r in runs if not args.only or {r.entry, r.label, r.name} & set(args.only)]
     out = args.out or Path("out") / args.folder.resolve().name
