@@ -23,7 +23,11 @@ TOML = """
 title = "Tiny"
 about = "What it is for."
 options = {options}
-contrasts = [["Do copies help?", "matched", "matched_copies"], ["Rate?", "baseline", "constant"]]
+contrasts = [
+    ["Do copies help?", "matched", "matched_copies"],
+    ["Rate?", "baseline", "constant"],
+    ["More?", "matched", "matched_copies", "baseline", "constant"],
+]
 [runs.baseline]
 steps = [8, 16, 32]
 seeds = [1, 2, 3]
@@ -186,7 +190,7 @@ def test_a_control_is_compared_but_not_counted(tiny, tmp_path):
     tokens = f"{small.tokens_per_parameter():.1f} tokens per parameter of the baseline"
     assert f"small: {small.gain('flops')} nats at {tokens} (n = 1)." in before
     assert "| small " not in before
-    assert re.search(r"^\| small +\| +\| +32 \|", controls, re.MULTILINE)
+    assert re.search(r"^\| small +\| +32 \|", controls, re.MULTILINE)
     text = (folder / "study.toml").read_text()
     (folder / "study.toml").write_text(text.replace("control = true\n", ""))
     with pytest.raises(UserError, match="small_32_seed1: n_layer is 1, but 4 in"):
@@ -232,46 +236,92 @@ def test_micro_batches_may_differ_but_not_the_model(tiny, tmp_path):
         frontier.load_runs(folder)
 
 
-def test_the_finding_counts_the_methods_on_either_side_of_the_baseline(tiny):
+def cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip("| \n").split("|")]
+
+
+def test_the_summary_counts_the_methods_on_either_side_of_the_baseline(tiny):
     points = points_of(tiny)
-    text = frontier.finding(points)
-    _, stacked = points["stacked"]
-    at_16 = {name: points[name][0].gain("flops") for name in ("stacked", "matched")}
-    better = [name for name in at_16 if at_16[name].sign == 1]
-    assert (
-        f"Methods better than the baseline: {len(better)} of 2" in text
-    )  # matched_copies has two seeds
-    assert f"than the baseline: {int(stacked.gain('flops').sign == 1)} of 1" in text
-    for name in better:
-        tokens = points[name][0].tokens_per_parameter()
-        assert f"{name} by {at_16[name].mean:.3f} nats at {tokens:.1f} tokens" in text
-    assert "These are 3 comparisons" in text
-    summary = frontier.summary(points, {})
-    assert f"16 steps), {len(better)} of 2 methods" in summary
-    both = {n: [p.gain("flops").mean for p in points[n]] for n in ("stacked",)}
-    less = sum(after < before for before, after in both.values())
-    assert f"{less} of the 1 methods that were trained with both 16 and 32 steps gain" in summary
-    assert "After a correction for 3 comparisons" in summary
+    text = frontier.summary(points)
+    header, _, *rows = (cells(row) for row in text.splitlines() if row.startswith("|"))
+    names = {16: ("stacked", "matched"), 32: ("stacked",)}  # matched_copies has two seeds
+    for row, (steps, at) in zip(rows, names.items(), strict=True):
+        at_steps = {n: next(p for p in points[n] if p.steps == steps) for n in at}
+        gains = {n: p.gain("flops") for n, p in at_steps.items()}
+        multipliers = {n: p.log_multiplier("flops") for n, p in at_steps.items()}
+        best = max(gains, key=lambda n: multipliers[n].mean)
+        assert row == [
+            f"{steps} ({frontier.nominal(at_steps)})",
+            str(len(at)),
+            str(sum(g.mean > g.half_width for g in gains.values())),
+            str(sum(g.mean < -g.half_width for g in gains.values())),
+            best,
+            f"{at_steps[best].tokens_per_parameter():.1f}",
+            str(gains[best]),
+            multipliers[best].as_factor(),
+        ]
+    assert header[:4] == ["steps (tokens / parameter)", "methods", "better", "worse"]
+    assert "The gains of 3 combinations of method and budget are compared with zero" in text
     above, around = Estimate(0.2, 0.1, 3), Estimate(0.1, 0.1, 3)
     assert above.sign == 1 and Estimate(-0.2, 0.1, 3).sign == -1 and around.sign == 0
     assert Estimate(0.2, 0.1, 2).sign == 0 and Estimate(0.2, math.nan, 1).sign == 0
+    assert frontier.summary({"matched_copies": points["matched_copies"]}) == frontier.NOTHING
 
 
-def test_a_loss_below_that_of_all_baselines_ranks_first(tiny, tmp_path):
-    folder = tmp_path / "copy"
+def with_losses(tiny, folder, losses):
+    """Copy the study, with other final losses, which may depend on those of two baselines."""
     shutil.copytree(tiny, folder)
     for seed in (1, 2, 3):
         low, high = (final(tiny, f"baseline_{steps}_seed{seed}")[1] for steps in (32, 16))
         assert low < high
-        for name, loss in ("stacked", low - 0.5), ("matched", (low + high) / 2):
-            path = folder / f"{name}_16_seed{seed}" / "metrics.jsonl"
+        for label, loss in losses(seed, low, high).items():
+            path = folder / f"{label}_seed{seed}" / "metrics.jsonl"
             rows = path.read_text().splitlines()
             last = json.loads(rows[-1]) | {"val_loss": loss}
             path.write_text("\n".join([*rows[:-1], json.dumps(last)]) + "\n")
-    points = points_of(folder)
+    return points_of(folder)
+
+
+@pytest.mark.parametrize("change, expected", [(1, (0, 1)), (-1, (1, 0)), (0, (0, 0))])
+def test_multipliers_are_compared_between_budgets(tiny, tmp_path, change, expected):
+    """The losses are those of a baseline with as many FLOPs, or more, or fewer."""
+
+    def losses(seed, low, high):
+        result = {}
+        for steps, log_factor in {16: 0, 32: 0.2 * (change or seed - 2)}.items():
+            compute = final(tiny, f"stacked_{steps}_seed{seed}")[0] * math.exp(log_factor)
+            (x, loss), (x2, loss2) = (
+                final(tiny, f"baseline_{n}_seed{seed}") for n in (steps // 2, steps)
+            )
+            share = math.log(compute / x) / math.log(x2 / x)
+            assert 0 < share < 1
+            result[f"stacked_{steps}"] = loss + share * (loss2 - loss)
+        return result
+
+    points = with_losses(tiny, tmp_path / "copy", losses)
+    multipliers = [p.log_multipliers("flops") for p in points["stacked"]]
+    for seed in (1, 2, 3):
+        found = multipliers[1][seed] - multipliers[0][seed]
+        assert found == pytest.approx(0.2 * (change or seed - 2))
+    lower, higher = expected
+    text = (
+        f"From 16 to 32 steps, the compute multiplier becomes lower for {lower} of 1 methods and "
+        f"higher for {higher} (95% interval"
+    )
+    assert text in frontier.summary(points)
+
+
+def test_a_loss_below_that_of_all_baselines_ranks_first(tiny, tmp_path):
+    points = with_losses(
+        tiny,
+        tmp_path / "copy",
+        lambda seed, low, high: {"stacked_16": low - 0.5, "matched_16": (low + high) / 2},
+    )
     assert math.isnan(points["stacked"][0].log_multiplier("flops").mean)
-    text = next(s for s in frontier.finding(points).splitlines() if s.startswith("- **16 steps"))
-    assert text.index("(stacked by") < text.index("; matched by") < text.index("multiplier")
+    text = frontier.summary(points)
+    row = next(cells(row) for row in text.splitlines() if row.startswith("| 16"))
+    assert row[2] == "2" and row[4] == "stacked" and row[-1] == "-"
+    assert "From" not in text  # the multiplier of the only method with both budgets is unknown
 
 
 def test_contrasts_are_paired_differences_of_losses(tiny, tmp_path):
@@ -283,15 +333,21 @@ def test_contrasts_are_paired_differences_of_losses(tiny, tmp_path):
         for name in ("matched", "matched_copies")
     ]
     differences = [a - b for a, b in zip(*losses)]
-    assert list(estimate) == [16] and estimate[16].n == 2
-    assert estimate[16].mean == pytest.approx(statistics.fmean(differences))
-    assert list(frontier.contrast(of["baseline"], of["constant"])) == [16]
+    assert estimate == {(16, seed): d for seed, d in zip((1, 2), differences, strict=True)}
+    assert list(frontier.contrast(of["baseline"], of["constant"])) == [(16, 1)]
     assert frontier.contrast(of["baseline"], of["stacked"]) == {}  # fewer FLOPs
     table = re.sub(" +", " ", frontier.contrast_table(described, runs))
-    assert f"| Do copies help? | matched - matched_copies | {estimate[16]}" in table
+    assert f"| Do copies help? | matched - matched_copies | {Estimate.of(differences)}" in table
+    rate = frontier.contrast(of["baseline"], of["constant"])[16, 1]
+    more = f"(matched - matched_copies) - (baseline - constant) | {differences[0] - rate:+.4f}"
+    assert f"| More? | {more} |" in table
     text = (tiny / "study.toml").read_text().replace('line", "constant"', 'line", "other"')
     (tmp_path / "study.toml").write_text(text)
     with pytest.raises(UserError, match="contrasts: 'other' is not a run"):
+        study.load_study(tmp_path)
+    three = (tiny / "study.toml").read_text().replace('"matched_copies", "base', '"base')
+    (tmp_path / "study.toml").write_text(three)
+    with pytest.raises(UserError, match="contrasts: .* is not a question with 2 or 4 runs"):
         study.load_study(tmp_path)
 
 
@@ -395,8 +451,7 @@ def test_the_finding_is_written_between_the_marks(tiny, tmp_path):
     text = page.read_text()
     assert text.startswith(f"before\n{frontier.BEGIN}\n![") and "former" not in text
     assert text.endswith(f"{frontier.END}\nafter\n") and "](copy/gain.png)" in text
-    assert "After a correction for 3 comparisons" in text and "| Do copies help?" in text
-    assert "These are 3 comparisons" in (folder / "README.md").read_text()
+    assert "The gains of 3 combinations" in text and "| Do copies help?" in text
     page.write_text("nothing\n")
     with pytest.raises(UserError, match="has no lines <!-- written by frontier.py -->"):
         frontier.main(frontier.Args(folder, readme=page))
