@@ -23,7 +23,6 @@ import stagewise.console  # noqa: F401  (first: Ctrl-C during the other imports)
 # isort: split
 
 import collections
-import itertools
 import math
 import os
 import statistics
@@ -59,7 +58,7 @@ class Args:
     folder: tyro.conf.Positional[Path]
     """Folder with a study.toml and finished runs."""
     readme: Path | None = None
-    """Also write the figure and the finding to this file, between the lines
+    """Also write the figure and the summary to this file, between the lines
     "<!-- written by frontier.py -->" and "<!-- end -->"."""
 
 
@@ -512,7 +511,7 @@ def contrast_table(described: study.Study, best: list[Finished]) -> str:
         return ""
     per_step = best[0].run.config.tokens_per_step / block_parameters(best[0].run)
     header = ["question", "loss difference"]
-    header += [f"{per_parameter(steps * per_step)} tokens per parameter" for steps in budgets]
+    header += [f"{steps:,} steps ({per_parameter(steps * per_step)})" for steps in budgets]
     rows = [
         [question, ("{} - {}" if len(labels) == 2 else "({} - {}) - ({} - {})").format(*labels)]
         + [str(estimates[steps]) if steps in estimates else "" for steps in budgets]
@@ -538,32 +537,26 @@ def summary(points: dict[str, list[Point]]) -> str:
     found = compared(points)
     if not found:
         return NOTHING
-    rows, notes = [], []
+    rows = []
+    before: dict[str, Point] = {}
     for steps, gains in found.items():
-        at = by_budget(points)[steps]
+        at = {name: by_budget(points)[steps][name] for name in gains}
         signs = [gain.sign for gain in gains.values()]
         best = max(gains, key=lambda name: at[name].rank())
         rows.append(
             [f"{steps:,} ({nominal(at)})", str(len(gains)), str(signs.count(1))]
             + [str(signs.count(-1)), best, f"{at[best].tokens_per_parameter():.1f}"]
             + [str(gains[best]), at[best].log_multiplier("flops").as_factor()]
+            + [_changes(before, at) if before else ""]
         )
+        before = at
     header = ["steps (tokens / parameter)", "methods", "better", "worse", "best method"]
-    header += ["tokens / parameter", "gain", "compute multiplier"]
-    for before, after in itertools.pairwise(found):
-        changes = []
-        for name in found[before].keys() & found[after].keys():
-            new, old = (
-                by_budget(points)[n][name].log_multipliers("flops") for n in (after, before)
-            )
-            changes.append(Estimate.of([new[seed] - old[seed] for seed in new if seed in old]))
-        signs = [change.sign for change in changes if not math.isnan(change.mean)]
-        if signs:
-            notes.append(
-                f"From {before:,} to {after:,} steps, the compute multiplier becomes lower for "
-                f"{signs.count(-1)} of {len(signs)} methods and higher for {signs.count(1)} (95% "
-                "interval of the paired differences)."
-            )
+    header += [
+        "compared at (tokens / parameter)",
+        "gain",
+        "compute multiplier",
+        "compared with the row above",
+    ]
     estimates = {
         f"{name} with {steps:,} steps": gain
         for steps, gains in found.items()
@@ -572,24 +565,44 @@ def summary(points: dict[str, list[Point]]) -> str:
     named = [
         f"{name} ({'better' if estimates[name].mean > 0 else 'worse'})" for name in holm(estimates)
     ]
-    notes.append(
-        f"The gains of {len(estimates)} combinations of method and budget are compared with zero. "
-        f"After Holm's correction for this number, {len(named)} differ from zero at the 5% level"
+    corrected = (
+        f"The table summarizes {len(estimates)} comparisons. If no method differed from the "
+        "baseline, about one in twenty of them would count as better or worse by chance. After "
+        f"Holm's correction, the gain differs from zero at the 5% level in {len(named)} of them"
         f"{': ' if named else '.'}{', '.join(named)}{'.' if named else ''}"
     )
-    table_of_budgets = study.markdown(header, rows)
-    return f"{SUMMARY}\n\n{table_of_budgets}\n\n{' '.join(notes)}"
+    return f"{SUMMARY}\n\n{study.markdown(header, rows)}\n\n{BUDGETS}\n\n{corrected}"
+
+
+def _changes(before, after):
+    """Count the methods whose compute multiplier differs between two budgets, paired by seed."""
+    changes = []
+    for name in before.keys() & after.keys():
+        old, new = (at[name].log_multipliers("flops") for at in (before, after))
+        changes.append(Estimate.of([new[seed] - old[seed] for seed in new if seed in old]))
+    signs = [change.sign for change in changes if not math.isnan(change.mean)]
+    lower, higher = signs.count(-1), signs.count(1)
+    return f"{lower} lower, {higher} higher, {len(signs) - lower - higher} n.s." if signs else ""
 
 
 SUMMARY = (
-    "Every method is compared, at equal FLOPs, with a *baseline*: a model of the same final size "
-    "that is trained as a whole. The *gain* of a method is the baseline's validation loss, "
-    "interpolated between baselines of different lengths, minus its own. The *compute multiplier* "
-    "is the FLOPs that a baseline needs for the same loss, divided by the FLOPs of the method. A "
-    f"method is *better* or *worse* if it has at least {MIN_SEEDS} seeds and the 95% interval of "
-    "its gain does not contain zero. The *best method* has the highest compute multiplier. Many "
-    "methods cost fewer FLOPs than a baseline with the same number of steps. They are compared "
-    "with a shorter one; the table shows the tokens that it reads per non-embedding parameter."
+    "Every method is compared with a *baseline* that is trained with the same FLOPs: a model of "
+    "the same final size that is trained as a whole from the start. The *gain* of a method is the "
+    "baseline's validation loss minus that of the method, in nats per token. It is positive if the "
+    "method is better. The *compute multiplier* is the FLOPs that a baseline needs to reach the "
+    "loss of the method, divided by the FLOPs of the method. It is above 1 if the method saves "
+    "compute. Both are given with their 95% intervals. A method is *better* or *worse* if the "
+    "interval of its gain does not contain zero; the gain is then in bold. *Methods* counts the "
+    f"methods with at least {MIN_SEEDS} seeds. The *best method* has the highest compute "
+    "multiplier."
+)
+BUDGETS = (
+    "In parentheses are the tokens per non-embedding parameter that a baseline with this number of "
+    "steps reads. Many methods cost fewer FLOPs than this baseline and are compared with a shorter "
+    "one, interpolated between two that were trained; *compared at* gives its tokens per "
+    "parameter. *Compared with the row above* counts the methods whose compute multiplier is lower "
+    "or higher than with fewer steps (n.s.: not significant, the 95% interval of the paired "
+    "difference of the logarithms contains zero)."
 )
 NOTHING = (
     f"There is no comparison yet: it takes a method that is trained with {MIN_SEEDS} seeds and "
@@ -602,8 +615,8 @@ def control_finding(controls: dict[str, list[Point]], about: dict[str, str]) -> 
     items = []
     for name, series in controls.items():
         gains = [
-            f"{p.gain('flops')} nats at {p.tokens_per_parameter():.1f} tokens per parameter of the "
-            f"baseline (n = {len(p.runs)})"
+            f"{p.gain('flops')} nats, at {p.tokens_per_parameter():.1f} tokens per parameter of "
+            f"the baseline (seeds: {len(p.runs)})"
             for p in sorted(series, key=lambda p: p.steps)
             if not math.isnan(p.gain("flops").mean)
         ]
@@ -614,7 +627,7 @@ def control_finding(controls: dict[str, list[Point]], about: dict[str, str]) -> 
         return ""
     return (
         "Controls are not methods, and are not counted above. Their gains over the baseline at "
-        f"equal FLOPs (n: seeds) are: {'; '.join(items)}."
+        f"equal FLOPs are: {'; '.join(items)}."
     )
 
 
@@ -647,16 +660,18 @@ CONTROLS = (
     "the baseline."
 )
 CONTRASTS = (
-    "Direct comparisons of two kinds of runs with the same FLOPs and the same seed: the validation "
-    "loss of the first minus that of the second, in nats per token (mean and 95% interval). A "
-    "positive number means that the second is better. It is bold if the interval does not contain "
-    "zero and there are at least 3 seeds."
+    "The next table compares two kinds of runs with the same seed and the same FLOPs (within 2%). "
+    "It shows the validation loss of the first minus that of the second, in nats per token (mean "
+    "and 95% interval). A positive number means that the second is better. With four kinds, it "
+    "shows the difference of the first two minus that of the last two. A number is bold if its "
+    f"interval does not contain zero and there are at least {MIN_SEEDS} seeds."
 )
 VARIANTS = (
     "Some methods were trained in several variants, for example with several learning rates. The "
     "table contains the mean validation loss over the seeds, with a column for each learning rate. "
-    "At each number of steps, the variant in bold is used. It has the lowest mean loss over the "
-    f"seeds that all variants with at least {MIN_SEEDS} seeds have. Variants with the same "
+    "At each number of steps, the variant in bold is used: of the variants with at least "
+    f"{MIN_SEEDS} seeds, it has the lowest mean loss over the seeds that they have in common. "
+    "Variants with the same "
     "learning rate are named; *n* is given for a variant with fewer seeds than the others. In the "
     "table of all runs, *variant* is the entry of study.toml that is used, if it has another name "
     "than the method."
@@ -712,7 +727,7 @@ def conditions(runs: list[Run]) -> str:
     )
 
 
-def write_finding(readme: Path, folder: Path, text: str) -> None:
+def write_summary(readme: Path, folder: Path, text: str) -> None:
     """Replace the lines between BEGIN and END in a Markdown file.
 
     Raises:
@@ -754,7 +769,7 @@ def main(args: Args) -> None:
         shown = (
             f"{CONTRASTS}\n\n{contrasts}" if contrasts else f"{overviews['flops']}\n\n{OVERVIEW}"
         )
-        write_finding(readme, folder, f"{text}\n\n{shown}")
+        write_summary(readme, folder, f"{text}\n\n{shown}")
     page = [
         f"# {described.title}",
         f"*Written by `python frontier.py {folder.as_posix()}` from the run folders next to this "

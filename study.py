@@ -239,7 +239,10 @@ def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
         raise UserError(f"{path}: not a valid study: {error}") from None
     for row in study.contrasts:
         if len(row) not in (3, 5):
-            raise UserError(f"{path}: contrasts: {list(row)} is not a question with 2 or 4 runs")
+            raise UserError(
+                f"{path}: contrasts: {list(row)} is not a question followed by 2 or 4 labels: "
+                "correct it"
+            )
         if unknown := set(row[1:]) - study.runs.keys():
             raise UserError(f"{path}: contrasts: {unknown.pop()!r} is not a run")
     for label, table in study.runs.items():
