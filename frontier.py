@@ -776,10 +776,9 @@ def main(args: Args) -> None:
         "file. Each config.json contains the command of its run.*",
         text,
         "![gain over the baseline at equal FLOPs](gain.png)",
+        *([f"**Not finished yet:** {len(missing)} runs."] if missing else []),
         described.about.strip(),
     ]
-    if missing:
-        page.append(f"**Not finished yet:** {len(missing)} runs.")
     if contrasts:
         page += ["## Direct comparisons", CONTRASTS, contrasts]
     if legend := [[n, e.about] for n, e in described.runs.items() if e.about]:
