@@ -237,7 +237,7 @@ def test_micro_batches_may_differ_but_not_the_model(tiny, tmp_path):
 
 
 def cells(row: str) -> list[str]:
-    return [cell.strip() for cell in row.strip("| \n").split("|")]
+    return [cell.strip() for cell in row.strip().strip("|").split("|")]
 
 
 def test_the_summary_counts_the_methods_on_either_side_of_the_baseline(tiny):
