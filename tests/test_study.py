@@ -318,7 +318,7 @@ def test_mistakes_are_found_before_anything_is_trained(corpus, tmp_path, monkeyp
             run_only(folder, *options, monkeypatch=monkeypatch, **kwargs)
 
     refused("n_embd=32 must be a multiple of n_head=3")
-    refused("--only s5: no such run: did you mean s4", "s5")
+    refused("--only s5: no such run: use one of baseline, s4", "s5")
     with pytest.raises(UserError, match="no run has finished together with its baseline"):
         study.main(study.ReportArgs(folder))
     write_study(folder, data_dir=corpus)
