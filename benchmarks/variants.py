@@ -59,6 +59,7 @@ def _check_variant(name, config, device):
     if (
         name == "fp8_head"
         and device.type == "cuda"
+        and torch.cuda.is_available()
         and torch.cuda.get_device_capability(device) < (8, 9)
     ):
         raise UserError(
