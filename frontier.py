@@ -281,20 +281,31 @@ def variants(runs: list[Finished]) -> dict[tuple[str, int], dict[str, list[Finis
 def best_variants(runs: list[Finished]) -> list[Finished]:
     """Return the runs of the best variant of every method at every number of steps.
 
-    This is the variant with the lowest mean loss over the seeds with which all of them were
-    trained. Variants with fewer than MIN_SEEDS seeds count only if no variant has more.
+    This is the variant with the lowest loss of those in `losses_of`.
     """
     best = []
     for entries in variants(runs).values():
-        enough = min(MIN_SEEDS, max(map(len, entries.values())))
-        candidates = [own for own in entries.values() if len(own) >= enough]
-        shared = set.intersection(*({r.planned.seed for r in own} for own in candidates))
-        mean = {
-            id(own): statistics.fmean(r.loss for r in own if not shared or r.planned.seed in shared)
-            for own in candidates
-        }
-        best += min(candidates, key=lambda own: mean[id(own)])
+        losses, _ = losses_of(entries)
+        best += entries[min(losses, key=losses.__getitem__)]
     return best
+
+
+def losses_of(entries: dict[str, list[Finished]]) -> tuple[dict[str, float], int]:
+    """Return the mean losses of variants over their common seeds, and the number of these seeds.
+
+    Variants with fewer than MIN_SEEDS seeds are left out, unless no variant has more.
+    """
+    enough = min(MIN_SEEDS, max(map(len, entries.values())))
+    by_seed = {
+        entry: {r.planned.seed: r.loss for r in own}
+        for entry, own in entries.items()
+        if len(own) >= enough
+    }
+    common = set.intersection(*map(set, by_seed.values()))
+    if not common:  # such as two variants with one seed each
+        return {entry: statistics.fmean(own.values()) for entry, own in by_seed.items()}, enough
+    means = {e: statistics.fmean(own[seed] for seed in common) for e, own in by_seed.items()}
+    return means, len(common)
 
 
 def points_of(described: study.Study, best: list[Finished]) -> dict[str, list[Point]]:
@@ -477,15 +488,15 @@ def variant_table(runs: list[Finished]) -> str:
     rows = []
     for method, steps in sorted(several, key=lambda at: (methods.index(at[0]), at[1])):
         cells: dict[float, list[str]] = {rate: [] for rate in rates}
-        most = max(map(len, several[method, steps].values()))
+        losses, n_seeds = losses_of(several[method, steps])
         same_rate = collections.Counter(own[0].rate for own in several[method, steps].values())
         for entry, own in several[method, steps].items():
-            cell = f"{statistics.fmean(r.loss for r in own):.4f}"
+            cell = f"{losses.get(entry, statistics.fmean(r.loss for r in own)):.4f}"
             cell = f"**{cell}**" if own[0].planned.label in used else cell
             notes = [entry] if same_rate[own[0].rate] > 1 else []
-            notes += [f"n = {len(own)}"] if len(own) < most else []
+            notes += [f"n = {len(own)}"] if entry not in losses else []
             cells[own[0].rate].append(cell + (f" ({', '.join(notes)})" if notes else ""))
-        rows.append([method, f"{steps:,}", str(most), *map(", ".join, cells.values())])
+        rows.append([method, f"{steps:,}", str(n_seeds), *map(", ".join, cells.values())])
     header = ["method", "steps", "seeds", *(f"{rate:g}" for rate in rates)]
     return study.markdown(header, rows) if rows else ""
 
@@ -594,7 +605,7 @@ SUMMARY = (
     "compute. Both are given with their 95% intervals. A method is *better* or *worse* if the "
     "interval of its gain does not contain zero; the gain is then in bold. *Methods* counts the "
     f"methods with at least {MIN_SEEDS} seeds. The *best method* has the highest compute "
-    "multiplier."
+    "multiplier (a dash: the loss of a run is below those of all baselines)."
 )
 BUDGETS = (
     "In parentheses are the tokens per non-embedding parameter that a baseline with this number of "
@@ -668,13 +679,12 @@ CONTRASTS = (
 )
 VARIANTS = (
     "Some methods were trained in several variants, for example with several learning rates. The "
-    "table contains the mean validation loss over the seeds, with a column for each learning rate. "
-    "At each number of steps, the variant in bold is used: of the variants with at least "
-    f"{MIN_SEEDS} seeds, it has the lowest mean loss over the seeds that they have in common. "
-    "Variants with the same "
-    "learning rate are named; *n* is given for a variant with fewer seeds than the others. In the "
-    "table of all runs, *variant* is the entry of study.toml that is used, if it has another name "
-    "than the method."
+    "table contains the mean validation loss over the seeds that the variants have in common, with "
+    "a column for each learning rate. At each number of steps, the variant in bold, with the "
+    "lowest mean, is used with all of its seeds. Variants with the same learning rate are named; "
+    f"*n* is given for a variant with fewer than {MIN_SEEDS} seeds, if others have more: it is not "
+    "compared. In the table of all runs, *variant* is the entry of study.toml that is used, if it "
+    "has another name than the method."
 )
 HOW_TO_READ = (
     "*Gain*: the loss of a baseline with the compute of the run, minus the loss of the run, in "

@@ -414,7 +414,7 @@ def run_study(args: RunArgs) -> None:
         if not 1 <= value <= 1024:
             raise UserError(f"--{name}={value} must be between 1 and 1,024")
     described, runs = load_study(args.folder)
-    known = {n: None for r in runs for n in (r.entry, r.label, r.name)}
+    known = {n for r in runs for n in (r.entry, r.label, r.name)}
     for name in args.only:
         if name not in known:
             raise UserError(f"--only {name}: no such run{did_you_mean(name, described.runs)}")

@@ -1,6 +1,7 @@
 """The benchmarks, run as a user runs them, at a size of no interest."""
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -354,6 +355,19 @@ def test_the_options_of_the_series_are_valid(tmp_path, rehearsal):
     command = commands["losses"].command
     losses.check_options(load_config(command[1:], losses.LossConfig()), torch.device("cpu"))
     assert any(word.startswith("--peer=nanogpt=") for word in commands["micro_32"].command)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0)])
+def test_fp8_needs_a_gpu_with_fp8_products(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    config = load_config([], benchmark.defaults(on_gpu=True))
+    check = functools.partial(variants.check_variants, ["fp8_head"], config, torch.device("cuda"))
+    if capability >= (8, 9):
+        check()
+    else:
+        with pytest.raises(UserError, match="fp8_head needs a GPU with fp8 matrix products"):
+            check()
 
 
 # --- losses

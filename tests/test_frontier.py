@@ -384,6 +384,32 @@ def test_the_best_variant_is_used_at_every_number_of_steps(tiny, tmp_path):
         study.load_study(folder)
 
 
+def test_variants_are_compared_over_their_common_seeds(tiny, tmp_path, monkeypatch):
+    """The third seed of the better variant is so bad that its mean over all seeds is higher."""
+    folder = tmp_path / "copy"
+
+    def losses(seed, low, high):
+        copies = {} if seed == 3 else {"matched_copies_16": low}
+        return {"matched_16": high + 5 if seed == 3 else low - 0.1} | copies
+
+    with_losses(tiny, folder, losses)
+    text = (folder / "study.toml").read_text()
+    variant = '[runs.matched_copies]\nvariant_of = "matched"\n'
+    (folder / "study.toml").write_text(text.replace("[runs.matched_copies]\n", variant))
+    _, runs, _ = frontier.load_runs(folder)
+    entries = frontier.variants(runs)["matched", 16]
+    assert {entry: len(own) for entry, own in entries.items()} == {
+        "matched": 3,
+        "matched_copies": 2,
+    }
+    assert list(frontier.losses_of(entries)[0]) == ["matched"]  # two seeds are too few
+    monkeypatch.setattr(frontier, "MIN_SEEDS", 2)
+    means, n = frontier.losses_of(entries)
+    assert n == 2 and means["matched"] == pytest.approx(means["matched_copies"] - 0.1)
+    used = [r for r in frontier.best_variants(runs) if r.method == "matched"]
+    assert {r.planned.entry for r in used} == {"matched"} and len(used) == 3
+
+
 def test_variants_of_a_method_need_no_run_of_its_name(tiny, tmp_path):
     """As in a study for choosing learning rates: `baseline` itself is the method of two runs."""
     folder = tmp_path / "copy"

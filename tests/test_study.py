@@ -22,7 +22,7 @@ import plot
 import study
 import train
 from stagewise.checkpoint import load_checkpoint
-from stagewise.config import Config, grad_accum_steps
+from stagewise.config import Config, grad_accum_steps, load_config
 from stagewise.errors import UserError
 from stagewise.fileio import FolderLock
 
@@ -918,6 +918,26 @@ def test_studies_that_would_count_a_run_twice_or_not_train_it_are_errors(tmp_pat
     (tmp_path / "study.toml").write_text(text + line + "\n")
     with pytest.raises(UserError, match=named):
         study.load_study(tmp_path)
+
+
+def test_two_entries_with_a_run_of_the_same_label_are_an_error(tmp_path):
+    text = 'title = "x"\n[runs.baseline]\nsteps = [8]\n[runs.baseline_8]\nseeds = [2]\n'
+    (tmp_path / "study.toml").write_text(text + 'against = "baseline_8"\n')
+    message = "runs.baseline and runs.baseline_8 both have a run baseline_8: rename"
+    with pytest.raises(UserError, match=message):
+        study.load_study(tmp_path)
+
+
+def test_every_run_is_checked_with_its_own_seed(corpus, tmp_path):
+    """The steps in which layer_dropout skips blocks depend on the seed."""
+    text = 'title = "x"\noptions = {options}\n[runs.baseline]\nseeds = [1, 2]\n'
+    text += '[runs.skips]\nseeds = [1, 2]\noptions = ["--skip_policy=layer_dropout"]\n'
+    folder = write_study(tmp_path / "x", text, data_dir=corpus)
+    runs = study.load_study(folder)[1]
+    configs, flops = study.check_runs(runs, ())
+    assert configs == {run.name: load_config([*run.options], Config()) for run in runs}
+    assert flops["baseline_seed1"] == flops["baseline_seed2"]
+    assert flops["skips_seed1"] != flops["skips_seed2"]
 
 
 def test_some_numbers_of_steps_can_have_more_seeds(tmp_path):
