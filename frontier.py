@@ -49,6 +49,7 @@ MIN_SEEDS = 3  # for a comparison to count
 # Lines of Markdown between which --readme writes.
 BEGIN, END = "<!-- written by frontier.py -->", "<!-- end -->"
 METRICS = ("flops", "paper_cost", "seconds")
+FIGURE = "gain.png"
 
 
 @dataclass
@@ -543,14 +544,51 @@ def compared(points: dict[str, list[Point]]) -> dict[int, dict[str, Estimate]]:
     return found
 
 
-def summary(points: dict[str, list[Point]]) -> str:
-    """Return what the study has found: a table with a row per budget, and the text around it."""
-    found = compared(points)
-    if not found:
+def answer(points: dict[str, list[Point]]) -> str:
+    """Return a paragraph that says what the study has found, for readers who know no details."""
+    budgets = by_budget(points)
+    sentences: list[str] = []
+    for steps, gains in compared(points).items():
+        at = {name: budgets[steps][name] for name in gains}
+        signs = [gain.sign for gain in gains.values()]
+        better, worse, n = signs.count(1), signs.count(-1), len(signs)
+        sentence = f"With {nominal(at)} tokens per parameter ({steps:,} steps), "
+        if not sentences:
+            sentence += (
+                f"{better} of {n} methods {_verb(better, 'reach')} a lower loss than training the "
+                "whole model from the start with the same FLOPs (the baseline), and "
+                f"{worse or 'none'} {_verb(worse, 'reach')} a higher one"
+            )
+        else:
+            sentence += f"{better} of {n} {_verb(better, 'be')} better and "
+            sentence += f"{worse or 'none'} {_verb(worse, 'be')} worse"
+        best = max(gains, key=lambda name: at[name].rank())
+        multiplier = at[best].log_multiplier("flops").mean
+        if better and not math.isnan(multiplier):
+            sentence += f"; for the loss of the best, {best}, "
+            sentence += f"the baseline needs {math.exp(multiplier):.2f} times its FLOPs"
+        sentences.append(f"{sentence}.")
+    if not sentences:
         return NOTHING
+    n, named = significant(points)
+    sentences.append(
+        f"After Holm's correction for multiple comparisons, {len(named)} of {n} differences from "
+        f"the baseline {_verb(len(named), 'be')} significant."
+    )
+    return " ".join(sentences)
+
+
+def _verb(n, verb):
+    if verb == "be":
+        return "is" if n == 1 else "are"
+    return f"{verb}es" if n == 1 else verb
+
+
+def summary(points: dict[str, list[Point]]) -> str:
+    """Return a table with a row per budget, or "" if there is no comparison yet."""
     rows = []
     before: dict[str, Point] = {}
-    for steps, gains in found.items():
+    for steps, gains in compared(points).items():
         at = {name: by_budget(points)[steps][name] for name in gains}
         signs = [gain.sign for gain in gains.values()]
         best = max(gains, key=lambda name: at[name].rank())
@@ -568,21 +606,32 @@ def summary(points: dict[str, list[Point]]) -> str:
         "compute multiplier",
         "compared with the row above",
     ]
+    return study.markdown(header, rows) if rows else ""
+
+
+def significant(points: dict[str, list[Point]]) -> tuple[int, list[str]]:
+    """Return the number of comparisons, and those that are significant after Holm's correction."""
     estimates = {
         f"{name} with {steps:,} steps": gain
-        for steps, gains in found.items()
+        for steps, gains in compared(points).items()
         for name, gain in gains.items()
     }
-    named = [
+    return len(estimates), [
         f"{name} ({'better' if estimates[name].mean > 0 else 'worse'})" for name in holm(estimates)
     ]
-    corrected = (
-        f"The table summarizes {len(estimates)} comparisons. If no method differed from the "
-        "baseline, about one in twenty of them would count as better or worse by chance. After "
-        f"Holm's correction, the gain differs from zero at the 5% level in {len(named)} of them"
+
+
+def corrected(points: dict[str, list[Point]]) -> str:
+    """Return a paragraph on multiple comparisons, or "" if there is no comparison yet."""
+    n, named = significant(points)
+    if not n:
+        return ""
+    return (
+        f"The table summarizes {n} comparisons. If no method differed from the baseline, about one "
+        "in twenty of them would count as better or worse by chance. After Holm's correction, the "
+        f"gain differs from zero at the 5% level in {len(named)} of them"
         f"{': ' if named else '.'}{', '.join(named)}{'.' if named else ''}"
     )
-    return f"{SUMMARY}\n\n{study.markdown(header, rows)}\n\n{BUDGETS}\n\n{corrected}"
 
 
 def _changes(before, after):
@@ -637,7 +686,7 @@ def control_finding(controls: dict[str, list[Point]], about: dict[str, str]) -> 
     if not items:
         return ""
     return (
-        "Controls are not methods, and are not counted above. Their gains over the baseline at "
+        "Controls are not methods and are not counted above. Their gains over the baseline at "
         f"equal FLOPs are: {'; '.join(items)}."
     )
 
@@ -727,13 +776,11 @@ def interpolation_error(best: list[Finished]) -> str:
 def conditions(runs: list[Run]) -> str:
     """Describe the model, the data and the hardware in a few sentences."""
     c, schedule = runs[0].config, runs[0].schedule
-    dates = sorted({run.config.date for run in runs})
     return (
         f"GPT-2 with {c.n_layer} blocks of width {c.n_embd}, {c.n_head} heads, context "
         f"{c.block_size:,}: {block_parameters(runs[0]):,} parameters in the blocks, "
         f"{schedule.phases[-1].trained_parameters:,} with embeddings. {c.tokens_per_step:,} tokens "
-        f"of `{c.data_dir}` per step. Trained on {study.machine(c)} with torch {c.torch_version}, "
-        f"{dates[0] if len(dates) == 1 else f'{dates[0]} to {dates[-1]}'}."
+        f"of `{c.data_dir}` per step. Trained on {study.hardware([run.config for run in runs])}."
     )
 
 
@@ -750,8 +797,8 @@ def write_summary(readme: Path, folder: Path, text: str) -> None:
     if not begin or not end:
         raise UserError(f"{readme}: has no lines {BEGIN} and {END}: add them")
     link = Path(os.path.relpath(folder, readme.absolute().parent)).as_posix()
-    image = f"![gain over the baseline at equal FLOPs]({link}/gain.png)"
-    study.write(readme, f"{before}{begin}{image}\n\n{text}\n{end}{after}")
+    text = text.replace(f"]({FIGURE})", f"]({link}/{FIGURE})")
+    study.write(readme, f"{before}{begin}{text}\n{end}{after}")
 
 
 def main(args: Args) -> None:
@@ -769,32 +816,28 @@ def main(args: Args) -> None:
     with file_errors(folder, "make the folder writable"):
         draw(groups, folder / "gain")
     controls = {n: points.pop(n) for n in list(points) if n in described.controls()}
-    text = summary(points)
-    about = {name: e.about for name, e in described.runs.items()}
-    if found := control_finding(controls, about):
-        text += f"\n\n{found}"
-    overviews = {m: overview(points, m) for m in METRICS[:2]}
-    contrasts = contrast_table(described, best)
+    text = [answer(points), f"![gain over the baseline at equal FLOPs]({FIGURE})"]
+    if rows := summary(points):
+        text += [rows, SUMMARY, BUDGETS]
     if readme:
-        shown = (
-            f"{CONTRASTS}\n\n{contrasts}" if contrasts else f"{overviews['flops']}\n\n{OVERVIEW}"
-        )
-        write_summary(readme, folder, f"{text}\n\n{shown}")
+        write_summary(readme, folder, "\n\n".join(text))
+    about = {name: e.about for name, e in described.runs.items()}
     page = [
         f"# {described.title}",
         f"*Written by `python frontier.py {folder.as_posix()}` from the run folders next to this "
         "file. Each config.json contains the command of its run.*",
-        text,
-        "![gain over the baseline at equal FLOPs](gain.png)",
+        *text,
+        corrected(points),
+        control_finding(controls, about),
         *([f"**Not finished yet:** {len(missing)} runs."] if missing else []),
         described.about.strip(),
     ]
-    if contrasts:
+    if contrasts := contrast_table(described, best):
         page += ["## Direct comparisons", CONTRASTS, contrasts]
     if legend := [[n, e.about] for n, e in described.runs.items() if e.about]:
         page += ["## Methods", study.markdown(["method", "description"], legend, n_left=2)]
-    for metric, table_of_gains in overviews.items():
-        page += [f"## Gain at equal {study.LABELS[metric]}", table_of_gains]
+    for metric in METRICS[:2]:
+        page += [f"## Gain at equal {study.LABELS[metric]}", overview(points, metric)]
         if metric == "flops":
             page.append(OVERVIEW)
     # Other work during training changes the step times.
@@ -811,7 +854,7 @@ def main(args: Args) -> None:
         "## Conditions",
         conditions([r.run for r in best if r.method not in described.controls()]),
     ]
-    study.write(folder / "README.md", "\n\n".join(page) + "\n")
+    study.write(folder / "README.md", "\n\n".join(filter(None, page)) + "\n")
     n = sum(map(len, points.values()))
     print(f"{folder / 'README.md'}: {n} combinations of method and budget")
 

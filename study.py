@@ -1099,13 +1099,23 @@ def machine(config: plot.RunConfig) -> str:
     return f"{threads} thread{'s' * (threads > 1)} of {config.cpu}"
 
 
+def hardware(configs: Sequence[plot.RunConfig]) -> str:
+    """Describe the hardware, the versions of torch and the dates of runs."""
+    machines = sorted({machine(c) for c in configs})
+    versions = sorted({c.torch_version for c in configs})
+    dates = sorted({c.date for c in configs})
+    return (
+        f"{' and '.join(machines)} with torch {' and '.join(versions)}, "
+        f"{dates[0] if len(dates) == 1 else f'{dates[0]} to {dates[-1]}'}"
+    )
+
+
 def conditions(results: list[Result]) -> str:
     """Describe the model, the data and the hardware in a few sentences."""
     # The longest, if there are several numbers of steps.
     baseline = max((r.baseline for r in results), key=lambda run: run.schedule.steps)
     c, totals = baseline.config, baseline.schedule.baseline
     parameters = baseline.schedule.phases[-1].trained_parameters
-    dates = sorted({r.run.config.date for r in results})
     shorter = len({r.baseline.schedule.steps for r in results}) > 1
     return (
         f"GPT-2 with {c.n_layer} blocks of width {c.n_embd}, {c.n_head} heads, context "
@@ -1113,9 +1123,8 @@ def conditions(results: list[Result]) -> str:
         f"{'The longest' if shorter else 'A'} baseline has {totals.steps:,} "
         f"steps of {c.tokens_per_step:,} tokens: {totals.tokens / 1e6:,.1f}M tokens of "
         f"`{c.data_dir}`, {totals.tokens / c.train_tokens:.2f} epochs, "
-        f"{100 * totals.tokens / PAPER_TOKENS:.3g}% of the paper's tokens. Trained on {machine(c)} "
-        f"with torch {c.torch_version}, "
-        f"{dates[0] if len(dates) == 1 else f'{dates[0]} to {dates[-1]}'}."
+        f"{100 * totals.tokens / PAPER_TOKENS:.3g}% of the paper's tokens. "
+        f"Trained on {hardware([r.run.config for r in results])}."
     )
 
 

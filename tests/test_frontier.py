@@ -262,11 +262,13 @@ def test_the_summary_counts_the_methods_on_either_side_of_the_baseline(tiny):
             "",  # the multiplier of `stacked` is unknown
         ]
     assert header[:4] == ["steps (tokens / parameter)", "methods", "better", "worse"]
-    assert "The table summarizes 3 comparisons." in text
+    assert "The table summarizes 3 comparisons." in frontier.corrected(points)
     above, around = Estimate(0.2, 0.1, 3), Estimate(0.1, 0.1, 3)
     assert above.sign == 1 and Estimate(-0.2, 0.1, 3).sign == -1 and around.sign == 0
     assert Estimate(0.2, 0.1, 2).sign == 0 and Estimate(0.2, math.nan, 1).sign == 0
-    assert frontier.summary({"matched_copies": points["matched_copies"]}) == frontier.NOTHING
+    two_seeds = {"matched_copies": points["matched_copies"]}
+    assert frontier.answer(two_seeds) == frontier.NOTHING
+    assert frontier.summary(two_seeds) == frontier.corrected(two_seeds) == ""
 
 
 def with_losses(tiny, folder, losses):
@@ -320,6 +322,25 @@ def test_a_loss_below_that_of_all_baselines_ranks_first(tiny, tmp_path):
     row = next(cells(row) for row in text.splitlines() if row.startswith("| 16"))
     assert row[2] == "2" and row[4] == "stacked" and row[-2] == "-"
     assert "lower, " not in text  # the multiplier of the only method with both budgets is unknown
+
+
+def test_the_answer_counts_methods_and_names_the_best(tiny, tmp_path):
+    def losses(seed, low, high):
+        middle = (low + high) / 2 + 0.001 * seed
+        return {"stacked_16": middle, "matched_16": high + 0.1 + 0.001 * seed}
+
+    points = with_losses(tiny, tmp_path / "copy", losses)
+    stacked = points["stacked"][0]
+    multiplier = math.exp(stacked.log_multiplier("flops").mean)
+    first, second, third = frontier.answer(points).split(". ")
+    assert first == (
+        f"With {frontier.nominal({'stacked': stacked})} tokens per parameter (16 steps), 1 of 2 "
+        "methods reaches a lower loss than training the whole model from the start with the same "
+        "FLOPs (the baseline), and 1 reaches a higher one; for the loss of the best, stacked, the "
+        f"baseline needs {multiplier:.2f} times its FLOPs"
+    )
+    assert re.search(r"\(32 steps\), [01] of 1 (is|are) better and (1|none) (is|are) worse", second)
+    assert re.search(r"correction for multiple comparisons, [0-3] of 3 differences", third)
 
 
 def test_contrasts_are_paired_differences_of_losses(tiny, tmp_path):
@@ -475,9 +496,11 @@ def test_the_finding_is_written_between_the_marks(tiny, tmp_path):
     page.write_text(f"before\n{frontier.BEGIN}\nformer\n{frontier.END}\nafter\n")
     frontier.main(frontier.Args(folder, readme=page))
     text = page.read_text()
-    assert text.startswith(f"before\n{frontier.BEGIN}\n![") and "former" not in text
+    points = points_of(folder)
+    assert text.startswith(f"before\n{frontier.BEGIN}\n{frontier.answer(points)}\n\n![")
     assert text.endswith(f"{frontier.END}\nafter\n") and "](copy/gain.png)" in text
-    assert "The table summarizes 3 comparisons" in text and "| Do copies help?" in text
+    assert "former" not in text and frontier.summary(points) in text
+    assert (folder / "gain.png").exists() and "](gain.png)" in (folder / "README.md").read_text()
     page.write_text("nothing\n")
     with pytest.raises(UserError, match="has no lines <!-- written by frontier.py -->"):
         frontier.main(frontier.Args(folder, readme=page))
