@@ -250,8 +250,9 @@ def load_runs(folder: Path) -> tuple[study.Study, list[Finished], list[PlannedRu
         run.step_seconds = times.get(p.entry, {})
         against = described.runs[p.entry].against
         runs.append(Finished(p, run, described.method(p.entry), described.method(against)))
-    # The loss does not depend on the size of micro-batches, apart from rounding and dropout masks.
-    may_differ = study.METHOD | study.RECIPE | {"steps", "batch_size"}
+    # The loss does not depend on the CPU, the number of threads, or the size of micro-batches,
+    # apart from rounding and dropout masks.
+    may_differ = study.METHOD | study.RECIPE | {"steps", "batch_size", "cpu", "threads"}
     controls = described.controls()
     same_depth = [r for r in runs if r.method not in controls]
     for r in runs if same_depth else ():

@@ -31,6 +31,7 @@ import dataclasses
 import math
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -292,16 +293,19 @@ def reference_of(run: Run, references: list[Run]) -> Run:
 
 
 def loss_differences(
-    runs: list[Run], references: list[Run]
+    pairs: Sequence[tuple[Run, Run]],
 ) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
-    """Return the `loss_difference` of each seed by the name of the run without the seed.
+    """Return the `loss_difference` of each pair, by the name of the run without the seed.
+
+    Args:
+        pairs: Each run with its reference.
 
     Raises:
-        UserError: if a run has no reference, or no evaluation after its last growth step.
+        UserError: if a run has no evaluation after its last growth step.
     """
     names: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-    for run in runs:
-        x, y = loss_difference(run, reference_of(run, references))
+    for run, reference in pairs:
+        x, y = loss_difference(run, reference)
         if not len(x):
             raise UserError(
                 f"{run.folder}: has no evaluation after its last growth step that its reference "
@@ -318,11 +322,17 @@ def tokens_to_reach(x: np.ndarray, y: np.ndarray, tolerance: float) -> float:
     return float(x[first]) if first < len(x) else math.inf
 
 
-def difference_table(runs: list[Run], references: list[Run], args: Args) -> str:
-    """Return a table of when runs reach their references; see `loss_differences`."""
+def difference_rows(
+    pairs: Sequence[tuple[Run, Run]], tolerance: float
+) -> tuple[list[str], list[list[str]]]:
+    """Return a table of when runs reach their references; see `loss_differences`.
+
+    Returns:
+        The header, and a row per name.
+    """
     rows = []
-    for name, curves in loss_differences(runs, references).items():
-        reached = [tokens_to_reach(x, y, args.tolerance) for x, y in curves]
+    for name, curves in loss_differences(pairs).items():
+        reached = [tokens_to_reach(x, y, tolerance) for x, y in curves]
         mean = float(np.mean(reached))
         rows.append(
             [
@@ -333,27 +343,23 @@ def difference_table(runs: list[Run], references: list[Run], args: Args) -> str:
                 f"{mean:,.0f}" if math.isfinite(mean) else "-",
             ]
         )
-    header = [
-        "run",
-        "seeds",
-        "final difference",
-        f"seeds below {args.tolerance:g}",
-        "tokens until then (mean)",
-    ]
-    align = ("left", *("right",) * (len(header) - 1))
-    return tabulate(rows, header, "simple", colalign=align, disable_numparse=True)
+    header = ["run", "seeds", "final difference", f"seeds below {tolerance:g}"]
+    return [*header, "tokens until then (mean)"], rows
 
 
-def figure_difference(runs: list[Run], references: list[Run], args: Args):
+def figure_difference(pairs: Sequence[tuple[Run, Run]], args: Args):
     """Return figure 3. Faint lines are single runs, bold lines means over seeds.
 
     Seeds that were evaluated at different steps have no mean.
 
+    Args:
+        pairs: Each run with its reference.
+
     Raises:
-        UserError: if a run has no reference, or no evaluation after its last growth step.
+        UserError: if a run has no evaluation after its last growth step.
     """
     fig, ax = plt.subplots(layout="constrained")
-    names = loss_differences(runs, references)
+    names = loss_differences(pairs)
     for (name, curves), color in zip(names.items(), COLORS * len(names)):
         first, _ = curves[0]
         same = all(np.array_equal(x, first) for x, _ in curves)
@@ -377,8 +383,20 @@ def figure_difference(runs: list[Run], references: list[Run], args: Args):
     return fig
 
 
-def draw_figures(runs: list[Run], args: Args, references: list[Run] | None = None) -> list[str]:
-    """Write the figures to `args.out`. Figure 2 needs HellaSwag scores, figure 3 `references`.
+def draw_difference(pairs: Sequence[tuple[Run, Run]], args: Args) -> None:
+    """Write figure 3 to `args.out`; see `figure_difference`.
+
+    Raises:
+        UserError: as in `loss_differences`, or if a file cannot be written.
+    """
+    with plt.style.context(STYLE):
+        fig = figure_difference(pairs, args)
+        save(fig, args.out / "figure3_difference")
+        plt.close(fig)
+
+
+def draw_figures(runs: list[Run], args: Args) -> list[str]:
+    """Write figures 1 and 2 to `args.out`. Figure 2 needs HellaSwag scores.
 
     Returns:
         The file names without suffixes.
@@ -391,8 +409,6 @@ def draw_figures(runs: list[Run], args: Args, references: list[Run] | None = Non
         figures = {"figure1_loss": figure_loss(runs, args)}
         if any(run.measured(f"hellaswag_{args.metric}").any() for run in runs):
             figures["figure2_hellaswag"] = figure_hellaswag(runs, args)
-        if references:
-            figures["figure3_difference"] = figure_difference(runs, references, args)
         for name, fig in figures.items():
             save(fig, args.out / name)
             plt.close(fig)
@@ -807,9 +823,14 @@ def main(args: Args) -> None:
     for note in run_notes(runs):
         print(f"note: {note[0].lower()}{note[1:-1]}")
     references = [load_run(folder) for folder in args.against]
-    draw_figures(runs, args, references)
-    if references:
-        print(difference_table(runs, references, args))
+    pairs = [(run, reference_of(run, references)) for run in runs if references]
+    if pairs:
+        draw_difference(pairs, args)
+    draw_figures(runs, args)
+    if pairs:
+        header, rows = difference_rows(pairs, args.tolerance)
+        align = ("left", *("right",) * (len(header) - 1))
+        print(tabulate(rows, header, "simple", colalign=align, disable_numparse=True))
     if args.html:
         write_html(runs, args)
 

@@ -186,6 +186,8 @@ class Study(Struct, forbid_unknown_fields=True):
     runs: Annotated[dict[Annotated[str, Meta(pattern=r"^\w[\w.-]*\Z")], Any], Meta(min_length=1)]
     about: str = ""  # Markdown for the report
     options: tuple[str, ...] = ()  # options of all runs
+    # For the report: the loss after growth, compared with that of the run of `against`
+    loss_after_growth: bool = False
     # (question, label, other label): the loss of the first run minus that of the other one, for the
     # page of frontier.py. With four labels: this difference minus that of the last two.
     contrasts: tuple[tuple[str, ...], ...] = ()
@@ -1092,6 +1094,26 @@ def phase_table(results: list[Result]) -> str:
     return markdown(header, rows)
 
 
+def after_growth(folder: Path, results: list[Result]) -> list[str]:
+    """Draw figure 3, and return the section of the report on the loss after growth.
+
+    Runs without growth are left out, and so are those that have no evaluation after their last
+    growth step that their baseline covers.
+    """
+    pairs = [
+        (r.run, r.baseline)
+        for r in results
+        if plot.last_growth(r.run) and len(plot.loss_difference(r.run, r.baseline)[0])
+    ]
+    if not pairs:
+        return []
+    args = plot.Args(out=folder)
+    plot.draw_difference(pairs, args)
+    table = markdown(*plot.difference_rows(pairs, args.tolerance))
+    figure = "![validation loss minus the baseline's, after growth](figure3_difference.png)"
+    return ["## The loss after growth", figure, table, AFTER_GROWTH.format(args.tolerance)]
+
+
 def machine(config: plot.RunConfig) -> str:
     if config.device_name != "cpu":
         return f"{config.world_size} x {config.device_name}"
@@ -1146,6 +1168,14 @@ STAGES = (
     "Total cost of the stages, without continual training, as a fraction of the baseline's total. "
     "Paper cost is the unit in which the paper states its savings."
 )
+AFTER_GROWTH = (
+    "The validation loss minus that of the baseline with the same seed, after the last growth "
+    "step. The baseline's loss is interpolated linearly to the same number of tokens. In the "
+    "figure, faint lines are single seeds and bold lines are means. The table shows the difference "
+    "at the last evaluation (mean over the seeds), the number of seeds with which the difference "
+    "stays below {0:g} nats from some evaluation on, and the training tokens from the last growth "
+    "step to this evaluation (a dash: it stays above with at least one seed)."
+)
 PHASES = "For the first seed. Time and FLOPs are per token, relative to the baseline's."
 
 
@@ -1192,6 +1222,7 @@ def report_study(args: ReportArgs) -> None:
         "## Compute-matched losses",
         loss_table(results),
         HOW_TO_READ,
+        *(after_growth(args.folder, results) if study.loss_after_growth else []),
         *(["## Cost of the stages", STAGES, stages] if stages else []),
         "## Phases",
         PHASES,

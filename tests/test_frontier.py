@@ -223,14 +223,17 @@ def test_seconds_are_shown_if_the_step_times_of_all_entries_were_measured(tiny, 
         assert ("equal seconds" in (folder / "README.md").read_text()) == shown
 
 
-def test_micro_batches_may_differ_but_not_the_model(tiny, tmp_path):
+def test_micro_batches_and_the_cpu_may_differ_but_not_the_model(tiny, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(tiny, folder)
     path = next(folder.glob("stacked_*_seed1")) / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"batch_size": 2}))
+    other = {"batch_size": 2, "cpu": "another CPU", "threads": 7}
+    path.write_text(json.dumps(config | other))
     before, after = (points_of(f)["stacked"] for f in (tiny, folder))
     assert [str(p.gain("flops")) for p in before] == [str(p.gain("flops")) for p in after]
+    frontier.main(frontier.Args(folder))
+    assert "and 7 threads of another CPU with torch" in (folder / "README.md").read_text()
     path.write_text(json.dumps(config | {"n_head": 1}))
     with pytest.raises(UserError, match="stacked_.*n_head is 1, but 2 in"):
         frontier.load_runs(folder)

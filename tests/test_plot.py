@@ -80,8 +80,8 @@ def test_the_difference_from_a_reference_after_growth(runs, run_train, tmp_path)
     image = (tmp_path / "out" / "figure3_difference.svg").read_text()
     assert "s4 (2 seeds)" in image and "since the last growth step" in image
     with plt.style.context(plot.STYLE):
-        references = [load_run(runs[0]), load_run(others[0])]
-        figure = plot.figure_difference([load_run(p) for p in paths], references, plot.Args())
+        pairs = [(load_run(paths[0]), baseline), (load_run(paths[1]), load_run(others[0]))]
+        figure = plot.figure_difference(pairs, plot.Args())
     one, two, mean = (line.get_ydata() for line in figure.axes[0].lines[:3])
     assert mean == pytest.approx((one + two) / 2) and one == pytest.approx(difference)
     plt.close(figure)
@@ -107,7 +107,7 @@ def test_a_difference_needs_a_reference_of_the_same_seed_and_evaluations(runs, r
         plot.reference_of(other, [other, other])
     short = load_run(run_train("short", steps=4, eval_interval=2))
     with pytest.raises(UserError, match="s4: has no evaluation after its last growth step"):
-        plot.figure_difference([load_run(runs[1])], [short], plot.Args())
+        plot.figure_difference([(load_run(runs[1]), short)], plot.Args())
     plt.close("all")
     edit(runs[1] / "config.json", corpus="0" * 64)
     with pytest.raises(UserError, match="--against: .*baseline and .*s4: These runs were trained"):

@@ -693,6 +693,31 @@ def test_the_report_says_what_the_stages_cost(tiny):
     assert numbers(stages["ramp"][1]) == pytest.approx([fraction], abs=6e-4)
 
 
+def test_the_report_compares_the_loss_after_growth(copy):
+    path = copy / "study.toml"
+    path.write_text(f"loss_after_growth = true\n{path.read_text()}")
+    study.main(study.ReportArgs(copy))
+    page = (copy / "README.md").read_text()
+    header, *rows = tables(page, "## The loss after growth")
+    assert header[:4] == ["run", "seeds", "final difference", "seeds below 0.02"]
+    assert [row[0] for row in rows] == ["s4", "decays_s2"]  # ramp has no suitable evaluation
+    differences = []
+    for seed in (1, 2):  # both read 16 steps; the grown run continues
+        loss, reference = (
+            next(r for r in metrics(copy / f"{name}_seed{seed}") if r["step"] == 16)["val_loss"]
+            for name in ("s4", "baseline")
+        )
+        differences.append(loss - reference)
+    assert rows[0][1] == "2" and numbers(rows[0][2]) == pytest.approx(
+        [statistics.mean(differences)], abs=6e-5
+    )
+    assert "](figure3_difference.png)" in page and (copy / "figure3_difference.png").exists()
+    for name in ("s4_seed1", "s4_seed2", "decays_s2_seed1", "ramp_seed1"):
+        shutil.rmtree(copy / name)
+    study.main(study.ReportArgs(copy))
+    assert "## The loss after growth" not in (copy / "README.md").read_text()
+
+
 def test_the_report_lists_every_phase_at_its_own_cost(tiny):
     study.main(study.ReportArgs(tiny))
     header, *rows = tables((tiny / "README.md").read_text(), "## Phases")
