@@ -23,11 +23,13 @@ import stagewise.console  # noqa: F401  (first: Ctrl-C during the other imports)
 # isort: split
 
 import collections
+import itertools
 import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import matplotlib
 import numpy as np
@@ -45,6 +47,7 @@ from study import BASELINE, PlannedRun
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+Key = TypeVar("Key", bound=Hashable)
 MIN_SEEDS = 3  # for a comparison to count
 # Lines of Markdown between which --readme writes.
 BEGIN, END = "<!-- written by frontier.py -->", "<!-- end -->"
@@ -59,7 +62,7 @@ class Args:
     folder: tyro.conf.Positional[Path]
     """Folder with a study.toml and finished runs."""
     readme: Path | None = None
-    """Also write the figure and the summary to this file, between the lines
+    """Also write the findings, the figure and the summary to this file, between the lines
     "<!-- written by frontier.py -->" and "<!-- end -->"."""
 
 
@@ -250,8 +253,8 @@ def load_runs(folder: Path) -> tuple[study.Study, list[Finished], list[PlannedRu
         run.step_seconds = times.get(p.entry, {})
         against = described.runs[p.entry].against
         runs.append(Finished(p, run, described.method(p.entry), described.method(against)))
-    # The loss does not depend on the CPU, the number of threads, or the size of micro-batches,
-    # apart from rounding and dropout masks.
+    # The CPU, the number of threads and the size of micro-batches change rounding and dropout
+    # masks, so runs with the same seed diverge, but not systematically.
     may_differ = study.METHOD | study.RECIPE | {"steps", "batch_size", "cpu", "threads"}
     controls = described.controls()
     same_depth = [r for r in runs if r.method not in controls]
@@ -503,8 +506,10 @@ def variant_table(runs: list[Finished]) -> str:
     return study.markdown(header, rows) if rows else ""
 
 
-def contrast_table(described: study.Study, best: list[Finished]) -> str:
-    """Return the direct comparisons of a study as a table, or "" if there are none."""
+def contrasts_of(
+    described: study.Study, best: list[Finished]
+) -> dict[tuple[str, ...], dict[int, Estimate]]:
+    """Return the estimates of every direct comparison that has one, by number of steps."""
     found = {}
     for row in described.contrasts:
         first, *rest = (
@@ -515,185 +520,217 @@ def contrast_table(described: study.Study, best: list[Finished]) -> str:
         if rest:
             first = {at: first[at] - rest[0][at] for at in first.keys() & rest[0].keys()}
         budgets = sorted({steps for steps, _ in first})
-        found[row] = {
-            n: Estimate.of([value for (steps, _), value in first.items() if steps == n])
-            for n in budgets
-        }
+        if budgets:
+            found[row] = {
+                n: Estimate.of([value for (steps, _), value in first.items() if steps == n])
+                for n in budgets
+            }
+    return found
+
+
+def contrast_table(found: dict[tuple[str, ...], dict[int, Estimate]], baseline: Run) -> str:
+    """Return the direct comparisons of a study as a table."""
     budgets = sorted({steps for estimates in found.values() for steps in estimates})
-    if not budgets:
-        return ""
-    per_step = best[0].run.config.tokens_per_step / block_parameters(best[0].run)
+    per_step = baseline.config.tokens_per_step / block_parameters(baseline)
     header = ["question", "loss difference"]
     header += [f"{steps:,} steps ({per_parameter(steps * per_step)})" for steps in budgets]
     rows = [
         [question, ("{} - {}" if len(labels) == 2 else "({} - {}) - ({} - {})").format(*labels)]
         + [str(estimates[steps]) if steps in estimates else "" for steps in budgets]
         for (question, *labels), estimates in found.items()
-        if estimates
     ]
     return study.markdown(header, rows, n_left=2)
 
 
-def compared(points: dict[str, list[Point]]) -> dict[int, dict[str, Estimate]]:
-    """Return the gains at equal FLOPs that have enough seeds, by number of steps and method."""
-    found: dict[int, dict[str, Estimate]] = {}
-    for steps, at in by_budget(points).items():
+def first_contrast(found: dict[tuple[str, ...], dict[int, Estimate]]) -> str:
+    """Return the first direct comparison as a list item, or "" if it has more than two labels."""
+    (question, *labels), estimates = next(iter(found.items()), (("",), {}))
+    if len(labels) != 2:
+        return ""
+    values = [f"{estimate} ({steps:,} steps)" for steps, estimate in estimates.items()]
+    return (
+        f"- {question} The difference of the losses at equal FLOPs (`{labels[0]}` minus "
+        f"`{labels[1]}`; positive if `{labels[1]}` is better), in nats, is {', '.join(values)}."
+    )
+
+
+@dataclass
+class Budget:
+    """The methods that are compared with the baseline at one number of steps."""
+
+    steps: int
+    points: dict[str, Point]  # with at least MIN_SEEDS seeds and a gain; by method
+    gains: dict[str, Estimate]  # of the same methods, at equal FLOPs
+    remaining: list[str]  # methods whose gain is significant after Holm's correction
+
+    @property
+    def better(self) -> list[str]:
+        return [name for name, gain in self.gains.items() if gain.sign == 1]
+
+    @property
+    def worse(self) -> list[str]:
+        return [name for name, gain in self.gains.items() if gain.sign == -1]
+
+    @property
+    def best(self) -> str:
+        """The method with the highest compute multiplier, if possible one that is better."""
+        return max(self.better or self.gains, key=lambda name: self.points[name].rank())
+
+    def changes(self, before: "Budget") -> list[Estimate]:
+        """Return how the logarithm of the compute multiplier changes, for methods at both budgets.
+
+        The differences are paired by seed. Methods with an unknown multiplier are left out.
+        """
+        result = []
+        for name in self.points.keys() & before.points.keys():
+            new, old = (at.points[name].log_multipliers("flops") for at in (self, before))
+            result.append(Estimate.of([new[seed] - old[seed] for seed in new if seed in old]))
+        return [change for change in result if not math.isnan(change.mean)]
+
+
+def compared(points: dict[str, list[Point]]) -> list[Budget]:
+    """Return the budgets at which methods have enough seeds, from the smallest to the largest."""
+    gains: dict[tuple[int, str], Estimate] = {}
+    budgets = by_budget(points)
+    for steps, at in budgets.items():
         for name, point in at.items():
             gain = point.gain("flops")
             if gain.n >= MIN_SEEDS and not math.isnan(gain.mean):
-                found.setdefault(steps, {})[name] = gain
-    return found
+                gains[steps, name] = gain
+    remaining = holm(gains)
+    result = []
+    for steps, at in budgets.items():
+        if own := {name: gain for (n, name), gain in gains.items() if n == steps}:
+            enough = {name: at[name] for name in own}
+            left = [name for n, name in remaining if n == steps]
+            result.append(Budget(steps, enough, own, left))
+    return result
 
 
-def answer(points: dict[str, list[Point]]) -> str:
-    """Return a paragraph that says what the study has found, for readers who know no details."""
-    budgets = by_budget(points)
-    sentences: list[str] = []
-    for steps, gains in compared(points).items():
-        at = {name: budgets[steps][name] for name in gains}
-        signs = [gain.sign for gain in gains.values()]
-        better, worse, n = signs.count(1), signs.count(-1), len(signs)
-        sentence = f"With {nominal(at)} tokens per parameter ({steps:,} steps), "
-        if not sentences:
-            sentence += (
-                f"{better} of {n} methods {_verb(better, 'reach')} a lower loss than training the "
-                "whole model from the start with the same FLOPs (the baseline), and "
-                f"{worse or 'none'} {_verb(worse, 'reach')} a higher one"
-            )
-        else:
-            sentence += f"{better} of {n} {_verb(better, 'be')} better and "
-            sentence += f"{worse or 'none'} {_verb(worse, 'be')} worse"
-        best = max(gains, key=lambda name: at[name].rank())
-        multiplier = at[best].log_multiplier("flops").mean
-        if better and not math.isnan(multiplier):
-            sentence += f"; for the loss of the best, {best}, "
-            sentence += f"the baseline needs {math.exp(multiplier):.2f} times its FLOPs"
-        sentences.append(f"{sentence}.")
-    if not sentences:
+def answer(budgets: list[Budget], about: dict[str, str]) -> str:
+    """Return a list that says what the study has found, for readers who know no details.
+
+    Args:
+        budgets: The comparisons with the baseline.
+        about: Descriptions of methods by name.
+    """
+    if not budgets:
         return NOTHING
-    n, named = significant(points)
-    sentences.append(
-        f"After Holm's correction for multiple comparisons, {len(named)} of {n} differences from "
-        f"the baseline {_verb(len(named), 'be')} significant."
-    )
-    return " ".join(sentences)
-
-
-def _verb(n, verb):
-    if verb == "be":
-        return "is" if n == 1 else "are"
-    return f"{verb}es" if n == 1 else verb
-
-
-def summary(points: dict[str, list[Point]]) -> str:
-    """Return a table with a row per budget, or "" if there is no comparison yet."""
-    rows = []
-    before: dict[str, Point] = {}
-    for steps, gains in compared(points).items():
-        at = {name: by_budget(points)[steps][name] for name in gains}
-        signs = [gain.sign for gain in gains.values()]
-        best = max(gains, key=lambda name: at[name].rank())
-        rows.append(
-            [f"{steps:,} ({nominal(at)})", str(len(gains)), str(signs.count(1))]
-            + [str(signs.count(-1)), best, f"{at[best].tokens_per_parameter():.1f}"]
-            + [str(gains[best]), at[best].log_multiplier("flops").as_factor()]
-            + [_changes(before, at) if before else ""]
+    counts: list[str] = []
+    trends: list[str] = []
+    left: list[str] = []
+    for at in budgets:
+        better, worse = len(at.better), len(at.worse)
+        text = f"{_are(better, f' of {len(at.gains)}')}"
+        text += " better" if counts else " significantly better than a baseline with the same FLOPs"
+        counts.append(
+            f"{at.steps:,} steps ({nominal(at.points)} tokens per parameter), {text} and "
+            f"{_are(worse)} worse"
         )
-        before = at
-    header = ["steps (tokens / parameter)", "methods", "better", "worse", "best method"]
-    header += [
-        "compared at (tokens / parameter)",
-        "gain",
-        "compute multiplier",
-        "compared with the row above",
-    ]
-    return study.markdown(header, rows) if rows else ""
-
-
-def significant(points: dict[str, list[Point]]) -> tuple[int, list[str]]:
-    """Return the number of comparisons, and those that are significant after Holm's correction."""
-    estimates = {
-        f"{name} with {steps:,} steps": gain
-        for steps, gains in compared(points).items()
-        for name, gain in gains.items()
-    }
-    return len(estimates), [
-        f"{name} ({'better' if estimates[name].mean > 0 else 'worse'})" for name in holm(estimates)
-    ]
-
-
-def corrected(points: dict[str, list[Point]]) -> str:
-    """Return a paragraph on multiple comparisons, or "" if there is no comparison yet."""
-    n, named = significant(points)
-    if not n:
-        return ""
-    return (
-        f"The table summarizes {n} comparisons. If no method differed from the baseline, about one "
-        "in twenty of them would count as better or worse by chance. After Holm's correction, the "
-        f"gain differs from zero at the 5% level in {len(named)} of them"
-        f"{': ' if named else '.'}{', '.join(named)}{'.' if named else ''}"
+        for sign, word in ((1, "better"), (-1, "worse")):
+            if names := [name for name in at.remaining if at.gains[name].sign == sign]:
+                quoted = ", ".join(f"`{name}`" for name in names)
+                left.append(f"{quoted} ({word}, {at.steps:,} steps)")
+    for before, after in itertools.pairwise(budgets):
+        if changes := [change.sign for change in after.changes(before)]:
+            text = "the compute multiplier is significantly lower" if not trends else "lower"
+            trends.append(
+                f"from {before.steps:,} to {after.steps:,} steps, {text} for "
+                f"{changes.count(-1)} of {len(changes)} methods and higher for {changes.count(1)}"
+            )
+    sentences = [f"Of the methods trained for {'; for '.join(counts)}."]
+    n = sum(len(at.gains) for at in budgets)
+    sentences.append(
+        f"Even if no method differed from the baseline, about 5% of these {n} comparisons would "
+        "count as better or worse by chance. After Holm's correction, "
+        + (f"these differences remain: {'; '.join(left)}." if left else "no difference remains.")
     )
+    if found := [at for at in budgets if at.better]:
+        at = max(found, key=lambda at: at.points[at.best].rank())
+        name = f"`{at.best}`" + (f" ({about[at.best]})" if about.get(at.best) else "")
+        multiplier = at.points[at.best].log_multiplier("flops")
+        sentences.append(
+            f"{name} has a lower loss after {at.steps:,} steps than every baseline."
+            if math.isnan(multiplier.mean)
+            else "The highest compute multiplier of a method that is better is that of "
+            f"{name} with {at.steps:,} steps: the baseline needs {multiplier.as_factor()} times as "
+            "many FLOPs to reach its loss."
+        )
+    if trends:
+        text = "; ".join(trends)
+        sentences.append(f"{text[0].upper()}{text[1:]}.")
+    return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
-def _changes(before, after):
-    """Count the methods whose compute multiplier differs between two budgets, paired by seed."""
-    changes = []
-    for name in before.keys() & after.keys():
-        old, new = (at[name].log_multipliers("flops") for at in (before, after))
-        changes.append(Estimate.of([new[seed] - old[seed] for seed in new if seed in old]))
-    signs = [change.sign for change in changes if not math.isnan(change.mean)]
-    lower, higher = signs.count(-1), signs.count(1)
-    return f"{lower} lower, {higher} higher, {len(signs) - lower - higher} n.s." if signs else ""
+def _are(n, of=""):
+    return f"none{of} is" if n == 0 else f"1{of} is" if n == 1 else f"{n}{of} are"
+
+
+def summary(budgets: list[Budget]) -> str:
+    """Return a table with a row per budget."""
+    rows = []
+    for before, at in zip([None, *budgets], budgets):
+        best = at.points[at.best]
+        signs = [change.sign for change in at.changes(before)] if before else []
+        lower, higher, n = signs.count(-1), signs.count(1), len(signs)
+        rows.append(
+            [f"{at.steps:,} ({nominal(at.points)})", str(len(at.gains)), str(len(at.better))]
+            + [str(len(at.worse)), at.best, f"{best.tokens_per_parameter():.1f}"]
+            + [str(at.gains[at.best]), best.log_multiplier("flops").as_factor()]
+            + [f"{lower} lower, {higher} higher, {n - lower - higher} n.s." if signs else ""]
+        )
+    header = ["steps (tokens / parameter)", "methods", "better", "worse", "best method"]
+    header += ["compared at (tokens / parameter)", "gain", "compute multiplier"]
+    return study.markdown([*header, "compared with the row above"], rows)
 
 
 SUMMARY = (
-    "Every method is compared with a *baseline* that is trained with the same FLOPs: a model of "
-    "the same final size that is trained as a whole from the start. The *gain* of a method is the "
-    "baseline's validation loss minus that of the method, in nats per token. It is positive if the "
-    "method is better. The *compute multiplier* is the FLOPs that a baseline needs to reach the "
-    "loss of the method, divided by the FLOPs of the method. It is above 1 if the method saves "
-    "compute. Both are given with their 95% intervals. A method is *better* or *worse* if the "
-    "interval of its gain does not contain zero; the gain is then in bold. *Methods* counts the "
-    f"methods with at least {MIN_SEEDS} seeds. The *best method* has the highest compute "
-    "multiplier (a dash: the loss of a run is below those of all baselines)."
+    "Every method is compared with a *baseline*: a model of the same final size that is trained as "
+    "a whole from the start, with the same FLOPs. The *gain* of a method is the baseline's "
+    "validation loss minus that of the method, in nats per token. It is positive if the method is "
+    "better. The *compute multiplier* is the FLOPs that a baseline needs to reach the loss of the "
+    "method, divided by the FLOPs of the method. It is above 1 if the method saves compute. Both "
+    "are given with 95% confidence intervals over the seeds. A method is *better* or *worse* if "
+    "the interval of its gain does not contain zero; the gain is then in bold. With 3 seeds, the "
+    "width of an interval is itself uncertain. *Methods* is the number of methods with at least "
+    f"{MIN_SEEDS} seeds. The *best method* has the highest compute multiplier of those that are "
+    "better, or of all methods if none is better. A dash means that the multiplier is unknown, "
+    "because a run has a lower loss than every baseline, or a higher one."
 )
 BUDGETS = (
-    "In parentheses are the tokens per non-embedding parameter that a baseline with this number of "
-    "steps reads. Many methods cost fewer FLOPs than this baseline and are compared with a shorter "
-    "one, interpolated between two that were trained; *compared at* gives its tokens per "
-    "parameter. *Compared with the row above* counts the methods whose compute multiplier is lower "
-    "or higher than with fewer steps (n.s.: not significant, the 95% interval of the paired "
-    "difference of the logarithms contains zero)."
+    "The number in parentheses is the number of tokens per non-embedding parameter on which a "
+    "baseline is trained in that many steps. Many methods use fewer FLOPs than this baseline. They "
+    "are compared with a shorter baseline, whose loss is interpolated between two that were "
+    "trained; *compared at* is its number of tokens per parameter. A method that saves FLOPs may "
+    "still have a higher loss than a baseline that is trained on the same tokens. *Compared with "
+    "the row above* counts the methods whose compute multiplier is lower or higher than in that "
+    "row. A method is counted as n.s. (not significant) if the 95% interval of the difference of "
+    "the logarithms, paired by seed, contains zero."
 )
 NOTHING = (
-    f"There is no comparison yet: it takes a method that is trained with {MIN_SEEDS} seeds and "
+    f"- There is no comparison yet: it takes a method that is trained with {MIN_SEEDS} seeds and "
     "costs as much as one of the baselines, or an amount between them."
 )
 
 
 def control_finding(controls: dict[str, list[Point]], about: dict[str, str]) -> str:
-    """Return a paragraph on the controls, or "" if none has been trained."""
-    items = []
+    """Return a sentence per control, or "" if none has been trained."""
+    sentences = []
     for name, series in controls.items():
-        gains = [
-            f"{p.gain('flops')} nats, at {p.tokens_per_parameter():.1f} tokens per parameter of "
-            f"the baseline (seeds: {len(p.runs)})"
-            for p in sorted(series, key=lambda p: p.steps)
-            if not math.isnan(p.gain("flops").mean)
-        ]
-        if gains:
+        found = [p for p in series if not math.isnan(p.gain("flops").mean)]
+        for p in sorted(found, key=lambda p: p.steps):
             description = f" ({about[name]})" if about.get(name) else ""
-            items.append(f"{name}{description}: {', '.join(gains)}")
-    if not items:
-        return ""
-    return (
-        "Controls are not methods and are not counted above. Their gains over the baseline at "
-        f"equal FLOPs are: {'; '.join(items)}."
-    )
+            sentences.append(
+                f"- For comparison, the control `{name}`{description} has a gain of "
+                f"{p.gain('flops')} nats and a compute multiplier of "
+                f"{p.log_multiplier('flops').as_factor()} at {p.tokens_per_parameter():.1f} tokens "
+                f"per parameter ({len(p.runs)} seed{'s' * (len(p.runs) > 1)})."
+            )
+    return "\n".join(sentences)
 
 
-def holm(estimates: dict[str, Estimate], level: float = 0.05) -> list[str]:
-    """Return the names of the estimates that differ from zero after Holm's correction.
+def holm(estimates: Mapping[Key, Estimate], level: float = 0.05) -> list[Key]:
+    """Return the keys of the estimates that differ from zero after Holm's correction.
 
     Source: S. Holm, "A Simple Sequentially Rejective Multiple Test Procedure", 1979.
     """
@@ -777,11 +814,15 @@ def interpolation_error(best: list[Finished]) -> str:
 def conditions(runs: list[Run]) -> str:
     """Describe the model, the data and the hardware in a few sentences."""
     c, schedule = runs[0].config, runs[0].schedule
+    dates = sorted({run.config.date for run in runs})
+    machines = collections.Counter(study.machine(run.config) for run in runs)
+    trained_on = [f"{machine} (runs: {n})" for machine, n in machines.items()]
     return (
         f"GPT-2 with {c.n_layer} blocks of width {c.n_embd}, {c.n_head} heads, context "
         f"{c.block_size:,}: {block_parameters(runs[0]):,} parameters in the blocks, "
         f"{schedule.phases[-1].trained_parameters:,} with embeddings. {c.tokens_per_step:,} tokens "
-        f"of `{c.data_dir}` per step. Trained on {study.hardware([run.config for run in runs])}."
+        f"of `{c.data_dir}` per step. Trained on {' and '.join(trained_on)} with torch "
+        f"{c.torch_version}, {dates[0] if len(dates) == 1 else f'{dates[0]} to {dates[-1]}'}."
     )
 
 
@@ -817,24 +858,24 @@ def main(args: Args) -> None:
     with file_errors(folder, "make the folder writable"):
         draw(groups, folder / "gain")
     controls = {n: points.pop(n) for n in list(points) if n in described.controls()}
-    text = [answer(points), f"![gain over the baseline at equal FLOPs]({FIGURE})"]
-    if rows := summary(points):
-        text += [rows, SUMMARY, BUDGETS]
+    about = {name: e.about for name, e in described.runs.items()}
+    budgets, contrasts = compared(points), contrasts_of(described, best)
+    found = [answer(budgets, about), control_finding(controls, about), first_contrast(contrasts)]
+    text = ["\n".join(filter(None, found)), f"![gain over the baseline at equal FLOPs]({FIGURE})"]
+    if budgets:
+        text += [summary(budgets), SUMMARY, BUDGETS]
     if readme:
         write_summary(readme, folder, "\n\n".join(text))
-    about = {name: e.about for name, e in described.runs.items()}
     page = [
         f"# {described.title}",
         f"*Written by `python frontier.py {folder.as_posix()}` from the run folders next to this "
         "file. Each config.json contains the command of its run.*",
         *text,
-        corrected(points),
-        control_finding(controls, about),
         *([f"**Not finished yet:** {len(missing)} runs."] if missing else []),
         described.about.strip(),
     ]
-    if contrasts := contrast_table(described, best):
-        page += ["## Direct comparisons", CONTRASTS, contrasts]
+    if contrasts:
+        page += ["## Direct comparisons", CONTRASTS, contrast_table(contrasts, best[0].run)]
     if legend := [[n, e.about] for n, e in described.runs.items() if e.about]:
         page += ["## Methods", study.markdown(["method", "description"], legend, n_left=2)]
     for metric in METRICS[:2]:
@@ -855,7 +896,7 @@ def main(args: Args) -> None:
         "## Conditions",
         conditions([r.run for r in best if r.method not in described.controls()]),
     ]
-    study.write(folder / "README.md", "\n\n".join(filter(None, page)) + "\n")
+    study.write(folder / "README.md", "\n\n".join(page) + "\n")
     n = sum(map(len, points.values()))
     print(f"{folder / 'README.md'}: {n} combinations of method and budget")
 

@@ -823,7 +823,7 @@ def main(args: Args) -> None:
     for note in run_notes(runs):
         print(f"note: {note[0].lower()}{note[1:-1]}")
     references = [load_run(folder) for folder in args.against]
-    pairs = [(run, reference_of(run, references)) for run in runs if references]
+    pairs = [(run, reference_of(run, references)) for run in runs] if references else []
     if pairs:
         draw_difference(pairs, args)
     draw_figures(runs, args)

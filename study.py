@@ -1094,24 +1094,36 @@ def phase_table(results: list[Result]) -> str:
     return markdown(header, rows)
 
 
-def after_growth(folder: Path, results: list[Result]) -> list[str]:
+def after_growth(folder: Path, title: str, results: list[Result]) -> list[str]:
     """Draw figure 3, and return the section of the report on the loss after growth.
 
-    Runs without growth are left out, and so are those that have no evaluation after their last
-    growth step that their baseline covers.
+    Runs whose model does not grow are left out. So are runs without an evaluation that is after
+    their last growth step and within the tokens of their baseline; the section lists them.
     """
-    pairs = [
-        (r.run, r.baseline)
-        for r in results
-        if plot.last_growth(r.run) and len(plot.loss_difference(r.run, r.baseline)[0])
-    ]
+    grown = [r for r in results if plot.last_growth(r.run)]
+    pairs, without = [], []
+    for r in grown:
+        if len(plot.loss_difference(r.run, r.baseline)[0]):
+            pairs.append((r.run, r.baseline))
+        else:
+            without.append(r.planned.name)
     if not pairs:
         return []
-    args = plot.Args(out=folder)
+    args = figure_args(folder, title, pairs[0][0])
     plot.draw_difference(pairs, args)
-    table = markdown(*plot.difference_rows(pairs, args.tolerance))
-    figure = "![validation loss minus the baseline's, after growth](figure3_difference.png)"
-    return ["## The loss after growth", figure, table, AFTER_GROWTH.format(args.tolerance)]
+    section = [
+        "## The loss after growth",
+        "![validation loss minus the baseline's, after growth](figure3_difference.png)",
+        markdown(*plot.difference_rows(pairs, args.tolerance)),
+        AFTER_GROWTH.format(args.tolerance),
+    ]
+    if without:
+        section.append(f"Without a suitable evaluation: {', '.join(without)}.")
+    return section
+
+
+def figure_args(folder: Path, title: str, run: Run) -> plot.Args:
+    return plot.Args(title=f"{title}; {machine(run.config)}, {run.config.date}", out=folder)
 
 
 def machine(config: plot.RunConfig) -> str:
@@ -1121,23 +1133,13 @@ def machine(config: plot.RunConfig) -> str:
     return f"{threads} thread{'s' * (threads > 1)} of {config.cpu}"
 
 
-def hardware(configs: Sequence[plot.RunConfig]) -> str:
-    """Describe the hardware, the versions of torch and the dates of runs."""
-    machines = sorted({machine(c) for c in configs})
-    versions = sorted({c.torch_version for c in configs})
-    dates = sorted({c.date for c in configs})
-    return (
-        f"{' and '.join(machines)} with torch {' and '.join(versions)}, "
-        f"{dates[0] if len(dates) == 1 else f'{dates[0]} to {dates[-1]}'}"
-    )
-
-
 def conditions(results: list[Result]) -> str:
     """Describe the model, the data and the hardware in a few sentences."""
     # The longest, if there are several numbers of steps.
     baseline = max((r.baseline for r in results), key=lambda run: run.schedule.steps)
     c, totals = baseline.config, baseline.schedule.baseline
     parameters = baseline.schedule.phases[-1].trained_parameters
+    dates = sorted({r.run.config.date for r in results})
     shorter = len({r.baseline.schedule.steps for r in results}) > 1
     return (
         f"GPT-2 with {c.n_layer} blocks of width {c.n_embd}, {c.n_head} heads, context "
@@ -1145,8 +1147,9 @@ def conditions(results: list[Result]) -> str:
         f"{'The longest' if shorter else 'A'} baseline has {totals.steps:,} "
         f"steps of {c.tokens_per_step:,} tokens: {totals.tokens / 1e6:,.1f}M tokens of "
         f"`{c.data_dir}`, {totals.tokens / c.train_tokens:.2f} epochs, "
-        f"{100 * totals.tokens / PAPER_TOKENS:.3g}% of the paper's tokens. "
-        f"Trained on {hardware([r.run.config for r in results])}."
+        f"{100 * totals.tokens / PAPER_TOKENS:.3g}% of the paper's tokens. Trained on {machine(c)} "
+        f"with torch {c.torch_version}, "
+        f"{dates[0] if len(dates) == 1 else f'{dates[0]} to {dates[-1]}'}."
     )
 
 
@@ -1170,11 +1173,12 @@ STAGES = (
 )
 AFTER_GROWTH = (
     "The validation loss minus that of the baseline with the same seed, after the last growth "
-    "step. The baseline's loss is interpolated linearly to the same number of tokens. In the "
-    "figure, faint lines are single seeds and bold lines are means. The table shows the difference "
-    "at the last evaluation (mean over the seeds), the number of seeds with which the difference "
-    "stays below {0:g} nats from some evaluation on, and the training tokens from the last growth "
-    "step to this evaluation (a dash: it stays above with at least one seed)."
+    "step, at evaluations within the baseline's tokens. The baseline's loss is interpolated "
+    "linearly to the same number of tokens. In the figure, faint lines are single seeds and bold "
+    "lines are means. The table shows the difference at the last of these evaluations (mean over "
+    "the seeds), and the number of seeds with which the difference is below {0:g} nats from some "
+    "evaluation to the last one. The last column is the number of training tokens from the last "
+    "growth step to the first such evaluation (a dash: not all seeds have one)."
 )
 PHASES = "For the first seed. Time and FLOPs are per token, relative to the baseline's."
 
@@ -1190,9 +1194,7 @@ def draw_figures(folder: Path, title: str, results: list[Result]) -> list[str]:
     for r in results:
         if (r.planned.seed, r.planned.against) == (first.planned.seed, first.planned.against):
             runs.append(dataclasses.replace(r.run, name=r.planned.label))
-    config = first.run.config
-    args = plot.Args(title=f"{title}; {machine(config)}, {config.date}", out=folder)
-    return plot.draw_figures(runs, args)
+    return plot.draw_figures(runs, figure_args(folder, title, first.run))
 
 
 def report_study(args: ReportArgs) -> None:
@@ -1222,7 +1224,7 @@ def report_study(args: ReportArgs) -> None:
         "## Compute-matched losses",
         loss_table(results),
         HOW_TO_READ,
-        *(after_growth(args.folder, results) if study.loss_after_growth else []),
+        *(after_growth(args.folder, study.title, results) if study.loss_after_growth else []),
         *(["## Cost of the stages", STAGES, stages] if stages else []),
         "## Phases",
         PHASES,

@@ -1,5 +1,6 @@
 """Comparison at equal compute, from real runs."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -187,8 +188,9 @@ def test_a_control_is_compared_but_not_counted(tiny, tmp_path):
     assert small.tokens_per_parameter() == pytest.approx(flops / f32 * tokens / parameters)
     frontier.main(frontier.Args(folder))
     before, controls = (folder / "README.md").read_text().split("## Controls")
-    tokens = f"{small.tokens_per_parameter():.1f} tokens per parameter of the baseline"
-    assert f"small: {small.gain('flops')} nats, at {tokens} (seeds: 1)." in before
+    tokens = f"{small.tokens_per_parameter():.1f} tokens per parameter"
+    sentence = f"the control `small` has a gain of {small.gain('flops')} nats and a compute"
+    assert sentence in before and f"at {tokens} (1 seed)." in before
     assert "| small " not in before
     assert re.search(r"^\| small +\| +32 \|", controls, re.MULTILINE)
     text = (folder / "study.toml").read_text()
@@ -233,7 +235,7 @@ def test_micro_batches_and_the_cpu_may_differ_but_not_the_model(tiny, tmp_path):
     before, after = (points_of(f)["stacked"] for f in (tiny, folder))
     assert [str(p.gain("flops")) for p in before] == [str(p.gain("flops")) for p in after]
     frontier.main(frontier.Args(folder))
-    assert "and 7 threads of another CPU with torch" in (folder / "README.md").read_text()
+    assert "and 7 threads of another CPU (runs: 1) with torch" in (folder / "README.md").read_text()
     path.write_text(json.dumps(config | {"n_head": 1}))
     with pytest.raises(UserError, match="stacked_.*n_head is 1, but 2 in"):
         frontier.load_runs(folder)
@@ -245,14 +247,15 @@ def cells(row: str) -> list[str]:
 
 def test_the_summary_counts_the_methods_on_either_side_of_the_baseline(tiny):
     points = points_of(tiny)
-    text = frontier.summary(points)
+    text = frontier.summary(frontier.compared(points))
     header, _, *rows = (cells(row) for row in text.splitlines() if row.startswith("|"))
     names = {16: ("stacked", "matched"), 32: ("stacked",)}  # matched_copies has two seeds
     for row, (steps, at) in zip(rows, names.items(), strict=True):
         at_steps = {n: next(p for p in points[n] if p.steps == steps) for n in at}
         gains = {n: p.gain("flops") for n, p in at_steps.items()}
         multipliers = {n: p.log_multiplier("flops") for n, p in at_steps.items()}
-        best = max(gains, key=lambda n: multipliers[n].mean)
+        better = [n for n, g in gains.items() if g.sign == 1]
+        best = max(better or gains, key=lambda n: multipliers[n].mean)
         assert row == [
             f"{steps} ({frontier.nominal(at_steps)})",
             str(len(at)),
@@ -265,13 +268,11 @@ def test_the_summary_counts_the_methods_on_either_side_of_the_baseline(tiny):
             "",  # the multiplier of `stacked` is unknown
         ]
     assert header[:4] == ["steps (tokens / parameter)", "methods", "better", "worse"]
-    assert "The table summarizes 3 comparisons." in frontier.corrected(points)
     above, around = Estimate(0.2, 0.1, 3), Estimate(0.1, 0.1, 3)
     assert above.sign == 1 and Estimate(-0.2, 0.1, 3).sign == -1 and around.sign == 0
     assert Estimate(0.2, 0.1, 2).sign == 0 and Estimate(0.2, math.nan, 1).sign == 0
-    two_seeds = {"matched_copies": points["matched_copies"]}
-    assert frontier.answer(two_seeds) == frontier.NOTHING
-    assert frontier.summary(two_seeds) == frontier.corrected(two_seeds) == ""
+    assert frontier.compared({"matched_copies": points["matched_copies"]}) == []  # two seeds
+    assert frontier.answer([], {}) == frontier.NOTHING
 
 
 def with_losses(tiny, folder, losses):
@@ -311,7 +312,7 @@ def test_multipliers_are_compared_between_budgets(tiny, tmp_path, change, expect
         assert found == pytest.approx(0.2 * (change or seed - 2))
     lower, higher = expected
     text = f"| {lower} lower, {higher} higher, {1 - lower - higher} n.s. |"
-    assert text in re.sub(" +", " ", frontier.summary(points))
+    assert text in re.sub(" +", " ", frontier.summary(frontier.compared(points)))
 
 
 def test_a_loss_below_that_of_all_baselines_ranks_first(tiny, tmp_path):
@@ -321,29 +322,92 @@ def test_a_loss_below_that_of_all_baselines_ranks_first(tiny, tmp_path):
         lambda seed, low, high: {"stacked_16": low - 0.5, "matched_16": (low + high) / 2},
     )
     assert math.isnan(points["stacked"][0].log_multiplier("flops").mean)
-    text = frontier.summary(points)
+    text = frontier.summary(frontier.compared(points))
     row = next(cells(row) for row in text.splitlines() if row.startswith("| 16"))
     assert row[2] == "2" and row[4] == "stacked" and row[-2] == "-"
     assert "lower, " not in text  # the multiplier of the only method with both budgets is unknown
 
 
-def test_the_answer_counts_methods_and_names_the_best(tiny, tmp_path):
-    def losses(seed, low, high):
-        middle = (low + high) / 2 + 0.001 * seed
-        return {"stacked_16": middle, "matched_16": high + 0.1 + 0.001 * seed}
+@dataclasses.dataclass
+class Given(frontier.Point):
+    """A point with a given gain and compute multipliers; three seeds."""
 
-    points = with_losses(tiny, tmp_path / "copy", losses)
-    stacked = points["stacked"][0]
-    multiplier = math.exp(stacked.log_multiplier("flops").mean)
-    first, second, third = frontier.answer(points).split(". ")
-    assert first == (
-        f"With {frontier.nominal({'stacked': stacked})} tokens per parameter (16 steps), 1 of 2 "
-        "methods reaches a lower loss than training the whole model from the start with the same "
-        "FLOPs (the baseline), and 1 reaches a higher one; for the loss of the best, stacked, the "
-        f"baseline needs {multiplier:.2f} times its FLOPs"
+    gain_of_seeds: tuple[float, ...] = ()
+    multipliers: tuple[float, ...] = ()
+
+    def gain(self, metric):
+        return Estimate.of(self.gain_of_seeds)
+
+    def log_multipliers(self, metric):
+        return dict(enumerate(map(math.log, self.multipliers)))
+
+
+@pytest.fixture
+def given(tiny):
+    """Return a function that makes the points of a method from {steps: (gains, multipliers)}."""
+    of_steps = {p.steps: p for p in points_of(tiny)["stacked"]}
+
+    def make(values):
+        return [
+            Given(of_steps[n].runs, of_steps[n].frontiers, of_steps[n].baseline, *both)
+            for n, both in values.items()
+        ]
+
+    return make
+
+
+SURE, BETTER = (0.1, 0.1001, 0.0999), (0.1, 0.13, 0.07)
+NOISY, WORSE = (0.9, 0.1, -0.1), (-0.1, -0.13, -0.07)
+
+
+def test_the_answer_counts_methods_and_names_the_best(given):
+    points = {
+        "good": given({16: (SURE, (1.2, 1.3, 1.2)), 32: (BETTER, (1.1, 1.1, 1.0))}),
+        "fair": given({16: (BETTER, (1.1, 1.1, 1.2))}),
+        "noisy": given({16: (NOISY, (2.0, 3.0, 4.0)), 32: (NOISY, (2.0, 4.0, 3.0))}),
+        "bad": given({16: (WORSE, (0.9, 0.8, 0.9))}),
+    }
+    budgets = frontier.compared(points)
+    small, large = (frontier.nominal(at.points) for at in budgets)
+    best = Estimate.of([math.log(m) for m in (1.2, 1.3, 1.2)]).as_factor()
+    assert frontier.answer(budgets, {"good": "about it"}).splitlines() == [
+        f"- Of the methods trained for 16 steps ({small} tokens per parameter), 2 of 4 are "
+        "significantly better than a baseline with the same FLOPs and 1 is worse; for 32 steps "
+        f"({large} tokens per parameter), 1 of 2 is better and none is worse.",
+        "- Even if no method differed from the baseline, about 5% of these 6 comparisons would "
+        "count as better or worse by chance. After Holm's correction, these differences remain: "
+        "`good` (better, 16 steps).",
+        "- The highest compute multiplier of a method that is better is that of `good` (about it) "
+        f"with 16 steps: the baseline needs {best} times as many FLOPs to reach its loss.",
+        "- From 16 to 32 steps, the compute multiplier is significantly lower for 1 of 2 methods "
+        "and higher for 0.",
+    ]
+    (row,) = (cells(r) for r in frontier.summary(budgets).splitlines() if r.startswith("| 16"))
+    assert row[2:5] == ["2", "1", "good"]  # not noisy, whose multiplier is higher
+
+
+def test_the_answer_if_no_method_is_better_or_one_is_below_every_baseline(given):
+    worse = {"bad": given({16: (WORSE, (0.9, 0.8, 0.9))})}
+    text = frontier.answer(frontier.compared(worse), {})
+    assert "none of 1 is significantly better" in text and "and 1 is worse." in text
+    assert text.endswith("remain: `bad` (worse, 16 steps).")  # no highest multiplier
+    noisy = frontier.compared({"noisy": given({16: (NOISY, (2.0, 3.0, 4.0))})})
+    assert frontier.answer(noisy, {}).endswith("no difference remains.")
+    unknown = {"best": given({16: (BETTER, (math.nan,) * 3)}), **worse}
+    text = frontier.answer(frontier.compared(unknown), {})
+    assert "1 of 2 is significantly better" in text
+    assert text.endswith("`best` has a lower loss after 16 steps than every baseline.")
+
+
+def test_the_first_contrast_is_an_item():
+    estimates = {16: Estimate(0.2, 0.1, 3), 32: Estimate(0.1, 0.2, 3)}
+    found = {("Is b better?", "a", "b"): estimates, ("And c?", "a", "c"): {}}
+    assert frontier.first_contrast(found) == (
+        "- Is b better? The difference of the losses at equal FLOPs (`a` minus `b`; positive if "
+        "`b` is better), in nats, is **+0.2000 ± 0.1000** (16 steps), +0.1000 ± 0.2000 (32 steps)."
     )
-    assert re.search(r"\(32 steps\), [01] of 1 (is|are) better and (1|none) (is|are) worse", second)
-    assert re.search(r"correction for multiple comparisons, [0-3] of 3 differences", third)
+    assert frontier.first_contrast({("Four?", "a", "b", "c", "d"): estimates}) == ""
+    assert frontier.first_contrast({}) == ""
 
 
 def test_contrasts_are_paired_differences_of_losses(tiny, tmp_path):
@@ -358,7 +422,8 @@ def test_contrasts_are_paired_differences_of_losses(tiny, tmp_path):
     assert estimate == {(16, seed): d for seed, d in zip((1, 2), differences, strict=True)}
     assert list(frontier.contrast(of["baseline"], of["constant"])) == [(16, 1)]
     assert frontier.contrast(of["baseline"], of["stacked"]) == {}  # fewer FLOPs
-    table = re.sub(" +", " ", frontier.contrast_table(described, runs))
+    table = frontier.contrast_table(frontier.contrasts_of(described, runs), runs[0].run)
+    table = re.sub(" +", " ", table)
     assert f"| Do copies help? | matched - matched_copies | {Estimate.of(differences)}" in table
     rate = frontier.contrast(of["baseline"], of["constant"])[16, 1]
     more = f"(matched - matched_copies) - (baseline - constant) | {differences[0] - rate:+.4f}"
@@ -499,10 +564,12 @@ def test_the_finding_is_written_between_the_marks(tiny, tmp_path):
     page.write_text(f"before\n{frontier.BEGIN}\nformer\n{frontier.END}\nafter\n")
     frontier.main(frontier.Args(folder, readme=page))
     text = page.read_text()
-    points = points_of(folder)
-    assert text.startswith(f"before\n{frontier.BEGIN}\n{frontier.answer(points)}\n\n![")
+    budgets = frontier.compared(points_of(folder))
+    about = {"stacked": "first a half, then all"}
+    assert text.startswith(f"before\n{frontier.BEGIN}\n{frontier.answer(budgets, about)}\n- ")
     assert text.endswith(f"{frontier.END}\nafter\n") and "](copy/gain.png)" in text
-    assert "former" not in text and frontier.summary(points) in text
+    assert "former" not in text and frontier.summary(budgets) in text
+    assert "the control `small`" in text and "Do copies help? The difference" in text
     assert (folder / "gain.png").exists() and "](gain.png)" in (folder / "README.md").read_text()
     page.write_text("nothing\n")
     with pytest.raises(UserError, match="has no lines <!-- written by frontier.py -->"):

@@ -711,6 +711,10 @@ def test_the_report_compares_the_loss_after_growth(copy):
     assert rows[0][1] == "2" and numbers(rows[0][2]) == pytest.approx(
         [statistics.mean(differences)], abs=6e-5
     )
+    within = sum(difference < 0.02 for difference in differences)
+    assert rows[0][3] == f"{within} of 2"
+    assert rows[0][4] == ("4,096" if within == 2 else "-")  # one evaluation, 4 steps after growth
+    assert "Without a suitable evaluation: ramp_seed1." in page
     assert "](figure3_difference.png)" in page and (copy / "figure3_difference.png").exists()
     for name in ("s4_seed1", "s4_seed2", "decays_s2_seed1", "ramp_seed1"):
         shutil.rmtree(copy / name)
