@@ -684,6 +684,11 @@ def summary(budgets: list[Budget]) -> str:
     return study.markdown([*header, "compared with the row above"], rows)
 
 
+CAPTION = (
+    "*Mean and 95% interval over the seeds. Points are shifted to the side by a few percent to keep "
+    "their intervals apart. Gray: the methods of the other panels. Hollow: fewer than "
+    f"{MIN_SEEDS} seeds.*"
+)
 SUMMARY = (
     "Every method is compared with a *baseline*: a model of the same final size that is trained as "
     "a whole from the start, with the same FLOPs. The *gain* of a method is the baseline's "
@@ -862,6 +867,7 @@ def main(args: Args) -> None:
     budgets, contrasts = compared(points), contrasts_of(described, best)
     found = [answer(budgets, about), control_finding(controls, about), first_contrast(contrasts)]
     text = ["\n".join(filter(None, found)), f"![gain over the baseline at equal FLOPs]({FIGURE})"]
+    text.append(CAPTION)
     if budgets:
         text += [summary(budgets), SUMMARY, BUDGETS]
     if readme:
