@@ -685,7 +685,7 @@ def summary(budgets: list[Budget]) -> str:
 
 
 CAPTION = (
-    "*Mean and 95% interval over the seeds. Points are shifted to the side by a few percent to keep "
+    "*Mean and 95% interval over seeds. Points are shifted to the side by a few percent to keep "
     "their intervals apart. Gray: the methods of the other panels. Hollow: fewer than "
     f"{MIN_SEEDS} seeds.*"
 )
