@@ -616,50 +616,69 @@ def answer(budgets: list[Budget], about: dict[str, str]) -> str:
     """
     if not budgets:
         return NOTHING
-    counts: list[str] = []
-    trends: list[str] = []
-    left: list[str] = []
+    sentences = [counts(budgets), corrected(budgets), highest_multiplier(budgets, about)]
+    sentences.append(trend(budgets))
+    return "\n".join(f"- {sentence}" for sentence in sentences if sentence)
+
+
+def counts(budgets: list[Budget]) -> str:
+    """Say how many methods are better and worse at every budget."""
+    items: list[str] = []
     for at in budgets:
-        better, worse = len(at.better), len(at.worse)
-        text = f"{_are(better, f' of {len(at.gains)}')}"
-        text += " better" if counts else " significantly better than a baseline with the same FLOPs"
-        counts.append(
-            f"{at.steps:,} steps ({nominal(at.points)} tokens per parameter), {text} and "
-            f"{_are(worse)} worse"
+        what = "" if items else "significantly "
+        than = "" if items else " than a baseline with the same FLOPs"
+        items.append(
+            f"{at.steps:,} steps ({nominal(at.points)} tokens per parameter), "
+            f"{_are(len(at.better), f' of {len(at.gains)}')} {what}better{than} and "
+            f"{_are(len(at.worse))} worse"
         )
+    return f"Of the methods trained for {'; for '.join(items)}."
+
+
+def corrected(budgets: list[Budget]) -> str:
+    """Say which differences from the baseline are significant after Holm's correction."""
+    left = []
+    for at in budgets:
         for sign, word in ((1, "better"), (-1, "worse")):
-            if names := [name for name in at.remaining if at.gains[name].sign == sign]:
-                quoted = ", ".join(f"`{name}`" for name in names)
-                left.append(f"{quoted} ({word}, {at.steps:,} steps)")
-    for before, after in itertools.pairwise(budgets):
-        if changes := [change.sign for change in after.changes(before)]:
-            text = "the compute multiplier is significantly lower" if not trends else "lower"
-            trends.append(
-                f"from {before.steps:,} to {after.steps:,} steps, {text} for "
-                f"{changes.count(-1)} of {len(changes)} methods and higher for {changes.count(1)}"
-            )
-    sentences = [f"Of the methods trained for {'; for '.join(counts)}."]
+            if names := [f"`{name}`" for name in at.remaining if at.gains[name].sign == sign]:
+                left.append(f"{', '.join(names)} ({word}, {at.steps:,} steps)")
     n = sum(len(at.gains) for at in budgets)
-    sentences.append(
+    return (
         f"Even if no method differed from the baseline, about 5% of these {n} comparisons would "
         "count as better or worse by chance. After Holm's correction, "
         + (f"these differences remain: {'; '.join(left)}." if left else "no difference remains.")
     )
-    if found := [at for at in budgets if at.better]:
-        at = max(found, key=lambda at: at.points[at.best].rank())
-        name = f"`{at.best}`" + (f" ({about[at.best]})" if about.get(at.best) else "")
-        multiplier = at.points[at.best].log_multiplier("flops")
-        sentences.append(
-            f"{name} has a lower loss after {at.steps:,} steps than every baseline."
-            if math.isnan(multiplier.mean)
-            else "The highest compute multiplier of a method that is better is that of "
-            f"{name} with {at.steps:,} steps: the baseline needs {multiplier.as_factor()} times as "
-            "many FLOPs to reach its loss."
-        )
-    if trends:
-        text = "; ".join(trends)
-        sentences.append(f"{text[0].upper()}{text[1:]}.")
-    return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def highest_multiplier(budgets: list[Budget], about: dict[str, str]) -> str:
+    """Name the method with the highest compute multiplier, or return "" if none is better."""
+    found = [at for at in budgets if at.better]
+    if not found:
+        return ""
+    at = max(found, key=lambda at: at.points[at.best].rank())
+    name = f"`{at.best}`" + (f" ({about[at.best]})" if about.get(at.best) else "")
+    multiplier = at.points[at.best].log_multiplier("flops")
+    if math.isnan(multiplier.mean):
+        return f"{name} has a lower loss after {at.steps:,} steps than every baseline."
+    return (
+        f"The highest compute multiplier of a method that is better is that of {name} with "
+        f"{at.steps:,} steps: the baseline needs {multiplier.as_factor()} times as many FLOPs to "
+        "reach its loss."
+    )
+
+
+def trend(budgets: list[Budget]) -> str:
+    """Say how compute multipliers change from budget to budget, or return "" if unknown."""
+    items: list[str] = []
+    for before, after in itertools.pairwise(budgets):
+        if signs := [change.sign for change in after.changes(before)]:
+            what = "lower" if items else "the compute multiplier is significantly lower"
+            items.append(
+                f"from {before.steps:,} to {after.steps:,} steps, {what} for {signs.count(-1)} of "
+                f"{len(signs)} methods and higher for {signs.count(1)}"
+            )
+    text = "; ".join(items)
+    return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
 def _are(n, of=""):
