@@ -376,7 +376,7 @@ def draw(groups: dict[str, dict[str, list[Point]]], path: Path) -> None:
         )  # fmt: skip
         for ax, (group, points) in zip(axes.flat, groups.items()):
             ax.axhline(0, color="black", linewidth=1)
-            for name in lines.keys() - points.keys():
+            for name in [name for name in lines if name not in points]:
                 x, y, *_ = lines[name].T
                 ax.plot(x, y, color="#DDDDDD", linewidth=1, marker=".", zorder=0)
             own = [name for name in points if name in lines]
