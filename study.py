@@ -109,6 +109,10 @@ RECIPE = {
 }  # fmt: skip
 
 
+# Keys that have no effect, by lr_schedule.
+UNUSED = {"constant": {"min_lr", "decay_fraction"}, "cosine": {"decay_fraction"}}
+
+
 @dataclass
 class RunArgs:
     """Train the unfinished runs of a study."""
@@ -974,9 +978,13 @@ def time_study(args: TimeArgs) -> None:
 def check_comparable(folder: Path, run: Run, other: Run, may_differ: set[str]) -> None:
     """Check that two runs have the same config.json, except for the keys in `may_differ`.
 
+    Keys that the learning-rate schedule does not use are not compared.
+
     Raises:
         UserError: if another key differs. The message names it.
     """
+    if run.config.lr_schedule == other.config.lr_schedule:
+        may_differ = may_differ | UNUSED.get(run.config.lr_schedule, set())
     for key in (f.name for f in dataclasses.fields(run.config)):
         a, b = getattr(run.config, key), getattr(other.config, key)
         if key in ("corpus", "matmul_dtype") and not (a and b):  # recorded by an earlier version

@@ -827,6 +827,8 @@ def test_options_that_may_differ_exist():
         ("s4_seed1", "phase1", "released_code", False),
         ("s4_seed1", "growth", "stack", False),
         ("s4_seed1", "date", "2020-01-01", False),
+        ("s4_seed1", "min_lr", 1e-5, False),  # the learning rate is constant
+        ("decays_s2_seed1", "min_lr", 1e-5, True),
         ("s4_seed1", "bias", None, False),  # missing: the default, which the others have
         ("s4_seed1", "n_layer", None, True),  # missing: not what the others have
         ("s4_seed1", "of_another_version", 1, False),
