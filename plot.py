@@ -175,7 +175,7 @@ def draw(
     legend += [
         plt.Line2D([], [], color=gray, label=label, **mark) for has, label, mark in marks if has
     ]
-    fig.legend(handles=legend, loc="outside right upper")
+    fig.legend(handles=legend, loc="outside right center")
     ax.set_xlabel(X_LABELS[args.x])
     ax.set_ylabel(ylabel)
     ax.set_xlim(left=0)
@@ -377,7 +377,7 @@ def figure_difference(pairs: Sequence[tuple[Run, Run]], args: Args):
     ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     ax.set_xlabel("training tokens since the last growth step")
     ax.set_ylabel("validation loss minus reference (nats per token)")
-    fig.legend(loc="outside right upper")
+    fig.legend(loc="outside right center")
     if args.title:
         ax.set_title(_plain(args.title), fontsize=9, loc="left", color="#444444")
     return fig
