@@ -449,7 +449,8 @@ def run_study(args: RunArgs) -> None:
             f"{len(failed)} of {len(chosen)} runs failed ({', '.join(failed)}): fix the errors "
             f"above, then continue with the same command. Run folders: {out}"
         )
-    lengths = any(run.label != run.entry for run in runs)  # an entry lists numbers of steps
+    # frontier.py needs baselines of several lengths.
+    lengths = len({run.label for run in runs}) > len({run.entry for run in runs})
     command = "frontier.py" if lengths else "study.py report"
     print(
         f"all {len(chosen)} runs have finished; to write the report: python {command} {args.folder}"
