@@ -659,7 +659,10 @@ def highest_multiplier(budgets: list[Budget], about: dict[str, str]) -> str:
     name = f"`{at.best}`" + (f" ({about[at.best]})" if about.get(at.best) else "")
     multiplier = at.points[at.best].log_multiplier("flops")
     if math.isnan(multiplier.mean):
-        return f"{name} has a lower loss after {at.steps:,} steps than every baseline."
+        return (
+            f"{name} is better with {at.steps:,} steps, but its compute multiplier is unknown: the "
+            "loss of at least one run is outside the range of the baselines."
+        )
     return (
         f"The highest compute multiplier of a method that is better is that of {name} with "
         f"{at.steps:,} steps: the baseline needs {multiplier.as_factor()} times as many FLOPs to "
@@ -719,7 +722,7 @@ SUMMARY = (
     "width of an interval is itself uncertain. *Methods* is the number of methods with at least "
     f"{MIN_SEEDS} seeds. The *best method* has the highest compute multiplier of those that are "
     "better, or of all methods if none is better. A dash means that the multiplier is unknown, "
-    "because a run has a lower loss than every baseline, or a higher one."
+    "because a run of at least one seed has a lower loss than every baseline, or a higher one."
 )
 BUDGETS = (
     "The number in parentheses is the number of tokens per non-embedding parameter on which a "

@@ -107,8 +107,6 @@ RECIPE = {
     "learning_rate", "lr_schedule", "warmup_steps", "min_lr", "decay_fraction", "weight_decay",
     "beta1", "beta2", "grad_clip", "dropout", "seed", "base_depth",
 }  # fmt: skip
-
-
 # Keys that have no effect, by lr_schedule.
 UNUSED = {"constant": {"min_lr", "decay_fraction"}, "cosine": {"decay_fraction"}}
 
@@ -1109,26 +1107,25 @@ def after_growth(folder: Path, title: str, results: list[Result]) -> list[str]:
     Runs whose model does not grow are left out. So are runs without an evaluation that is after
     their last growth step and within the tokens of their baseline; the section lists them.
     """
-    grown = [r for r in results if plot.last_growth(r.run)]
     pairs, without = [], []
-    for r in grown:
-        if len(plot.loss_difference(r.run, r.baseline)[0]):
-            pairs.append((r.run, r.baseline))
-        else:
-            without.append(r.planned.name)
-    if not pairs:
-        return []
-    args = figure_args(folder, title, pairs[0][0])
-    plot.draw_difference(pairs, args)
-    section = [
-        "## The loss after growth",
-        "![validation loss minus the baseline's, after growth](figure3_difference.png)",
-        markdown(*plot.difference_rows(pairs, args.tolerance)),
-        AFTER_GROWTH.format(args.tolerance),
-    ]
+    for r in results:
+        if plot.last_growth(r.run):
+            if len(plot.loss_difference(r.run, r.baseline)[0]):
+                pairs.append((r.run, r.baseline))
+            else:
+                without.append(r.planned.name)
+    section = ["## The loss after growth"]
+    if pairs:
+        args = figure_args(folder, title, pairs[0][0])
+        plot.draw_difference(pairs, args)
+        section += [
+            "![validation loss minus the baseline's, after growth](figure3_difference.png)",
+            markdown(*plot.difference_rows(pairs, args.tolerance)),
+            AFTER_GROWTH.format(args.tolerance),
+        ]
     if without:
         section.append(f"Without a suitable evaluation: {', '.join(without)}.")
-    return section
+    return section if pairs or without else []
 
 
 def figure_args(folder: Path, title: str, run: Run) -> plot.Args:

@@ -513,6 +513,18 @@ steps = [8, 14]
 """
 
 
+def test_runs_of_a_single_length_are_reported_by_study(
+    corpus, tmp_path, monkeypatch, restored_signals, capsys
+):
+    """frontier.py needs several lengths of the baseline, not only a number in the label."""
+    text = 'title = "One"\noptions = {options}\n[runs.baseline]\nsteps = [8]\n'
+    folder = write_study(tmp_path / "one", text, data_dir=corpus, hellaswag_data="none")
+    instead_of_training(monkeypatch, train_here)
+    study.main(study.RunArgs(folder, out=tmp_path / "out"))
+    said = capsys.readouterr().out
+    assert f"to write the report: python study.py report {folder}" in said
+
+
 def test_a_longer_run_continues_a_shorter_one_as_if_trained_from_the_start(
     corpus, tmp_path, monkeypatch, restored_signals, capsys
 ):
@@ -716,8 +728,11 @@ def test_the_report_compares_the_loss_after_growth(copy):
     assert rows[0][4] == ("4,096" if within == 2 else "-")  # one evaluation, 4 steps after growth
     assert "Without a suitable evaluation: ramp_seed1." in page
     assert "](figure3_difference.png)" in page and (copy / "figure3_difference.png").exists()
-    for name in ("s4_seed1", "s4_seed2", "decays_s2_seed1", "ramp_seed1"):
+    for name in ("s4_seed1", "s4_seed2", "decays_s2_seed1"):
         shutil.rmtree(copy / name)
+    study.main(study.ReportArgs(copy))
+    assert "Without a suitable evaluation: ramp_seed1." in (copy / "README.md").read_text()
+    shutil.rmtree(copy / "ramp_seed1")
     study.main(study.ReportArgs(copy))
     assert "## The loss after growth" not in (copy / "README.md").read_text()
 
