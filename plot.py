@@ -52,8 +52,11 @@ from stagewise.page import check_plotly, write_page
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# Palette of Okabe and Ito, suitable for all types of color vision.
-COLORS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A"]
+# The first seven are from the palette of Okabe and Ito, suitable for all types of color vision.
+COLORS = [
+    "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
+    "#8C510A", "#882255", "#999933",
+]  # fmt: skip
 X_LABELS = {
     "steps": "steps",
     "tokens": "training tokens",
