@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import pickle
 import re
 import secrets
 import shutil
@@ -12,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,10 +23,11 @@ from tqdm import tqdm
 
 from stagewise import bpe
 from stagewise.data import MAX_VOCAB, encode, get_tokenizer
-from stagewise.errors import UserError, first_line
+from stagewise.errors import UserError, file_errors, first_line
 from stagewise.sources import Documents, Source, document_order, prepare
 
 DOCUMENTS_AT_A_TIME = 64
+DOCUMENTS = "documents.pickle"  # in the folder of a prepared input
 SAMPLE_BYTES = 100_000_000  # of text on which a tokenizer is trained
 
 
@@ -47,8 +50,11 @@ KILLED = (
 class Workers:
     """Processes that prepare inputs and tokenize their documents.
 
-    They read the documents, so only tokens are sent between processes. While an input is tokenized,
-    the next one is prepared. The number of pending results is bounded.
+    While an input is tokenized, the next one is prepared. The number of pending results is bounded.
+
+    Documents and tokens pass through files in `work`. A message between processes is shorter than
+    PIPE_BUF, so the pipe transfers it as a whole: a process that is killed during a longer one
+    leaves its receiver waiting for the rest forever.
 
     Args:
         work: folder for temporary files; it is created, and removed at the end.
@@ -71,7 +77,7 @@ class Workers:
         self._pool = ProcessPoolExecutor(
             processes, fork, initializer=_init_worker, initargs=(source, encoding, on_error)
         )
-        self._prepared: dict[int, tuple[Path, Future[tuple[Documents, int]]]] = {}
+        self._prepared: dict[int, tuple[Path, Future[int]]] = {}
 
     def __enter__(self) -> "Workers":
         return self
@@ -83,8 +89,12 @@ class Workers:
         self._pool.shutdown(cancel_futures=True)
         shutil.rmtree(self.work, ignore_errors=True)
 
-    def prepare(self, number: int) -> "Future[tuple[Documents, int]]":
-        """Start preparing an input, unless this has already been done."""
+    def prepare(self, number: int) -> "tuple[Path, Future[int]]":
+        """Start preparing an input, unless this has already been done.
+
+        Returns:
+            its folder, and the number of its documents
+        """
         if number not in self._prepared:
             # A name that has not been used before, because processes keep files open.
             folder = self.work / f"{number:06d}_{secrets.token_hex(4)}"
@@ -92,7 +102,7 @@ class Workers:
                 self._prepared[number] = folder, self._pool.submit(_prepare, number, folder)
             except BrokenProcessPool:
                 raise UserError(KILLED) from None
-        return self._prepared[number][1]
+        return self._prepared[number]
 
     def tokenize(self, numbers: list[int], document: int = 0) -> Iterator[Chunk]:
         """Yield the tokens of the inputs with these numbers, in order.
@@ -103,14 +113,14 @@ class Workers:
         Raises:
             UserError: if a document is not valid text, or a worker is killed.
         """
-        pending: deque[tuple[tuple[int, int, int, int], Future[tuple[int, np.ndarray]]]] = deque()
+        pending: deque[tuple[tuple[int, int, int, int], Path, Future[int]]] = deque()
         try:
             for number, following in zip(numbers, [*numbers[1:], None]):
-                prepared = self.prepare(number)
+                folder, prepared = self.prepare(number)
                 # Before an error, the tokens of earlier inputs are not lost.
                 while pending and (not prepared.done() or prepared.exception()):
                     yield self._next(pending)
-                documents, total = prepared.result()
+                total = prepared.result()
                 if following is not None:
                     self.prepare(following)
                 if total == 0:
@@ -118,8 +128,9 @@ class Workers:
                 order = document_order(total, self.seed, number)
                 for first in range(document, total, DOCUMENTS_AT_A_TIME):
                     indices = order[first : first + DOCUMENTS_AT_A_TIME]
-                    future = self._pool.submit(_tokenize, documents, indices)
-                    pending.append(((number, first, len(indices), total), future))
+                    file = folder / f"tokens_{first}"
+                    future = self._pool.submit(_tokenize, folder, indices, file)
+                    pending.append(((number, first, len(indices), total), file, future))
                     if len(pending) > 4 * self.processes:
                         yield self._next(pending)
                 document = 0
@@ -129,8 +140,10 @@ class Workers:
             raise UserError(KILLED) from None
 
     def _next(self, pending):
-        about, future = pending.popleft()
-        chunk = Chunk(*about, *future.result())
+        about, file, future = pending.popleft()
+        skipped = future.result()
+        chunk = Chunk(*about, skipped, np.fromfile(file, np.uint16))
+        file.unlink()
         if chunk.document + chunk.n_documents == chunk.total:
             shutil.rmtree(self._prepared.pop(chunk.number)[0], ignore_errors=True)
         return chunk
@@ -178,13 +191,19 @@ def read_documents(documents: Documents, indices: np.ndarray, on_error: str) -> 
 def _prepare(number, folder):
     source, _, _ = _shared
     documents = prepare(source, number, folder)
-    return documents, len(documents)
+    (folder / DOCUMENTS).write_bytes(pickle.dumps(documents))
+    return len(documents)
 
 
-def _tokenize(documents, indices):
+@lru_cache(maxsize=1)
+def _documents(folder):
+    return pickle.loads((folder / DOCUMENTS).read_bytes())
+
+
+def _tokenize(folder, indices, file):
     _, encoding, on_error = _shared
     try:
-        texts = read_documents(documents, indices, on_error)
+        texts = read_documents(_documents(folder), indices, on_error)
     except OSError as error:
         raise UserError(
             f"{error.filename or 'the source'}: can no longer be read ({first_line(error)}): "
@@ -193,10 +212,12 @@ def _tokenize(documents, indices):
     parts, end_of_text = [], np.array([encoding.eot_token])
     for text in texts:
         parts += [end_of_text, encode(encoding, text)]
-    skipped = len(indices) - len(texts)
-    if not parts:
-        return skipped, np.empty(0, np.uint16)
-    return skipped, np.concatenate(parts, dtype=np.uint16, casting="unsafe")
+    tokens = np.empty(0, np.uint16)
+    if parts:
+        tokens = np.concatenate(parts, dtype=np.uint16, casting="unsafe")
+    with file_errors(file, "free some space, then repeat the command"):
+        tokens.tofile(file)
+    return len(indices) - len(texts)
 
 
 def choose_tokenizer(name: str) -> tiktoken.Encoding | int:

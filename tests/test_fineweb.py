@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import numpy as np
@@ -419,6 +420,24 @@ def test_an_interrupted_run_continues(monkeypatch, tmp_path, capsys, number):
     documents = fineweb.stdlib_documents()
     tokens = read_corpus(out, first_shard_was_cut=load_meta(out)["shards"][0]["tokens"] < 100_000)
     assert tokens.tolist() == stream(text for _, text in documents)
+
+
+@pytest.mark.slow
+def test_workers_that_are_killed_while_they_send_results(tmp_path):
+    """The main process, which is stopped meanwhile, does not wait for the rest of a result."""
+    process = start_paused(tmp_path / "out")
+    process.send_signal(signal.SIGSTOP)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(workers) >= 2
+    time.sleep(3)  # enough to tokenize more than fits into a pipe
+    for worker in workers:
+        os.kill(int(worker), signal.SIGKILL)
+    process.send_signal(signal.SIGCONT)
+    try:
+        _, stderr = process.communicate("\n", timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 1 and "a tokenizer process was killed" in stderr
 
 
 def test_existing_out_is_not_touched(monkeypatch, tmp_path):

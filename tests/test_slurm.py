@@ -97,11 +97,16 @@ def tasks(pid):
     """Return the process ids of the tasks that the srun of a batch script has started."""
     children = [pid]
     for _ in range(2):
-        paths = (Path(f"/proc/{p}/task/{p}/children") for p in children)
-        children = [child for path in paths if path.exists() for child in path.read_text().split()]
-        commands = (Path(f"/proc/{p}/cmdline") for p in children)
-        children = [p for p, c in zip(children, commands) if b"train.py" in c.read_bytes()]
+        children = [c for p in children for c in proc(p, f"task/{p}/children").split()]
+        children = [p for p in children if "train.py" in proc(p, "cmdline")]
     return children
+
+
+def proc(pid, file):
+    try:
+        return Path(f"/proc/{pid}/{file}").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
+        return ""
 
 
 def without(words, *names):

@@ -546,9 +546,13 @@ def test_bf16_changes_the_loss_slightly(run_train):
     exact, rounded = (
         metrics(run_train(dtype, **S4, dtype=dtype)) for dtype in ("float32", "bfloat16")
     )
-    for row, other in zip(exact, rounded):
-        for key in {"loss", "val_loss"} & row.keys():
-            assert row[key] == pytest.approx(other[key], rel=5e-3) and row[key] != other[key]
+    losses, others = (
+        [row[key] for row in rows for key in ("loss", "val_loss") if key in row]
+        for rows in (exact, rounded)
+    )
+    assert losses == pytest.approx(others, rel=5e-3)
+    different = sum(a != b for a, b in zip(losses, others))  # two can be equal by chance
+    assert different > len(losses) / 2
 
 
 def test_throughput_and_mfu_are_tokens_and_flops_over_time(run_train, monkeypatch):
