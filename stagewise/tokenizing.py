@@ -113,7 +113,7 @@ class Workers:
         Raises:
             UserError: if a document is not valid text, or a worker is killed.
         """
-        pending: deque[tuple[tuple[int, int, int, int], Path, Future[int]]] = deque()
+        pending: deque[tuple[int, int, int, int, Path, Future[int]]] = deque()
         try:
             for number, following in zip(numbers, [*numbers[1:], None]):
                 folder, prepared = self.prepare(number)
@@ -130,7 +130,7 @@ class Workers:
                     indices = order[first : first + DOCUMENTS_AT_A_TIME]
                     file = folder / f"tokens_{first}"
                     future = self._pool.submit(_tokenize, folder, indices, file)
-                    pending.append(((number, first, len(indices), total), file, future))
+                    pending.append((number, first, len(indices), total, file, future))
                     if len(pending) > 4 * self.processes:
                         yield self._next(pending)
                 document = 0
@@ -140,9 +140,9 @@ class Workers:
             raise UserError(KILLED) from None
 
     def _next(self, pending):
-        about, file, future = pending.popleft()
+        number, document, n, total, file, future = pending.popleft()
         skipped = future.result()
-        chunk = Chunk(*about, skipped, np.fromfile(file, np.uint16))
+        chunk = Chunk(number, document, n, total, skipped, np.fromfile(file, np.uint16))
         file.unlink()
         if chunk.document + chunk.n_documents == chunk.total:
             shutil.rmtree(self._prepared.pop(chunk.number)[0], ignore_errors=True)

@@ -222,14 +222,19 @@ def assert_rows_match(out, expected, rel=2e-5):
             assert row.get(key) == other.get(key), (row["step"], key)
 
 
-def assert_checkpoints_match(out, expected, **tolerance):
+def assert_checkpoints_match(out, expected, rel=0.0):
+    """Compare weights and optimizer states by the norm of the difference of each tensor.
+
+    AdamW divides rounding by rounding, so single elements can differ by a step.
+    """
     a, b = (load_checkpoint(run, optimizer=True) for run in (out, expected))
     for kind in ("model", "optimizer"):
         assert a[kind].keys() == b[kind].keys()
         for name, tensor in a[kind].items():
-            torch.testing.assert_close(
-                tensor, b[kind][name], **({"rtol": 0, "atol": 0} | tolerance), msg=name
-            )
+            other = b[kind][name]
+            assert tensor.dtype == other.dtype and tensor.shape == other.shape, name
+            tensor, other = tensor.double(), other.double()
+            assert (tensor - other).norm() <= rel * other.norm(), name
 
 
 @pytest.mark.slow
@@ -242,8 +247,8 @@ def test_fsdp_matches_ddp(name, corpus, tmp_path):
     torchrun(2, "train.py", *files, *arguments(fsdp, **options))
     bf16 = name == "bfloat16"  # magnifies rounding of the weights
     assert_rows_match(fsdp, ddp, rel=1e-3 if bf16 else 2e-5)
-    if not bf16:  # AdamW divides rounding by rounding
-        assert_checkpoints_match(fsdp, ddp, rtol=1e-3, atol=1e-4)
+    if not bf16:
+        assert_checkpoints_match(fsdp, ddp, rel=1e-3)
 
 
 def test_fsdp_with_one_process_shards_nothing(run_train):
@@ -279,7 +284,7 @@ def test_sharded_runs_resume_bit_identically_and_with_other_processes(corpus, tm
     two = part("two", one, 5)
     torchrun(2, "train.py", file, *arguments(two, **options))
     assert_rows_match(two, whole)
-    assert_checkpoints_match(two, whole, rtol=1e-3, atol=1e-4)
+    assert_checkpoints_match(two, whole, rel=1e-3)
 
 
 SPY = f"""

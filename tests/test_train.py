@@ -114,7 +114,8 @@ def test_a_run_matches_a_reference_loop(run_train, corpus, phase1):
     assert measured == pytest.approx(losses, rel=2e-5)
     trained = model_of(out)
     for p, q in zip(trained.parameters(), whole.parameters()):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)  # AdamW divides rounding by rounding
+        # AdamW divides rounding by rounding, so single elements can differ by a step.
+        assert (p - q).norm() <= 1e-3 * q.norm()
 
 
 @pytest.mark.slow
@@ -147,7 +148,8 @@ def test_two_processes_match_one_in_every_phase(corpus, tmp_path, phase1):
         ):
             assert row.get(key) == other.get(key), (row["step"], key)
     for p, q in zip(model_of(one).parameters(), model_of(two).parameters()):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)  # AdamW divides rounding by rounding
+        # AdamW divides rounding by rounding, so single elements can differ by a step.
+        assert (p - q).norm() <= 1e-3 * q.norm()
     # one process resumes from a checkpoint written by two
     for out in (one, two):
         script("train.py", *arguments(out, **options | {"continual_steps": 8}, init_from="resume"))
