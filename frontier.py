@@ -813,7 +813,12 @@ HOW_TO_READ = (
 )
 SECONDS = (
     " *Seconds*: the number of steps times the step time of each phase, which `study.py time` has "
-    "measured. They are comparable only if the method has the same `batch_size` as the baseline."
+    "measured. They are comparable only if the method has the same `batch_size` as the baseline. "
+    "The intervals do not include the error of the step times."
+)
+SPREAD = (
+    " Repeated measurements of a step time differ by {:.1%} (range divided by median; median over "
+    "all phases)."
 )
 
 
@@ -913,7 +918,12 @@ def main(args: Args) -> None:
     # Other work during training changes the step times.
     timed = all(r.run.step_seconds for r in best)
     page += ["## All runs", table(points, METRICS if timed else METRICS[:2])]
-    page.append(HOW_TO_READ + (SECONDS if timed else ""))
+    spread = study.timing_spread(folder)
+    page.append(
+        HOW_TO_READ
+        + (SECONDS if timed else "")
+        + (SPREAD.format(spread) if timed and not math.isnan(spread) else "")
+    )
     if accuracy := interpolation_error(best):
         page.append(accuracy)
     if controls:

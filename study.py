@@ -17,7 +17,7 @@ the median step time of each phase, so they do not include compilation and evalu
 
 `time` measures the step times again, one run at a time, and writes results/NAME/step_seconds.json.
 Use it if several runs or other work shared the machine during training. `report` and frontier.py
-use these times if the file exists.
+use the medians of these times if the file exists.
 """
 
 import sys
@@ -37,6 +37,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import tempfile
 import time
@@ -150,6 +151,8 @@ class TimeArgs:
 
     folder: tyro.conf.Positional[Path]
     """Folder with a study.toml."""
+    rounds: int = 3
+    """How often every entry is measured. The median is used."""
     options: tuple[str, ...] = ()
     """Additional options for all runs, for example --options data_dir=data/mine."""
 
@@ -204,9 +207,12 @@ class Study(Struct, forbid_unknown_fields=True):
 
 
 class StepTimes(Struct):
-    """step_seconds.json: seconds by entry and name of the phase."""
+    """step_seconds.json: the seconds measured in every round, by entry and name of the phase."""
 
-    entries: dict[str, dict[str, Annotated[float, Meta(gt=0)]]]
+    entries: dict[
+        str,
+        dict[str, Annotated[list[Annotated[float, Meta(gt=0)]], Meta(min_length=1)]],
+    ]
 
 
 @dataclass(frozen=True)
@@ -389,7 +395,28 @@ def check_same(folder: Path, config: Config) -> None:
 
 
 def step_seconds(folder: Path) -> dict[str, dict[str, float]]:
-    """Return the step times that `time` has measured, by entry and name of the phase."""
+    """Return the median step times that `time` has measured, by entry and name of the phase."""
+    return {
+        entry: {phase: statistics.median(times) for phase, times in phases.items()}
+        for entry, phases in _measured_times(folder).items()
+    }
+
+
+def timing_spread(folder: Path) -> float:
+    """Return the relative difference of the rounds of `time`: (max - min) / median of a step time.
+
+    This is the median over all entries and phases. NaN if none was measured more than once.
+    """
+    spreads = [
+        (max(times) - min(times)) / statistics.median(times)
+        for phases in _measured_times(folder).values()
+        for times in phases.values()
+        if len(times) > 1
+    ]
+    return statistics.median(spreads) if spreads else math.nan
+
+
+def _measured_times(folder):
     path = folder / TIMES
     if not path.exists():
         return {}
@@ -949,18 +976,29 @@ def time_study(args: TimeArgs) -> None:
     """Measure the step times of every entry, and write them to results/NAME/step_seconds.json.
 
     Only the run with the most FLOPs is measured, because a step of a phase does the same work in
-    all runs of an entry. Entries that are already in the file are not measured again.
+    all runs of an entry. A round measures every entry once. Entries that have already been measured
+    in `args.rounds` rounds are not measured again.
 
     Raises:
-        UserError: if forecast.py fails.
+        UserError: if forecast.py fails, or the number of rounds is not positive.
     """
+    if args.rounds < 1:
+        raise UserError(f"--rounds={args.rounds} must be at least 1")
     _, runs = load_study(args.folder)
     _, flops = check_runs(runs, args.options)
     longest: dict[str, PlannedRun] = {}
     for run in sorted(runs, key=lambda run: flops[run.name]):
         longest[run.entry] = run
-    times = step_seconds(args.folder)
-    for run in tqdm([run for entry, run in longest.items() if entry not in times], unit="entry"):
+    times = _measured_times(args.folder)
+    measured = {entry: min(map(len, phases.values())) for entry, phases in times.items()}
+    # All entries in turn, so that a slow period of the machine affects one round of an entry.
+    todo = [
+        run
+        for number in range(args.rounds)
+        for entry, run in longest.items()
+        if measured.get(entry, 0) <= number
+    ]
+    for run in tqdm(todo, unit="entry"):
         with tempfile.TemporaryDirectory() as folder:
             options = [*run.options, *(f"--{option}" for option in args.options)]
             command = [sys.executable, str(ROOT / "forecast.py"), *options, f"--out_dir={folder}"]
@@ -969,7 +1007,11 @@ def time_study(args: TimeArgs) -> None:
                 said = (done.stderr.strip() or "no message").splitlines()[-1]
                 raise UserError(f"{run.name}: forecast.py failed: {said}")
             phases = json.loads(Path(folder, "forecast.json").read_text())["phases"]
-        times[run.entry] = {row["phase"]: row["step_seconds"] for row in phases}
+        new = {row["phase"]: row["step_seconds"] for row in phases}
+        known = times.get(run.entry, {})
+        if known.keys() != new.keys():  # study.toml or the configs have changed
+            known = {}
+        times[run.entry] = {phase: [*known.get(phase, []), t] for phase, t in new.items()}
         write(args.folder / TIMES, json.dumps({"entries": times}, indent=1) + "\n")
     print(f"{args.folder / TIMES}: {len(times)} entries")
 

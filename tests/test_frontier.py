@@ -218,11 +218,15 @@ def test_seconds_are_shown_if_the_step_times_of_all_entries_were_measured(tiny, 
     frontier.main(frontier.Args(folder))
     assert "equal seconds" not in (folder / "README.md").read_text()
     _, runs, _ = frontier.load_runs(folder)
-    entries = {r.planned.entry: {p.name: 0.5 for p in r.run.schedule.phases} for r in runs}
+    entries = {r.planned.entry: {p.name: [0.5] for p in r.run.schedule.phases} for r in runs}
     for known, shown in (entries, True), ({k: entries[k] for k in list(entries)[1:]}, False):
         (folder / study.TIMES).write_text(json.dumps({"entries": known}))
         frontier.main(frontier.Args(folder))
         assert ("equal seconds" in (folder / "README.md").read_text()) == shown
+    entries["baseline"] = {"all blocks": [0.5, 0.8, 0.4]}
+    (folder / study.TIMES).write_text(json.dumps({"entries": entries}))
+    frontier.main(frontier.Args(folder))
+    assert "step time differ by 80.0%" in (folder / "README.md").read_text()
 
 
 def test_micro_batches_and_the_cpu_may_differ_but_not_the_model(tiny, tmp_path):

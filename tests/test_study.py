@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -1028,28 +1029,49 @@ def test_the_report_as_a_page(tiny, tmp_path):
 
 
 def test_step_times_are_measured_apart_from_the_training(copy, monkeypatch):
-    """Once per entry, with the longest run; the report uses them."""
+    """In rounds over the entries, with the longest run; the report uses the medians."""
     commands = []
 
     def measure(command, **options):
+        slower = (0, 5, 1)[len(commands) // 6]  # in the first round, the second, and the third
         commands.append(command)
         out = Path(command[-1].removeprefix("--out_dir="))
         names = ["all blocks", *(f"stage {s} phase {p}" for s in range(1, 5) for p in (1, 2))]
-        rows = [{"phase": name, "step_seconds": 2.0 + i} for i, name in enumerate(names)]
-        rows.append({"phase": "continual", "step_seconds": 0.5})
+        rows = [{"phase": name, "step_seconds": 2.0 + i + slower} for i, name in enumerate(names)]
+        rows.append({"phase": "continual", "step_seconds": 0.5 + slower})
         (out / "forecast.json").write_text(json.dumps({"phases": rows}))
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(study.subprocess, "run", measure)
-    study.main(study.TimeArgs(copy))
+    study.main(study.TimeArgs(copy, rounds=1))
     assert [Path(command[1]).name for command in commands] == ["forecast.py"] * 6
+    assert math.isnan(study.timing_spread(copy))
+    study.main(study.TimeArgs(copy))
+    assert len(commands) == 3 * 6 and [c[:-1] for c in commands[:6]] == [
+        c[:-1] for c in commands[6:12]
+    ]
     _, results, _ = study.load_results(copy)
     s4 = next(r for r in results if r.planned.name == "s4_seed1")
-    assert study.total_seconds(s4.baseline) == pytest.approx(16 * 2.0)
-    expected = sum(2 * (3.0 + i) for i in range(8)) + 16 * 0.5  # 8 phases of 2 steps
+    assert study.total_seconds(s4.baseline) == pytest.approx(16 * 3.0)
+    expected = sum(2 * (4.0 + i) for i in range(8)) + 16 * 1.5  # 8 phases of 2 steps
     assert study.total_seconds(s4.run) == pytest.approx(expected)
+    medians = [*range(3, 12), 1.5]
+    assert study.timing_spread(copy) == pytest.approx(statistics.median(5 / m for m in medians))
     study.main(study.TimeArgs(copy))
-    assert len(commands) == 6  # nothing is measured twice
-    (copy / "step_seconds.json").write_text('{"entries": {"s4": {"all blocks": -1}}}')
+    assert len(commands) == 3 * 6  # nothing is measured more often
+
+    times = json.loads((copy / "step_seconds.json").read_text())
+    times["entries"]["s4"]["stage 9"] = [1.0]  # of another schedule
+    (copy / "step_seconds.json").write_text(json.dumps(times))
+    commands.clear()
+    study.main(study.TimeArgs(copy, rounds=4))
+    assert len(commands) == 5 + 3
+    times = json.loads((copy / "step_seconds.json").read_text())["entries"]
+    assert "stage 9" not in times["s4"] and len(times["s4"]["continual"]) == 3
+    assert times["baseline"]["all blocks"][:3] == [2, 7, 3]
+
+    with pytest.raises(UserError, match="--rounds=0 must be at least 1"):
+        study.main(study.TimeArgs(copy, rounds=0))
+    (copy / "step_seconds.json").write_text('{"entries": {"s4": {"all blocks": [-1]}}}')
     with pytest.raises(UserError, match="step_seconds.json: .*expected `float` > 0"):
         study.load_results(copy)
