@@ -108,6 +108,11 @@ RECIPE = {
     "learning_rate", "lr_schedule", "warmup_steps", "min_lr", "decay_fraction", "weight_decay",
     "beta1", "beta2", "grad_clip", "dropout", "seed", "base_depth",
 }  # fmt: skip
+# Keys that do not change what a step of a phase computes.
+NOT_WORK = {
+    "learning_rate", "lr_schedule", "warmup_steps", "min_lr", "decay_fraction", "rewarmup_steps",
+    "lr_setback", "seed", "steps",
+}  # fmt: skip
 # Keys that have no effect, by lr_schedule.
 UNUSED = {"constant": {"min_lr", "decay_fraction"}, "cosine": {"decay_fraction"}}
 
@@ -975,9 +980,9 @@ def load_results(folder: Path) -> tuple[Study, list[Result], list[PlannedRun]]:
 def time_study(args: TimeArgs) -> None:
     """Measure the step times of every entry, and write them to results/NAME/step_seconds.json.
 
-    Only the run with the most FLOPs is measured, because a step of a phase does the same work in
-    all runs of an entry. A round measures every entry once. Entries that have already been measured
-    in `args.rounds` rounds are not measured again.
+    A step of a phase does the same work in all runs of an entry, and in entries that differ only in
+    the learning rate. Only the run with the most FLOPs is measured. A round measures all of them
+    once. Those that have already been measured in `args.rounds` rounds are not measured again.
 
     Raises:
         UserError: if forecast.py fails, or the number of rounds is not positive.
@@ -985,20 +990,28 @@ def time_study(args: TimeArgs) -> None:
     if args.rounds < 1:
         raise UserError(f"--rounds={args.rounds} must be at least 1")
     _, runs = load_study(args.folder)
-    _, flops = check_runs(runs, args.options)
+    configs, flops = check_runs(runs, args.options)
     longest: dict[str, PlannedRun] = {}
     for run in sorted(runs, key=lambda run: flops[run.name]):
         longest[run.entry] = run
+    same_work: dict[str, list[PlannedRun]] = {}
+    for run in longest.values():
+        config = dataclasses.asdict(configs[run.name])
+        work = {key: value for key, value in config.items() if key not in NOT_WORK}
+        same_work.setdefault(str(work), []).append(run)
     times = _measured_times(args.folder)
-    measured = {entry: min(map(len, phases.values())) for entry, phases in times.items()}
-    # All entries in turn, so that a slow period of the machine affects one round of an entry.
+    for group in same_work.values():  # entries that are new in study.toml
+        measured = [times[run.entry] for run in group if run.entry in times]
+        times |= {run.entry: measured[0] for run in group if measured}
+    # All of them in turn, so that a slow period of the machine affects one round.
     todo = [
-        run
+        group
         for number in range(args.rounds)
-        for entry, run in longest.items()
-        if measured.get(entry, 0) <= number
+        for group in same_work.values()
+        if min(map(len, times.get(group[0].entry, {}).values()), default=0) <= number
     ]
-    for run in tqdm(todo, unit="entry"):
+    for group in tqdm(todo, unit="measurement"):
+        run = max(group, key=lambda run: flops[run.name])
         with tempfile.TemporaryDirectory() as folder:
             options = [*run.options, *(f"--{option}" for option in args.options)]
             command = [sys.executable, str(ROOT / "forecast.py"), *options, f"--out_dir={folder}"]
@@ -1011,7 +1024,8 @@ def time_study(args: TimeArgs) -> None:
         known = times.get(run.entry, {})
         if known.keys() != new.keys():  # study.toml or the configs have changed
             known = {}
-        times[run.entry] = {phase: [*known.get(phase, []), t] for phase, t in new.items()}
+        both = {phase: [*known.get(phase, []), seconds] for phase, seconds in new.items()}
+        times |= {r.entry: both for r in group}
         write(args.folder / TIMES, json.dumps({"entries": times}, indent=1) + "\n")
     print(f"{args.folder / TIMES}: {len(times)} entries")
 

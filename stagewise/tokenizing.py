@@ -9,9 +9,10 @@ import secrets
 import shutil
 import signal
 import threading
+import traceback
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from pathlib import Path
@@ -23,11 +24,10 @@ from tqdm import tqdm
 
 from stagewise import bpe
 from stagewise.data import MAX_VOCAB, encode, get_tokenizer
-from stagewise.errors import UserError, file_errors, first_line
+from stagewise.errors import UserError, first_line
 from stagewise.sources import Documents, Source, document_order, prepare
 
 DOCUMENTS_AT_A_TIME = 64
-DOCUMENTS = "documents.pickle"  # in the folder of a prepared input
 SAMPLE_BYTES = 100_000_000  # of text on which a tokenizer is trained
 
 
@@ -52,10 +52,6 @@ class Workers:
 
     While an input is tokenized, the next one is prepared. The number of pending results is bounded.
 
-    Documents and tokens pass through files in `work`. A message between processes is shorter than
-    PIPE_BUF, so the pipe transfers it as a whole: a process that is killed during a longer one
-    leaves its receiver waiting for the rest forever.
-
     Args:
         work: folder for temporary files; it is created, and removed at the end.
         seed: shuffle the documents of every input. None: as stored.
@@ -77,7 +73,7 @@ class Workers:
         self._pool = ProcessPoolExecutor(
             processes, fork, initializer=_init_worker, initargs=(source, encoding, on_error)
         )
-        self._prepared: dict[int, tuple[Path, Future[int]]] = {}
+        self._prepared: dict[int, _Call] = {}
 
     def __enter__(self) -> "Workers":
         return self
@@ -89,17 +85,15 @@ class Workers:
         self._pool.shutdown(cancel_futures=True)
         shutil.rmtree(self.work, ignore_errors=True)
 
-    def prepare(self, number: int) -> "tuple[Path, Future[int]]":
-        """Start preparing an input, unless this has already been done.
-
-        Returns:
-            its folder, and the number of its documents
-        """
+    def prepare(self, number: int) -> "_Call":
+        """Start preparing an input, unless this has already been done."""
         if number not in self._prepared:
             # A name that has not been used before, because processes keep files open.
             folder = self.work / f"{number:06d}_{secrets.token_hex(4)}"
+            file = folder / "prepared"
+            folder.mkdir(parents=True)
             try:
-                self._prepared[number] = folder, self._pool.submit(_prepare, number, folder)
+                self._prepared[number] = _Call(self._pool, file, _prepare, number, folder / "files")
             except BrokenProcessPool:
                 raise UserError(KILLED) from None
         return self._prepared[number]
@@ -113,24 +107,24 @@ class Workers:
         Raises:
             UserError: if a document is not valid text, or a worker is killed.
         """
-        pending: deque[tuple[int, int, int, int, Path, Future[int]]] = deque()
+        pending: deque[tuple[int, int, int, int, _Call]] = deque()
         try:
             for number, following in zip(numbers, [*numbers[1:], None]):
-                folder, prepared = self.prepare(number)
+                prepared = self.prepare(number)
                 # Before an error, the tokens of earlier inputs are not lost.
-                while pending and (not prepared.done() or prepared.exception()):
+                while pending and (not prepared.future.done() or prepared.failed()):
                     yield self._next(pending)
-                total = prepared.result()
+                _, total = prepared.result()
                 if following is not None:
                     self.prepare(following)
                 if total == 0:
-                    shutil.rmtree(self._prepared.pop(number)[0], ignore_errors=True)
+                    self._remove(number)
                 order = document_order(total, self.seed, number)
                 for first in range(document, total, DOCUMENTS_AT_A_TIME):
                     indices = order[first : first + DOCUMENTS_AT_A_TIME]
-                    file = folder / f"tokens_{first}"
-                    future = self._pool.submit(_tokenize, folder, indices, file)
-                    pending.append((number, first, len(indices), total, file, future))
+                    file = prepared.file.with_name(f"tokens_{first}")
+                    call = _Call(self._pool, file, _tokenize, prepared.file, indices)
+                    pending.append((number, first, len(indices), total, call))
                     if len(pending) > 4 * self.processes:
                         yield self._next(pending)
                 document = 0
@@ -140,13 +134,52 @@ class Workers:
             raise UserError(KILLED) from None
 
     def _next(self, pending):
-        number, document, n, total, file, future = pending.popleft()
-        skipped = future.result()
-        chunk = Chunk(number, document, n, total, skipped, np.fromfile(file, np.uint16))
-        file.unlink()
-        if chunk.document + chunk.n_documents == chunk.total:
-            shutil.rmtree(self._prepared.pop(chunk.number)[0], ignore_errors=True)
+        number, document, n, total, call = pending.popleft()
+        chunk = Chunk(number, document, n, total, *call.result())
+        call.file.unlink()
+        if document + n == total:
+            self._remove(number)
         return chunk
+
+    def _remove(self, number):
+        shutil.rmtree(self._prepared.pop(number).file.parent, ignore_errors=True)
+
+
+class _Call:
+    """A function call in a worker.
+
+    What it returns or raises is passed in a file, so that every message between processes fits into
+    PIPE_BUF and is written to the pipe at once. If a worker were killed in the middle of a longer
+    message, the main process would wait for the rest forever.
+    """
+
+    def __init__(self, pool, file, function, *args):
+        self.file, self.future = file, pool.submit(_call, file, function, args)
+
+    def failed(self):
+        return self.future.exception() or _read(self.file)[1]
+
+    def result(self):
+        self.future.result()
+        result, error = _read(self.file)
+        if error:
+            raise error
+        return result
+
+
+def _call(file, function, args):
+    result, error = None, None
+    try:
+        result = function(*args)
+    except Exception as e:
+        error = e
+        if not isinstance(e, UserError):
+            e.add_note(f"In a worker process:\n{traceback.format_exc()}")
+    file.write_bytes(pickle.dumps((result, error)))
+
+
+def _read(file):
+    return pickle.loads(file.read_bytes())
 
 
 _shared: tuple  # in a worker process: source, encoding, on_error
@@ -189,21 +222,24 @@ def read_documents(documents: Documents, indices: np.ndarray, on_error: str) -> 
 
 
 def _prepare(number, folder):
+    """Return the documents of an input, and their number."""
     source, _, _ = _shared
     documents = prepare(source, number, folder)
-    (folder / DOCUMENTS).write_bytes(pickle.dumps(documents))
-    return len(documents)
+    return documents, len(documents)
 
 
 @lru_cache(maxsize=1)
-def _documents(folder):
-    return pickle.loads((folder / DOCUMENTS).read_bytes())
+def _documents(prepared):
+    (documents, _), _ = _read(prepared)
+    return documents
 
 
-def _tokenize(folder, indices, file):
+def _tokenize(prepared, indices):
+    """Return how many of these documents were skipped, and the tokens of the others."""
     _, encoding, on_error = _shared
+    documents = _documents(prepared)
     try:
-        texts = read_documents(_documents(folder), indices, on_error)
+        texts = read_documents(documents, indices, on_error)
     except OSError as error:
         raise UserError(
             f"{error.filename or 'the source'}: can no longer be read ({first_line(error)}): "
@@ -212,12 +248,10 @@ def _tokenize(folder, indices, file):
     parts, end_of_text = [], np.array([encoding.eot_token])
     for text in texts:
         parts += [end_of_text, encode(encoding, text)]
-    tokens = np.empty(0, np.uint16)
-    if parts:
-        tokens = np.concatenate(parts, dtype=np.uint16, casting="unsafe")
-    with file_errors(file, "free some space, then repeat the command"):
-        tokens.tofile(file)
-    return len(indices) - len(texts)
+    skipped = len(indices) - len(texts)
+    if not parts:
+        return skipped, np.empty(0, np.uint16)
+    return skipped, np.concatenate(parts, dtype=np.uint16, casting="unsafe")
 
 
 def choose_tokenizer(name: str) -> tiktoken.Encoding | int:

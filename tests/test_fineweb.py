@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
 import sysconfig
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ import pytest
 from conftest import ROOT, script
 
 import fineweb
-from stagewise import builtin, sources
+from stagewise import builtin, sources, tokenizing
 from stagewise.data import get_tokenizer, load_meta, open_shard
 from stagewise.errors import UserError
 from stagewise.tokenizing import DOCUMENTS_AT_A_TIME, Chunk
@@ -426,18 +429,52 @@ def test_an_interrupted_run_continues(monkeypatch, tmp_path, capsys, number):
 def test_workers_that_are_killed_while_they_send_results(tmp_path):
     """The main process, which is stopped meanwhile, does not wait for the rest of a result."""
     process = start_paused(tmp_path / "out")
-    process.send_signal(signal.SIGSTOP)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert len(workers) >= 2
-    time.sleep(3)  # enough to tokenize more than fits into a pipe
-    for worker in workers:
-        os.kill(int(worker), signal.SIGKILL)
-    process.send_signal(signal.SIGCONT)
     try:
+        process.send_signal(signal.SIGSTOP)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(workers) >= 2
+        time.sleep(3)  # enough to tokenize more than fits into a pipe
+        for worker in workers:
+            os.kill(int(worker), signal.SIGKILL)
+        process.send_signal(signal.SIGCONT)
         _, stderr = process.communicate("\n", timeout=20)
     finally:
         process.kill()
     assert process.returncode == 1 and "a tokenizer process was killed" in stderr
+
+
+@pytest.mark.parametrize("error", [UserError, ValueError, None])
+def test_messages_of_workers_fit_into_a_pipe_at_once(monkeypatch, tmp_path, error):
+    largest, send = multiprocessing.Value("q", 0), Connection._send_bytes
+
+    def record(self, buffer):
+        with largest:
+            largest.value = max(largest.value, len(buffer))
+        send(self, buffer)
+
+    def read_documents(*args):
+        raise error("a long message" * 10_000)
+
+    monkeypatch.setattr(Connection, "_send_bytes", record)
+    write(tmp_path / "x.jsonl", ["a long document " * 10_000] * 200)
+    if error:
+        monkeypatch.setattr(tokenizing, "read_documents", read_documents)
+        with pytest.raises(error, match="a long message"):
+            run(monkeypatch, tmp_path, tmp_path / "x.jsonl")
+    else:
+        run(monkeypatch, tmp_path, tmp_path / "x.jsonl")
+    assert 100 < largest.value < select.PIPE_BUF - 4  # with the length of the message
+
+
+def test_results_of_workers_that_cannot_be_written(monkeypatch, tmp_path):
+    class OnFullDisk(tokenizing._Call):
+        def __init__(self, pool, file, function, *args):
+            full = function is tokenizing._tokenize
+            super().__init__(pool, Path("/dev/full") if full else file, function, *args)
+
+    monkeypatch.setattr(tokenizing, "_Call", OnFullDisk)
+    with pytest.raises(UserError, match="out: cannot be written .*No space left on device"):
+        run(monkeypatch, tmp_path, write(tmp_path / "x.jsonl"))
 
 
 def test_existing_out_is_not_touched(monkeypatch, tmp_path):
