@@ -32,7 +32,13 @@ from model import GPT
 from schedule import Phase, Schedule
 from stagewise.config import Config, grad_accum_steps, load_config
 from stagewise.data import Prefetch
-from stagewise.device import peak_memory, reset_peak_memory
+from stagewise.device import (
+    cpu_name,
+    device_name,
+    machine_name,
+    peak_memory,
+    reset_peak_memory,
+)
 from stagewise.distributed import Ranks, ranks_from_environment
 from stagewise.errors import UserError, report_user_errors
 from stagewise.run_folder import write_json
@@ -59,7 +65,10 @@ def main() -> None:
     rows = measure_phases(s, config, ranks)
     if ranks.master:
         print(table(rows))
-        write_json(Path(config.out_dir), "forecast.json", {"phases": rows})
+        name, threads = device_name(s.device), torch.get_num_threads()
+        machine = machine_name(name, ranks.world_size, cpu_name(), threads)
+        forecast = {"machine": machine, "torch_version": torch.__version__, "phases": rows}
+        write_json(Path(config.out_dir), "forecast.json", forecast)
     if ranks.launched:
         dist.destroy_process_group()
 

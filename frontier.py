@@ -237,7 +237,7 @@ def load_runs(folder: Path) -> tuple[study.Study, list[Finished], list[PlannedRu
     """
     described, planned = study.load_study(folder)
     runs: list[Finished] = []
-    missing, times = [], study.step_seconds(folder)
+    missing, times = [], study.load_times(folder)
     configs: dict[str, Config] = {}  # by label
     for p in planned:
         run = study.load_finished(folder / p.name)
@@ -250,7 +250,7 @@ def load_runs(folder: Path) -> tuple[study.Study, list[Finished], list[PlannedRu
         words = p.options[len(described.options) :]
         names = {w.removeprefix("--").split("=")[0] for w in words} & study.RECIPE - {"seed"}
         check_recipe(folder / p.name, run, configs[p.label], names)
-        run.step_seconds = times.get(p.entry, {})
+        run.step_seconds = times.medians(p.entry)
         against = described.runs[p.entry].against
         runs.append(Finished(p, run, described.method(p.entry), described.method(against)))
     # The CPU, the number of threads and the size of micro-batches change rounding and dropout
@@ -812,14 +812,21 @@ HOW_TO_READ = (
     "non-embedding parameter."
 )
 SECONDS = (
-    " *Seconds*: the number of steps times the step time of each phase, which `study.py time` has "
-    "measured. They are comparable only if the method has the same `batch_size` as the baseline. "
-    "The intervals do not include the error of the step times."
+    " *Seconds*: the number of steps times the step time of each phase. They are comparable only "
+    "if the method has the same `batch_size` as the baseline. The step times were measured "
+    "separately with `study.py time`, on {machine}. Each is the median of {rounds} measurements, "
+    "and their range is {spread:.1%} of it (median over all phases). The intervals do not include "
+    "this error."
 )
-SPREAD = (
-    " Repeated measurements of a step time differ by {:.1%} (range divided by median; median over "
-    "all phases)."
-)
+
+
+def about_seconds(times: study.StepTimes, entries: set[str]) -> str:
+    """Describe how the step times of these entries of study.toml were measured."""
+    measured = [s for e in entries for s in times.entries[e].seconds.values()]
+    spread = statistics.median((max(s) - min(s)) / statistics.median(s) for s in measured)
+    fewest, most = min(map(len, measured)), max(map(len, measured))
+    rounds = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    return SECONDS.format(machine=times.machine, rounds=rounds, spread=spread)
 
 
 def interpolation_error(best: list[Finished]) -> str:
@@ -916,14 +923,12 @@ def main(args: Args) -> None:
         if metric == "flops":
             page.append(OVERVIEW)
     # Other work during training changes the step times.
-    timed = all(r.run.step_seconds for r in best)
+    timed = all(p.name in r.run.step_seconds for r in best for p in r.run.schedule.phases)
     page += ["## All runs", table(points, METRICS if timed else METRICS[:2])]
-    spread = study.timing_spread(folder)
-    page.append(
-        HOW_TO_READ
-        + (SECONDS if timed else "")
-        + (SPREAD.format(spread) if timed and not math.isnan(spread) else "")
-    )
+    page.append(HOW_TO_READ)
+    if timed:
+        entries = {r.planned.entry for r in best}
+        page[-1] += about_seconds(study.load_times(folder), entries)
     if accuracy := interpolation_error(best):
         page.append(accuracy)
     if controls:

@@ -30,6 +30,7 @@ import stagewise.console  # noqa: F401  (first: Ctrl-C during the other imports)
 
 import ctypes
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -46,6 +47,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import torch
 import tyro
@@ -61,6 +63,7 @@ from schedule import begun, decay_start, learning_rate
 from stagewise.checkpoint import FOLDER, checkpoints
 from stagewise.config import INPUTS, Config, grad_accum_steps, load_config, padded_vocab_size
 from stagewise.data import fingerprint, load_meta
+from stagewise.device import machine_name
 from stagewise.errors import UserError, did_you_mean, file_errors, report_user_errors
 from stagewise.fileio import atomic_write, convert, decode_json, open_file, read_bytes
 from stagewise.metrics import last_row, read_metrics
@@ -211,13 +214,27 @@ class Study(Struct, forbid_unknown_fields=True):
         return {self.method(label) for label, entry in self.runs.items() if entry.control}
 
 
-class StepTimes(Struct):
-    """step_seconds.json: the seconds measured in every round, by entry and name of the phase."""
+class MeasuredEntry(Struct):
+    work: str  # identifies what a step computes
+    # by the name of the phase: what each round has measured
+    seconds: dict[str, Annotated[list[Annotated[float, Meta(gt=0)]], Meta(min_length=1)]]
 
-    entries: dict[
-        str,
-        dict[str, Annotated[list[Annotated[float, Meta(gt=0)]], Meta(min_length=1)]],
-    ]
+    def rounds(self) -> int:
+        """Return how often all phases were measured."""
+        return min(map(len, self.seconds.values()), default=0)
+
+
+class StepTimes(Struct):
+    """step_seconds.json: the step times that `time` has measured."""
+
+    machine: str = ""
+    entries: dict[str, MeasuredEntry] = {}
+
+    def medians(self, entry: str) -> dict[str, float]:
+        """Return the step time by the name of the phase. Empty if the entry was not measured."""
+        measured = self.entries.get(entry)
+        times = measured.seconds if measured else {}
+        return {phase: statistics.median(seconds) for phase, seconds in times.items()}
 
 
 @dataclass(frozen=True)
@@ -399,34 +416,17 @@ def check_same(folder: Path, config: Config) -> None:
         raise UserError(f"{folder}: was trained on different data than {config.data_dir}: {again}")
 
 
-def step_seconds(folder: Path) -> dict[str, dict[str, float]]:
-    """Return the median step times that `time` has measured, by entry and name of the phase."""
-    return {
-        entry: {phase: statistics.median(times) for phase, times in phases.items()}
-        for entry, phases in _measured_times(folder).items()
-    }
+def load_times(folder: Path) -> StepTimes:
+    """Return the step times that `time` has measured, if any.
 
-
-def timing_spread(folder: Path) -> float:
-    """Return the relative difference of the rounds of `time`: (max - min) / median of a step time.
-
-    This is the median over all entries and phases. NaN if none was measured more than once.
+    Raises:
+        UserError: if the file is corrupted.
     """
-    spreads = [
-        (max(times) - min(times)) / statistics.median(times)
-        for phases in _measured_times(folder).values()
-        for times in phases.values()
-        if len(times) > 1
-    ]
-    return statistics.median(spreads) if spreads else math.nan
-
-
-def _measured_times(folder):
     path = folder / TIMES
     if not path.exists():
-        return {}
+        return StepTimes()
     with file_errors(path, "remove it"):
-        return decode_json(read_bytes(path), StepTimes).entries
+        return decode_json(read_bytes(path), StepTimes)
 
 
 def load_finished(folder: Path) -> Run | None:
@@ -956,11 +956,11 @@ def load_results(folder: Path) -> tuple[Study, list[Result], list[PlannedRun]]:
     """
     study, planned = load_study(folder)
     finished = {p.name: run for p in planned if (run := load_finished(folder / p.name))}
-    times = step_seconds(folder)
+    times = load_times(folder)
     results, missing = [], []
     for p in planned:
         if p.name in finished:
-            finished[p.name].step_seconds = times.get(p.entry, {})
+            finished[p.name].step_seconds = times.medians(p.entry)
     for p in planned:
         run, baseline = finished.get(p.name), finished.get(f"{p.against}_seed{p.seed}")
         if run is None or baseline is None:
@@ -997,21 +997,19 @@ def time_study(args: TimeArgs) -> None:
     same_work: dict[str, list[PlannedRun]] = {}
     for run in longest.values():
         config = dataclasses.asdict(configs[run.name])
-        work = {key: value for key, value in config.items() if key not in NOT_WORK}
-        same_work.setdefault(str(work), []).append(run)
-    times = _measured_times(args.folder)
-    for group in same_work.values():  # entries that are new in study.toml
-        measured = [times[run.entry] for run in group if run.entry in times]
-        times |= {run.entry: measured[0] for run in group if measured}
+        work = str({key: value for key, value in config.items() if key not in NOT_WORK})
+        same_work.setdefault(hashlib.sha256(work.encode()).hexdigest(), []).append(run)
+    path, times = args.folder / TIMES, load_times(args.folder)
+    known = {entry.work: entry for entry in times.entries.values()}
     # All of them in turn, so that a slow period of the machine affects one round.
     todo = [
-        group
+        work
         for number in range(args.rounds)
-        for group in same_work.values()
-        if min(map(len, times.get(group[0].entry, {}).values()), default=0) <= number
+        for work in same_work
+        if work not in known or known[work].rounds() <= number
     ]
-    for group in tqdm(todo, unit="measurement"):
-        run = max(group, key=lambda run: flops[run.name])
+    for work in tqdm(todo, unit="measurement"):
+        run = max(same_work[work], key=lambda run: flops[run.name])
         with tempfile.TemporaryDirectory() as folder:
             options = [*run.options, *(f"--{option}" for option in args.options)]
             command = [sys.executable, str(ROOT / "forecast.py"), *options, f"--out_dir={folder}"]
@@ -1019,15 +1017,26 @@ def time_study(args: TimeArgs) -> None:
             if done.returncode:
                 said = (done.stderr.strip() or "no message").splitlines()[-1]
                 raise UserError(f"{run.name}: forecast.py failed: {said}")
-            phases = json.loads(Path(folder, "forecast.json").read_text())["phases"]
-        new = {row["phase"]: row["step_seconds"] for row in phases}
-        known = times.get(run.entry, {})
-        if known.keys() != new.keys():  # study.toml or the configs have changed
-            known = {}
-        both = {phase: [*known.get(phase, []), seconds] for phase, seconds in new.items()}
-        times |= {r.entry: both for r in group}
-        write(args.folder / TIMES, json.dumps({"entries": times}, indent=1) + "\n")
-    print(f"{args.folder / TIMES}: {len(times)} entries")
+            forecast = json.loads(Path(folder, "forecast.json").read_text())
+        machine = f"{forecast['machine']} with torch {forecast['torch_version']}"
+        if times.machine and times.machine != machine:
+            raise UserError(
+                f"{path}: was measured on {times.machine}, but this machine is {machine}: remove "
+                "the file to measure everything again"
+            )
+        times.machine = machine
+        entry = known.setdefault(work, MeasuredEntry(work, {}))
+        for row in forecast["phases"]:
+            entry.seconds.setdefault(row["phase"], []).append(row["step_seconds"])
+        times.entries |= {run.entry: entry for run in same_work[work]}
+        save_times(path, times)
+    times.entries |= {run.entry: known[work] for work in same_work for run in same_work[work]}
+    save_times(path, times)
+    print(f"{path}: {len(times.entries)} entries")
+
+
+def save_times(path: Path, times: StepTimes) -> None:
+    write(path, msgspec.json.format(msgspec.json.encode(times), indent=1).decode() + "\n")
 
 
 def check_comparable(folder: Path, run: Run, other: Run, may_differ: set[str]) -> None:
@@ -1189,10 +1198,7 @@ def figure_args(folder: Path, title: str, run: Run) -> plot.Args:
 
 
 def machine(config: plot.RunConfig) -> str:
-    if config.device_name != "cpu":
-        return f"{config.world_size} x {config.device_name}"
-    threads = config.world_size * config.threads
-    return f"{threads} thread{'s' * (threads > 1)} of {config.cpu}"
+    return machine_name(config.device_name, config.world_size, config.cpu, config.threads)
 
 
 def conditions(results: list[Result]) -> str:

@@ -157,6 +157,14 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
+def machine_name(device_name: str, world_size: int, cpu: str, threads: int) -> str:
+    """Return the hardware in words, for example "8 x NVIDIA H100" or "1 thread of 2 x AMD EPYC"."""
+    if device_name != "cpu":
+        return f"{world_size} x {device_name}"
+    threads *= world_size
+    return f"{threads} thread{'s' * (threads > 1)} of {cpu}"
+
+
 def cpu_name() -> str:
     """Return the number of cores and the model of the processor, as Linux reports them."""
     models = re.findall(r"^model name\s*:\s*(.*)$", _cpuinfo(), re.MULTILINE)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import statistics
 
+import msgspec
 import numpy as np
 import pytest
 from conftest import ROOT, metrics
@@ -212,21 +213,30 @@ def test_the_interpolation_is_checked_with_each_baseline_between_two_others(tiny
     assert frontier.interpolation_error([]) == ""
 
 
-def test_seconds_are_shown_if_the_step_times_of_all_entries_were_measured(tiny, tmp_path):
+def test_seconds_are_shown_if_all_step_times_were_measured(tiny, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(tiny, folder)
+
+    def page(entries):
+        times = study.StepTimes("a machine", entries)
+        (folder / study.TIMES).write_bytes(msgspec.json.encode(times))
+        frontier.main(frontier.Args(folder))
+        return (folder / "README.md").read_text()
+
     frontier.main(frontier.Args(folder))
     assert "equal seconds" not in (folder / "README.md").read_text()
     _, runs, _ = frontier.load_runs(folder)
-    entries = {r.planned.entry: {p.name: [0.5] for p in r.run.schedule.phases} for r in runs}
-    for known, shown in (entries, True), ({k: entries[k] for k in list(entries)[1:]}, False):
-        (folder / study.TIMES).write_text(json.dumps({"entries": known}))
-        frontier.main(frontier.Args(folder))
-        assert ("equal seconds" in (folder / "README.md").read_text()) == shown
-    entries["baseline"] = {"all blocks": [0.5, 0.8, 0.4]}
-    (folder / study.TIMES).write_text(json.dumps({"entries": entries}))
-    frontier.main(frontier.Args(folder))
-    assert "step time differ by 80.0%" in (folder / "README.md").read_text()
+    phases = {r.planned.entry: [p.name for p in r.run.schedule.phases] for r in runs}
+    entries = {e: study.MeasuredEntry("", {n: [0.5] for n in names}) for e, names in phases.items()}
+    text = page(entries)
+    assert "equal seconds" in text and "Each is the median of 1 measurements" in text
+    entries["baseline"].seconds["all blocks"] = [0.5, 0.8, 0.4]
+    text = page({e: entries[e] for e in entries})
+    assert "on a machine. Each is the median of 1 to 3 measurements" in text
+    entries["stacked"].seconds.popitem()
+    assert "equal seconds" not in page(entries)
+    del entries["stacked"]
+    assert "equal seconds" not in page(entries)
 
 
 def test_micro_batches_and_the_cpu_may_differ_but_not_the_model(tiny, tmp_path):

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import os
 import re
 import shutil
@@ -1030,7 +1029,7 @@ def test_the_report_as_a_page(tiny, tmp_path):
 
 def test_step_times_are_measured_apart_from_the_training(copy, monkeypatch):
     """In rounds over the entries; once for those that differ only in the learning rate."""
-    commands = []
+    commands, machine = [], "a machine"
 
     def measure(command, **options):
         slower = (0, 5, 1)[len(commands) // 4]  # in the first round, the second, and the third
@@ -1039,40 +1038,45 @@ def test_step_times_are_measured_apart_from_the_training(copy, monkeypatch):
         names = ["all blocks", *(f"stage {s} phase {p}" for s in range(1, 5) for p in (1, 2))]
         rows = [{"phase": name, "step_seconds": 2.0 + i + slower} for i, name in enumerate(names)]
         rows.append({"phase": "continual", "step_seconds": 0.5 + slower})
-        (out / "forecast.json").write_text(json.dumps({"phases": rows}))
+        forecast = {"machine": machine, "torch_version": "2", "phases": rows}
+        (out / "forecast.json").write_text(json.dumps(forecast))
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(study.subprocess, "run", measure)
     study.main(study.TimeArgs(copy, rounds=1))
     assert [Path(command[1]).name for command in commands] == ["forecast.py"] * 4
-    assert math.isnan(study.timing_spread(copy))
     study.main(study.TimeArgs(copy))
-    assert len(commands) == 3 * 4 and [c[:-1] for c in commands[:4]] == [
-        c[:-1] for c in commands[4:8]
-    ]
+    assert len(commands) == 3 * 4
+    assert [c[:-1] for c in commands[:4]] == [c[:-1] for c in commands[4:8]]
     _, results, _ = study.load_results(copy)
     s4 = next(r for r in results if r.planned.name == "s4_seed1")
     assert study.total_seconds(s4.baseline) == pytest.approx(16 * 3.0)
     expected = sum(2 * (4.0 + i) for i in range(8)) + 16 * 1.5  # 8 phases of 2 steps
     assert study.total_seconds(s4.run) == pytest.approx(expected)
-    medians = [*range(3, 12), 1.5]
-    assert study.timing_spread(copy) == pytest.approx(statistics.median(5 / m for m in medians))
+    times = study.load_times(copy)
+    assert times.machine == "a machine with torch 2"
+    assert times.entries["baseline"].seconds["all blocks"] == [2, 7, 3]
+    assert times.entries["later"] == times.entries["decays"] == times.entries["baseline"]
     study.main(study.TimeArgs(copy))
     assert len(commands) == 3 * 4  # nothing is measured more often
 
-    times = json.loads((copy / "step_seconds.json").read_text())
-    times["entries"]["s4"]["stage 9"] = [1.0]  # of another schedule
-    (copy / "step_seconds.json").write_text(json.dumps(times))
     commands.clear()
-    study.main(study.TimeArgs(copy, rounds=4))
-    assert len(commands) == 3 + 3
-    times = json.loads((copy / "step_seconds.json").read_text())["entries"]
-    assert "stage 9" not in times["s4"] and len(times["s4"]["continual"]) == 3
-    assert times["baseline"]["all blocks"][:3] == [2, 7, 3]
-    assert times["later"] == times["decays"] == times["baseline"]
+    study.main(study.TimeArgs(copy, rounds=1, options=("batch_size=4",)))
+    assert len(commands) == 4  # other options: everything is measured again
+    times = study.load_times(copy)
+    assert times.entries["s4"].seconds["continual"] == [0.5]
+    del times.entries["later"]
+    study.save_times(copy / study.TIMES, times)
+    study.main(study.TimeArgs(copy, rounds=1, options=("batch_size=4",)))
+    assert len(commands) == 4  # an entry that does the same work as another
+    assert study.load_times(copy).entries["later"] == times.entries["baseline"]
 
+    machine = "another machine"
+    with pytest.raises(UserError, match="was measured on a machine.*but this machine is another"):
+        study.main(study.TimeArgs(copy))
     with pytest.raises(UserError, match="--rounds=0 must be at least 1"):
         study.main(study.TimeArgs(copy, rounds=0))
-    (copy / "step_seconds.json").write_text('{"entries": {"s4": {"all blocks": [-1]}}}')
+    times = '{"entries": {"s4": {"work": "", "seconds": {"all blocks": [-1]}}}}'
+    (copy / "step_seconds.json").write_text(times)
     with pytest.raises(UserError, match="step_seconds.json: .*expected `float` > 0"):
         study.load_results(copy)
