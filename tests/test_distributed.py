@@ -234,7 +234,8 @@ def assert_checkpoints_match(out, expected, rel=0.0):
             other = b[kind][name]
             assert tensor.dtype == other.dtype and tensor.shape == other.shape, name
             tensor, other = tensor.double(), other.double()
-            assert (tensor - other).norm() <= rel * other.norm(), name
+            difference = (tensor - other).norm()
+            assert difference <= rel * other.norm(), (name, difference, other.norm())
 
 
 @pytest.mark.slow
