@@ -684,6 +684,32 @@ def trend(budgets: list[Budget]) -> str:
     return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
+def agreement(budgets: list[Budget], metric: str) -> str:
+    """Say which comparisons have another result at equal `metric` than at equal FLOPs, or "".
+
+    Comparisons without a gain in both are left out, and for seconds those of methods with another
+    `batch_size` than the baseline.
+    """
+    words = {1: "better", -1: "worse", 0: "n.s."}
+    n, others = 0, []
+    for at in budgets:
+        for name, gain in at.gains.items():
+            point = at.points[name]
+            sizes = {run.config.batch_size for run in (point.baseline, point.runs[0].run)}
+            other = point.gain(metric)
+            if math.isnan(other.mean) or (metric == "seconds" and len(sizes) > 1):
+                continue
+            n += 1
+            if other.sign != gain.sign:
+                change = f"{words[other.sign]} instead of {words[gain.sign]}"
+                others.append(f"`{name}` with {at.steps:,} steps ({change})")
+    if not n:
+        return ""
+    text = f"{n - len(others)} of {n} comparisons have the same result (better, worse or n.s.) as "
+    text += "at equal FLOPs"
+    return text + (f". The others are {', '.join(others)}." if others else ".")
+
+
 def _are(n, of=""):
     return f"none{of} is" if n == 0 else f"1{of} is" if n == 1 else f"{n}{of} are"
 
@@ -918,12 +944,11 @@ def main(args: Args) -> None:
         page += ["## Direct comparisons", CONTRASTS, contrast_table(contrasts, best[0].run)]
     if legend := [[n, e.about] for n, e in described.runs.items() if e.about]:
         page += ["## Methods", study.markdown(["method", "description"], legend, n_left=2)]
-    for metric in METRICS[:2]:
-        page += [f"## Gain at equal {study.LABELS[metric]}", overview(points, metric)]
-        if metric == "flops":
-            page.append(OVERVIEW)
     # Other work during training changes the step times.
     timed = all(p.name in r.run.step_seconds for r in best for p in r.run.schedule.phases)
+    for metric in METRICS if timed else METRICS[:2]:
+        page += [f"## Gain at equal {study.LABELS[metric]}", overview(points, metric)]
+        page.append(OVERVIEW if metric == "flops" else agreement(budgets, metric))
     page += ["## All runs", table(points, METRICS if timed else METRICS[:2])]
     page.append(HOW_TO_READ)
     if timed:
@@ -939,7 +964,7 @@ def main(args: Args) -> None:
         "## Conditions",
         conditions([r.run for r in best if r.method not in described.controls()]),
     ]
-    study.write(folder / "README.md", "\n\n".join(page) + "\n")
+    study.write(folder / "README.md", "\n\n".join(filter(None, page)) + "\n")
     n = sum(map(len, points.values()))
     print(f"{folder / 'README.md'}: {n} combinations of method and budget")
 

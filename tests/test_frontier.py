@@ -348,9 +348,10 @@ class Given(frontier.Point):
 
     gain_of_seeds: tuple[float, ...] = ()
     multipliers: tuple[float, ...] = ()
+    others: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)  # by metric
 
     def gain(self, metric):
-        return Estimate.of(self.gain_of_seeds)
+        return Estimate.of(self.others.get(metric, self.gain_of_seeds))
 
     def log_multipliers(self, metric):
         return dict(enumerate(map(math.log, self.multipliers)))
@@ -398,6 +399,30 @@ def test_the_answer_counts_methods_and_names_the_best(given):
     ]
     (row,) = (cells(r) for r in frontier.summary(budgets).splitlines() if r.startswith("| 16"))
     assert row[2:5] == ["2", "1", "good"]  # not noisy, whose multiplier is higher
+
+
+def test_results_with_other_metrics(given):
+    points = {
+        "same": given({16: (SURE, (1, 1, 1), {"seconds": BETTER})}),
+        "other": given({16: (NOISY, (1, 1, 1), {"seconds": WORSE, "paper_cost": SURE})}),
+        "lost": given({16: (SURE, (1, 1, 1), {"seconds": NOISY})}),
+        "outside": given({16: (SURE, (1, 1, 1), {"seconds": (math.nan,) * 3})}),
+    }
+    budgets = frontier.compared(points)
+    same = "of 3 comparisons have the same result (better, worse or n.s.) as at equal FLOPs."
+    others = "`other` with 16 steps (worse instead of n.s.), `lost` with 16 steps (n.s. instead of"
+    assert frontier.agreement(budgets, "seconds") == f"1 {same} The others are {others} better)."
+    text = frontier.agreement(budgets, "paper_cost")
+    assert text.startswith("3 of 4") and text.endswith(
+        "`other` with 16 steps (better instead of n.s.)."
+    )
+    assert frontier.agreement(budgets, "flops").startswith("4 of 4")
+    (point,) = points["lost"]
+    config = dataclasses.replace(point.runs[0].run.config, batch_size=1)
+    run = dataclasses.replace(point.runs[0].run, config=config)
+    point.runs = [dataclasses.replace(point.runs[0], run=run), *point.runs[1:]]
+    assert frontier.agreement(budgets, "seconds").startswith("1 of 2")
+    assert frontier.agreement([], "seconds") == ""
 
 
 def test_the_answer_if_no_method_is_better_or_one_is_below_every_baseline(given):
