@@ -189,6 +189,7 @@ def _init_worker(*shared):
     global _shared
     _shared = shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not a handler of the main process
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

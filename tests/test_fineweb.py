@@ -443,6 +443,26 @@ def test_workers_that_are_killed_while_they_send_results(tmp_path):
     assert process.returncode == 1 and "a tokenizer process was killed" in stderr
 
 
+def test_workers_do_not_inherit_the_handler_of_sigterm(monkeypatch, tmp_path):
+    """They could send its exception while they are terminated."""
+    called = multiprocessing.Value("q", 0)
+
+    def handler(*args):
+        called.value = 1
+
+    def read_documents(*args):
+        raise UserError("an error")
+
+    monkeypatch.setattr(tokenizing, "read_documents", read_documents)
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(UserError, match="an error"):
+            run(monkeypatch, tmp_path, write(tmp_path / "x.jsonl"))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert called.value == 0
+
+
 @pytest.mark.parametrize("error", [UserError, ValueError, None])
 def test_messages_of_workers_fit_into_a_pipe_at_once(monkeypatch, tmp_path, error):
     largest, send = multiprocessing.Value("q", 0), Connection._send_bytes
