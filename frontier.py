@@ -542,16 +542,24 @@ def contrast_table(found: dict[tuple[str, ...], dict[int, Estimate]], baseline: 
     return study.markdown(header, rows, n_left=2)
 
 
-def first_contrast(found: dict[tuple[str, ...], dict[int, Estimate]]) -> str:
-    """Return the first direct comparison as a list item, or "" if it has more than two labels."""
-    (question, *labels), estimates = next(iter(found.items()), (("",), {}))
-    if len(labels) != 2:
-        return ""
-    values = [f"{estimate} ({steps:,} steps)" for steps, estimate in estimates.items()]
-    return (
-        f"- {question} The difference of the losses at equal FLOPs (`{labels[0]}` minus "
-        f"`{labels[1]}`; positive if `{labels[1]}` is better), in nats, is {', '.join(values)}."
-    )
+def contrast_findings(found: dict[tuple[str, ...], dict[int, Estimate]]) -> str:
+    """Return the first direct comparison, and those whose result depends on the budget, as a list.
+
+    Comparisons with more than two labels are left out.
+    """
+    items: list[str] = []
+    for i, ((question, *labels), estimates) in enumerate(found.items()):
+        depends = {1, -1} <= {estimate.sign for estimate in estimates.values()}
+        if len(labels) != 2 or not (i == 0 or depends):
+            continue
+        values = ", ".join(f"{e} ({steps:,} steps)" for steps, e in estimates.items())
+        a, b = labels
+        what = f"`{a}` minus `{b}`"
+        if not items:
+            what = f"The difference of the losses at equal FLOPs ({what}"
+            what += f"; positive if `{b}` is better), in nats,"
+        items.append(f"- {question} {what} is {values}.")
+    return "\n".join(items)
 
 
 @dataclass
@@ -925,7 +933,8 @@ def main(args: Args) -> None:
     controls = {n: points.pop(n) for n in list(points) if n in described.controls()}
     about = {name: e.about for name, e in described.runs.items()}
     budgets, contrasts = compared(points), contrasts_of(described, best)
-    found = [answer(budgets, about), control_finding(controls, about), first_contrast(contrasts)]
+    found = [answer(budgets, about), control_finding(controls, about)]
+    found.append(contrast_findings(contrasts))
     text = ["\n".join(filter(None, found)), f"![gain over the baseline at equal FLOPs]({FIGURE})"]
     text.append(CAPTION)
     if budgets:

@@ -438,15 +438,22 @@ def test_the_answer_if_no_method_is_better_or_one_is_below_every_baseline(given)
     assert "`best` is better with 16 steps, but its compute multiplier is unknown" in text
 
 
-def test_the_first_contrast_is_an_item():
-    estimates = {16: Estimate(0.2, 0.1, 3), 32: Estimate(0.1, 0.2, 3)}
-    found = {("Is b better?", "a", "b"): estimates, ("And c?", "a", "c"): {}}
-    assert frontier.first_contrast(found) == (
+def test_the_first_contrast_and_those_that_depend_on_the_budget_are_items():
+    better, unclear, worse = (Estimate(mean, 0.1, 3) for mean in (0.2, 0.05, -0.2))
+    found = {
+        ("Is b better?", "a", "b"): {16: better, 32: unclear},
+        ("And c?", "a", "c"): {16: better, 32: better},
+        ("And d?", "a", "d"): {16: better, 32: worse},
+        ("Is the difference larger?", "a", "b", "c", "d"): {16: better, 32: worse},
+        ("Two seeds?", "a", "e"): {16: better, 32: Estimate(-0.2, 0.1, 2)},
+    }
+    assert frontier.contrast_findings(found).splitlines() == [
         "- Is b better? The difference of the losses at equal FLOPs (`a` minus `b`; positive if "
-        "`b` is better), in nats, is **+0.2000 ± 0.1000** (16 steps), +0.1000 ± 0.2000 (32 steps)."
-    )
-    assert frontier.first_contrast({("Four?", "a", "b", "c", "d"): estimates}) == ""
-    assert frontier.first_contrast({}) == ""
+        "`b` is better), in nats, is **+0.2000 ± 0.1000** (16 steps), +0.0500 ± 0.1000 (32 steps).",
+        "- And d? `a` minus `d` is **+0.2000 ± 0.1000** (16 steps), **-0.2000 ± 0.1000** "
+        "(32 steps).",
+    ]
+    assert frontier.contrast_findings({}) == ""
 
 
 def test_contrasts_are_paired_differences_of_losses(tiny, tmp_path):
