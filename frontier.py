@@ -581,8 +581,8 @@ class Budget:
 
     @property
     def best(self) -> str:
-        """The method with the highest compute multiplier, if possible one that is better."""
-        return max(self.better or self.gains, key=lambda name: self.points[name].rank())
+        """The method with the highest compute multiplier of those that are better."""
+        return max(self.better, key=lambda name: self.points[name].rank())
 
     def changes(self, before: "Budget") -> list[Estimate]:
         """Return how the logarithm of the compute multiplier changes, for methods at both budgets.
@@ -726,13 +726,16 @@ def summary(budgets: list[Budget]) -> str:
     """Return a table with a row per budget."""
     rows = []
     for before, at in zip([None, *budgets], budgets):
-        best = at.points[at.best]
+        best = ["-", "", "", ""]
+        if at.better:
+            point, gain = at.points[at.best], str(at.gains[at.best])
+            factor = point.log_multiplier("flops").as_factor()
+            best = [at.best, f"{point.tokens_per_parameter():.1f}", gain, factor]
         signs = [change.sign for change in at.changes(before)] if before else []
         lower, higher, n = signs.count(-1), signs.count(1), len(signs)
         rows.append(
             [f"{at.steps:,} ({nominal(at.points)})", str(len(at.gains)), str(len(at.better))]
-            + [str(len(at.worse)), at.best, f"{best.tokens_per_parameter():.1f}"]
-            + [str(at.gains[at.best]), best.log_multiplier("flops").as_factor()]
+            + [str(len(at.worse)), *best]
             + [f"{lower} lower, {higher} higher, {n - lower - higher} n.s." if signs else ""]
         )
     header = ["steps (tokens / parameter)", "methods", "better", "worse", "best method"]
@@ -755,8 +758,8 @@ SUMMARY = (
     "the interval of its gain does not contain zero; the gain is then in bold. With 3 seeds, the "
     "width of an interval is itself uncertain. *Methods* is the number of methods with at least "
     f"{MIN_SEEDS} seeds. The *best method* has the highest compute multiplier of those that are "
-    "better, or of all methods if none is better. A dash means that the multiplier is unknown, "
-    "because a run of at least one seed has a lower loss than every baseline, or a higher one."
+    "better. A dash instead of a multiplier means that it is unknown, because a run of at least "
+    "one seed has a lower loss than every baseline, or a higher one."
 )
 BUDGETS = (
     "The number in parentheses is the number of tokens per non-embedding parameter on which a "
@@ -766,7 +769,8 @@ BUDGETS = (
     "still have a higher loss than a baseline that is trained on the same tokens. *Compared with "
     "the row above* counts the methods whose compute multiplier is lower or higher than in that "
     "row. A method is counted as n.s. (not significant) if the 95% interval of the difference of "
-    "the logarithms, paired by seed, contains zero."
+    "the logarithms, paired by seed, contains zero. Methods whose multiplier is unknown in one of "
+    "the rows are not counted."
 )
 NOTHING = (
     f"- There is no comparison yet: it takes a method that is trained with {MIN_SEEDS} seeds and "

@@ -269,16 +269,16 @@ def test_the_summary_counts_the_methods_on_either_side_of_the_baseline(tiny):
         gains = {n: p.gain("flops") for n, p in at_steps.items()}
         multipliers = {n: p.log_multiplier("flops") for n, p in at_steps.items()}
         better = [n for n, g in gains.items() if g.sign == 1]
-        best = max(better or gains, key=lambda n: multipliers[n].mean)
+        best = max(better, key=lambda n: multipliers[n].mean, default=None)
         assert row == [
             f"{steps} ({frontier.nominal(at_steps)})",
             str(len(at)),
             str(sum(g.mean > g.half_width for g in gains.values())),
             str(sum(g.mean < -g.half_width for g in gains.values())),
-            best,
-            f"{at_steps[best].tokens_per_parameter():.1f}",
-            str(gains[best]),
-            multipliers[best].as_factor(),
+            best or "-",
+            f"{at_steps[best].tokens_per_parameter():.1f}" if best else "",
+            str(gains[best]) if best else "",
+            multipliers[best].as_factor() if best else "",
             "",  # the multiplier of `stacked` is unknown
         ]
     assert header[:4] == ["steps (tokens / parameter)", "methods", "better", "worse"]
