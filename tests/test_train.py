@@ -553,8 +553,9 @@ def test_bf16_changes_the_loss_slightly(run_train):
         for rows in (exact, rounded)
     )
     assert losses == pytest.approx(others, rel=5e-3)
-    different = sum(a != b for a, b in zip(losses, others))  # two can be equal by chance
-    assert different > len(losses) / 2
+    # A pair can be equal by chance.
+    different = sum(a != b for a, b in zip(losses, others))
+    assert different >= len(losses) - 1
 
 
 def test_throughput_and_mfu_are_tokens_and_flops_over_time(run_train, monkeypatch):
