@@ -852,9 +852,8 @@ HOW_TO_READ = (
 SECONDS = (
     " *Seconds*: the number of steps times the step time of each phase. They are comparable only "
     "if the method has the same `batch_size` as the baseline. The step times were measured "
-    "separately with `study.py time`, on {machine}. Each is the median of {rounds} measurements, "
-    "and their range is {spread:.1%} of it (median over all phases). The intervals do not include "
-    "this error."
+    "separately with `study.py time`, on {machine}. {error} The intervals do not include this "
+    "error."
 )
 
 
@@ -864,7 +863,11 @@ def about_seconds(times: study.StepTimes, entries: set[str]) -> str:
     spread = statistics.median((max(s) - min(s)) / statistics.median(s) for s in measured)
     fewest, most = min(map(len, measured)), max(map(len, measured))
     rounds = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-    return SECONDS.format(machine=times.machine, rounds=rounds, spread=spread)
+    error = "Each was measured once."
+    if most > 1:
+        error = f"Each is the median of {rounds} measurements, and their range is {spread:.1%} of "
+        error += "it (median over all phases)."
+    return SECONDS.format(machine=times.machine, error=error)
 
 
 def interpolation_error(best: list[Finished]) -> str:

@@ -229,10 +229,12 @@ def test_seconds_are_shown_if_all_step_times_were_measured(tiny, tmp_path):
     phases = {r.planned.entry: [p.name for p in r.run.schedule.phases] for r in runs}
     entries = {e: study.MeasuredEntry("", {n: [0.5] for n in names}) for e, names in phases.items()}
     text = page(entries)
-    assert "equal seconds" in text and "Each is the median of 1 measurements" in text
+    assert "equal seconds" in text and "Each was measured once. The" in text
     entries["baseline"].seconds["all blocks"] = [0.5, 0.8, 0.4]
     text = page({e: entries[e] for e in entries})
     assert "on a machine. Each is the median of 1 to 3 measurements" in text
+    every = {e: study.MeasuredEntry("", {n: [0.8, 0.4, 0.5] for n in phases[e]}) for e in phases}
+    assert "median of 3 measurements, and their range is 80.0% of it" in page(every)
     entries["stacked"].seconds.popitem()
     assert "equal seconds" not in page(entries)
     del entries["stacked"]
