@@ -160,12 +160,13 @@ class Estimate:
         text = f"{self.mean:+.4f}" + (f" ± {self.half_width:.4f}" if self.n > 1 else "")
         return f"**{text}**" if self.sign else text
 
-    def as_factor(self) -> str:
-        """Format an estimate of a logarithm as a factor with its interval."""
+    def as_factor(self, label: str = "") -> str:
+        """Format an estimate of a logarithm as a factor with its interval, after `label`."""
         if math.isnan(self.mean):
             return "-"
         low, high = (math.exp(self.mean + sign * self.half_width) for sign in (-1, 1))
-        return f"{math.exp(self.mean):.2f}" + (f" ({low:.2f} to {high:.2f})" if self.n > 1 else "")
+        interval = f" ({label}{low:.2f} to {high:.2f})" if self.n > 1 else ""
+        return f"{math.exp(self.mean):.2f}{interval}"
 
 
 @dataclass
@@ -542,8 +543,8 @@ def contrast_table(found: dict[tuple[str, ...], dict[int, Estimate]], baseline: 
     return study.markdown(header, rows, n_left=2)
 
 
-def contrast_findings(found: dict[tuple[str, ...], dict[int, Estimate]]) -> str:
-    """Return the first direct comparison, and those whose result depends on the budget, as a list.
+def contrast_findings(found: dict[tuple[str, ...], dict[int, Estimate]]) -> list[str]:
+    """Describe the first direct comparison, and those whose result depends on the budget.
 
     Comparisons with more than two labels are left out.
     """
@@ -558,8 +559,8 @@ def contrast_findings(found: dict[tuple[str, ...], dict[int, Estimate]]) -> str:
         if not items:
             what = f"The difference of the losses at equal FLOPs ({what}"
             what += f"; positive if `{b}` is better), in nats,"
-        items.append(f"- {question} {what} is {values}.")
-    return "\n".join(items)
+        items.append(f"{question} {what} is {values}.")
+    return items
 
 
 @dataclass
@@ -615,32 +616,58 @@ def compared(points: dict[str, list[Point]]) -> list[Budget]:
     return result
 
 
-def answer(budgets: list[Budget], about: dict[str, str]) -> str:
-    """Return a list that says what the study has found, for readers who know no details.
-
-    Args:
-        budgets: The comparisons with the baseline.
-        about: Descriptions of methods by name.
-    """
-    if not budgets:
-        return NOTHING
-    sentences = [counts(budgets), corrected(budgets), highest_multiplier(budgets, about)]
-    sentences.append(trend(budgets))
-    return "\n".join(f"- {sentence}" for sentence in sentences if sentence)
+def answer(budgets: list[Budget]) -> str:
+    """Return a paragraph that says what the study has found, for readers who know no details."""
+    return f"{counts(budgets)} {multipliers(budgets)}".strip() if budgets else NOTHING
 
 
 def counts(budgets: list[Budget]) -> str:
     """Say how many methods are better and worse at every budget."""
     items: list[str] = []
     for at in budgets:
-        what = "" if items else "significantly "
-        than = "" if items else " than a baseline with the same FLOPs"
-        items.append(
-            f"{at.steps:,} steps ({nominal(at.points)} tokens per parameter), "
-            f"{_are(len(at.better), f' of {len(at.gains)}')} {what}better{than} and "
-            f"{_are(len(at.worse))} worse"
+        number, tokens = f"{len(at.better) or 'none'} of {len(at.gains)}", nominal(at.points)
+        if items:
+            items.append(f"{number} with {at.steps:,} ({tokens})")
+        else:
+            items.append(
+                f"{number} methods have a significantly lower loss than the baseline with "
+                f"{at.steps:,} steps ({tokens} tokens per parameter)"
+            )
+    worse = [str(len(at.worse)) for at in budgets]
+    order = "; in the same order, " if len(budgets) > 1 else "; "
+    verb = "has" if worse == ["1"] else "have"
+    return f"At equal FLOPs, {_list(items)}{order}{_list(worse)} {verb} a higher loss."
+
+
+def multipliers(budgets: list[Budget]) -> str:
+    """Give the compute multiplier of the best method at every budget; "" if none is better."""
+    known: list[str] = []
+    unknown: list[str] = []
+    for at in [at for at in budgets if at.better]:
+        best, estimate = f"`{at.best}`", at.points[at.best].log_multiplier("flops")
+        if math.isnan(estimate.mean):
+            unknown.append(f"{best} with {at.steps:,} steps")
+        elif known:
+            known.append(f"{estimate.as_factor()} times with {at.steps:,} ({best})")
+        else:
+            factor = estimate.as_factor("95% interval: ")
+            known.append(f"{factor} times as many FLOPs with {at.steps:,} steps ({best})")
+    sentences = []
+    if known:
+        sentences.append(
+            f"To reach the loss of the best method, the baseline needs {_list(known)}."
         )
-    return f"Of the methods trained for {'; for '.join(items)}."
+    if unknown:
+        sentences.append(
+            f"For {_list(unknown)}, the compute multiplier is unknown, because the loss of at "
+            "least one run is outside the range of the baselines."
+        )
+    return " ".join(sentences)
+
+
+def _list(items: list[str]) -> str:
+    """Join items as in "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(items[:-1]), items[-1]]))
 
 
 def corrected(budgets: list[Budget]) -> str:
@@ -655,26 +682,6 @@ def corrected(budgets: list[Budget]) -> str:
         f"Even if no method differed from the baseline, about 5% of these {n} comparisons would "
         "count as better or worse by chance. After Holm's correction, "
         + (f"these differences remain: {'; '.join(left)}." if left else "no difference remains.")
-    )
-
-
-def highest_multiplier(budgets: list[Budget], about: dict[str, str]) -> str:
-    """Name the method with the highest compute multiplier, or return "" if none is better."""
-    found = [at for at in budgets if at.better]
-    if not found:
-        return ""
-    at = max(found, key=lambda at: at.points[at.best].rank())
-    name = f"`{at.best}`" + (f" ({about[at.best]})" if about.get(at.best) else "")
-    multiplier = at.points[at.best].log_multiplier("flops")
-    if math.isnan(multiplier.mean):
-        return (
-            f"{name} is better with {at.steps:,} steps, but its compute multiplier is unknown: the "
-            "loss of at least one run is outside the range of the baselines."
-        )
-    return (
-        f"The highest compute multiplier of a method that is better is that of {name} with "
-        f"{at.steps:,} steps: the baseline needs {multiplier.as_factor()} times as many FLOPs to "
-        "reach its loss."
     )
 
 
@@ -718,10 +725,6 @@ def agreement(budgets: list[Budget], metric: str) -> str:
     return text + (f". The others are {', '.join(others)}." if others else ".")
 
 
-def _are(n, of=""):
-    return f"none{of} is" if n == 0 else f"1{of} is" if n == 1 else f"{n}{of} are"
-
-
 def summary(budgets: list[Budget]) -> str:
     """Return a table with a row per budget."""
     rows = []
@@ -751,47 +754,47 @@ CAPTION = (
 SUMMARY = (
     "Every method is compared with a *baseline*: a model of the same final size that is trained as "
     "a whole from the start, with the same FLOPs. The *gain* of a method is the baseline's "
-    "validation loss minus that of the method, in nats per token. It is positive if the method is "
-    "better. The *compute multiplier* is the FLOPs that a baseline needs to reach the loss of the "
-    "method, divided by the FLOPs of the method. It is above 1 if the method saves compute. Both "
-    "are given with 95% confidence intervals over the seeds. A method is *better* or *worse* if "
-    "the interval of its gain does not contain zero; the gain is then in bold. With 3 seeds, the "
-    "width of an interval is itself uncertain. *Methods* is the number of methods with at least "
-    f"{MIN_SEEDS} seeds. The *best method* has the highest compute multiplier of those that are "
-    "better. A dash instead of a multiplier means that it is unknown, because a run of at least "
-    "one seed has a lower loss than every baseline, or a higher one."
+    "validation loss minus that of the method, in nats per token. The *compute multiplier* is the "
+    "FLOPs that a baseline needs to reach the loss of the method, divided by the FLOPs of the "
+    "method: above 1, the method saves compute. Both are given with 95% intervals over the seeds. "
+    "A method is *better* or *worse* if the interval of its gain does not contain zero; the gain "
+    f"is then in bold. Only methods with at least {MIN_SEEDS} seeds are counted. The *best method* "
+    "has the highest compute multiplier of those that are better. It is selected with the same "
+    "runs, so its gain and its multiplier tend to be too high."
 )
 BUDGETS = (
-    "The number in parentheses is the number of tokens per non-embedding parameter on which a "
-    "baseline is trained in that many steps. Many methods use fewer FLOPs than this baseline. They "
-    "are compared with a shorter baseline, whose loss is interpolated between two that were "
-    "trained; *compared at* is its number of tokens per parameter. A method that saves FLOPs may "
-    "still have a higher loss than a baseline that is trained on the same tokens. *Compared with "
-    "the row above* counts the methods whose compute multiplier is lower or higher than in that "
-    "row. A method is counted as n.s. (not significant) if the 95% interval of the difference of "
-    "the logarithms, paired by seed, contains zero. Methods whose multiplier is unknown in one of "
-    "the rows are not counted."
+    "With 3 seeds, the width of an interval is itself uncertain. A dash instead of a multiplier "
+    "means that it is unknown, because a run of at least one seed has a lower loss than every "
+    "baseline, or a higher one. The number in parentheses is the number of tokens per "
+    "non-embedding parameter on which a baseline is trained in that many steps. Many methods use "
+    "fewer FLOPs than this baseline. They are compared with a shorter baseline, whose loss is "
+    "interpolated between two that were trained; *compared at* is its number of tokens per "
+    "parameter. A method that saves FLOPs may still have a higher loss than a baseline that is "
+    "trained on the same tokens. *Compared with the row above* counts the methods whose compute "
+    "multiplier is lower or higher than in that row. A method is counted as n.s. (not significant) "
+    "if the 95% interval of the difference of the logarithms, paired by seed, contains zero. "
+    "Methods whose multiplier is unknown in one of the rows are not counted."
 )
 NOTHING = (
-    f"- There is no comparison yet: it takes a method that is trained with {MIN_SEEDS} seeds and "
+    f"There is no comparison yet: it takes a method that is trained with {MIN_SEEDS} seeds and "
     "costs as much as one of the baselines, or an amount between them."
 )
 
 
-def control_finding(controls: dict[str, list[Point]], about: dict[str, str]) -> str:
-    """Return a sentence per control, or "" if none has been trained."""
+def control_findings(controls: dict[str, list[Point]], about: dict[str, str]) -> list[str]:
+    """Return a sentence per control and budget."""
     sentences = []
     for name, series in controls.items():
         found = [p for p in series if not math.isnan(p.gain("flops").mean)]
         for p in sorted(found, key=lambda p: p.steps):
             description = f" ({about[name]})" if about.get(name) else ""
             sentences.append(
-                f"- For comparison, the control `{name}`{description} has a gain of "
+                f"For comparison, the control `{name}`{description} has a gain of "
                 f"{p.gain('flops')} nats and a compute multiplier of "
                 f"{p.log_multiplier('flops').as_factor()} at {p.tokens_per_parameter():.1f} tokens "
                 f"per parameter ({len(p.runs)} seed{'s' * (len(p.runs) > 1)})."
             )
-    return "\n".join(sentences)
+    return sentences
 
 
 def holm(estimates: Mapping[Key, Estimate], level: float = 0.05) -> list[Key]:
@@ -940,19 +943,25 @@ def main(args: Args) -> None:
     controls = {n: points.pop(n) for n in list(points) if n in described.controls()}
     about = {name: e.about for name, e in described.runs.items()}
     budgets, contrasts = compared(points), contrasts_of(described, best)
-    found = [answer(budgets, about), control_finding(controls, about)]
-    found.append(contrast_findings(contrasts))
-    text = ["\n".join(filter(None, found)), f"![gain over the baseline at equal FLOPs]({FIGURE})"]
-    text.append(CAPTION)
+    findings = contrast_findings(contrasts)
+    figure = [f"![gain over the baseline at equal FLOPs]({FIGURE})", CAPTION]
+    overall = [summary(budgets), SUMMARY] if budgets else []
     if budgets:
-        text += [summary(budgets), SUMMARY, BUDGETS]
+        findings.insert(0, corrected(budgets))
     if readme:
-        write_summary(readme, folder, "\n\n".join(text))
+        write_summary(
+            readme, folder, "\n\n".join([answer(budgets), *findings[:2], *figure, *overall])
+        )
+    findings += [*control_findings(controls, about), trend(budgets)]
     page = [
         f"# {described.title}",
         f"*Written by `python frontier.py {folder.as_posix()}` from the run folders next to this "
         "file. Each config.json contains the command of its run.*",
-        *text,
+        answer(budgets),
+        "\n".join(f"- {finding}" for finding in findings if finding),
+        *figure,
+        *overall,
+        *([BUDGETS] if budgets else []),
         *([f"**Not finished yet:** {len(missing)} runs."] if missing else []),
         described.about.strip(),
     ]

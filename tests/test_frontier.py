@@ -288,7 +288,7 @@ def test_the_summary_counts_the_methods_on_either_side_of_the_baseline(tiny):
     assert above.sign == 1 and Estimate(-0.2, 0.1, 3).sign == -1 and around.sign == 0
     assert Estimate(0.2, 0.1, 2).sign == 0 and Estimate(0.2, math.nan, 1).sign == 0
     assert frontier.compared({"matched_copies": points["matched_copies"]}) == []  # two seeds
-    assert frontier.answer([], {}) == frontier.NOTHING
+    assert frontier.answer([]) == frontier.NOTHING
 
 
 def with_losses(tiny, folder, losses):
@@ -386,19 +386,26 @@ def test_the_answer_counts_methods_and_names_the_best(given):
     }
     budgets = frontier.compared(points)
     small, large = (frontier.nominal(at.points) for at in budgets)
-    best = Estimate.of([math.log(m) for m in (1.2, 1.3, 1.2)]).as_factor()
-    assert frontier.answer(budgets, {"good": "about it"}).splitlines() == [
-        f"- Of the methods trained for 16 steps ({small} tokens per parameter), 2 of 4 are "
-        "significantly better than a baseline with the same FLOPs and 1 is worse; for 32 steps "
-        f"({large} tokens per parameter), 1 of 2 is better and none is worse.",
-        "- Even if no method differed from the baseline, about 5% of these 6 comparisons would "
-        "count as better or worse by chance. After Holm's correction, these differences remain: "
-        "`good` (better, 16 steps).",
-        "- The highest compute multiplier of a method that is better is that of `good` (about it) "
-        f"with 16 steps: the baseline needs {best} times as many FLOPs to reach its loss.",
-        "- From 16 to 32 steps, the compute multiplier is significantly lower for 1 of 2 methods "
-        "and higher for 0.",
-    ]
+    best, later = (
+        Estimate.of([math.log(m) for m in values]) for values in ((1.2, 1.3, 1.2), (1.1, 1.1, 1.0))
+    )
+    assert frontier.answer(budgets) == (
+        "At equal FLOPs, 2 of 4 methods have a significantly lower loss than the baseline with 16 "
+        f"steps ({small} tokens per parameter) and 1 of 2 with 32 ({large}); in the same order, 1 "
+        "and 0 have a higher loss. To reach the loss of the best method, the baseline needs "
+        f"{best.as_factor('95% interval: ')} times as many FLOPs with 16 steps (`good`) and "
+        f"{later.as_factor()} times with 32 (`good`)."
+    )
+    assert "1.23 (95% interval: 1.1" in frontier.answer(budgets)
+    assert frontier.corrected(budgets) == (
+        "Even if no method differed from the baseline, about 5% of these 6 comparisons would count "
+        "as better or worse by chance. After Holm's correction, these differences remain: `good` "
+        "(better, 16 steps)."
+    )
+    assert frontier.trend(budgets) == (
+        "From 16 to 32 steps, the compute multiplier is significantly lower for 1 of 2 methods and "
+        "higher for 0."
+    )
     (row,) = (cells(r) for r in frontier.summary(budgets).splitlines() if r.startswith("| 16"))
     assert row[2:5] == ["2", "1", "good"]  # not noisy, whose multiplier is higher
 
@@ -429,15 +436,20 @@ def test_results_with_other_metrics(given):
 
 def test_the_answer_if_no_method_is_better_or_one_is_below_every_baseline(given):
     worse = {"bad": given({16: (WORSE, (0.9, 0.8, 0.9))})}
-    text = frontier.answer(frontier.compared(worse), {})
-    assert "none of 1 is significantly better" in text and "and 1 is worse." in text
-    assert text.endswith("remain: `bad` (worse, 16 steps).")  # no highest multiplier
+    budgets = frontier.compared(worse)
+    text = frontier.answer(budgets)
+    assert text.startswith("At equal FLOPs, none of 1 methods have a significantly lower loss")
+    assert text.endswith("parameter); 1 has a higher loss.")  # no multiplier
+    assert frontier.corrected(budgets).endswith("remain: `bad` (worse, 16 steps).")
     noisy = frontier.compared({"noisy": given({16: (NOISY, (2.0, 3.0, 4.0))})})
-    assert frontier.answer(noisy, {}).endswith("no difference remains.")
+    assert frontier.corrected(noisy).endswith("no difference remains.")
     unknown = {"best": given({16: (BETTER, (math.nan,) * 3)}), **worse}
-    text = frontier.answer(frontier.compared(unknown), {})
-    assert "1 of 2 is significantly better" in text
-    assert "`best` is better with 16 steps, but its compute multiplier is unknown" in text
+    text = frontier.answer(frontier.compared(unknown))
+    assert "1 of 2 methods have a significantly lower loss" in text and "needs" not in text
+    assert (
+        "a higher loss. For `best` with 16 steps, the compute multiplier is unknown, because"
+        in text
+    )
 
 
 def test_the_first_contrast_and_those_that_depend_on_the_budget_are_items():
@@ -449,13 +461,12 @@ def test_the_first_contrast_and_those_that_depend_on_the_budget_are_items():
         ("Is the difference larger?", "a", "b", "c", "d"): {16: better, 32: worse},
         ("Two seeds?", "a", "e"): {16: better, 32: Estimate(-0.2, 0.1, 2)},
     }
-    assert frontier.contrast_findings(found).splitlines() == [
-        "- Is b better? The difference of the losses at equal FLOPs (`a` minus `b`; positive if "
+    assert frontier.contrast_findings(found) == [
+        "Is b better? The difference of the losses at equal FLOPs (`a` minus `b`; positive if "
         "`b` is better), in nats, is **+0.2000 ± 0.1000** (16 steps), +0.0500 ± 0.1000 (32 steps).",
-        "- And d? `a` minus `d` is **+0.2000 ± 0.1000** (16 steps), **-0.2000 ± 0.1000** "
-        "(32 steps).",
+        "And d? `a` minus `d` is **+0.2000 ± 0.1000** (16 steps), **-0.2000 ± 0.1000** (32 steps).",
     ]
-    assert frontier.contrast_findings({}) == ""
+    assert frontier.contrast_findings({}) == []
 
 
 def test_contrasts_are_paired_differences_of_losses(tiny, tmp_path):
@@ -613,12 +624,13 @@ def test_the_finding_is_written_between_the_marks(tiny, tmp_path):
     frontier.main(frontier.Args(folder, readme=page))
     text = page.read_text()
     budgets = frontier.compared(points_of(folder))
-    about = {"stacked": "first a half, then all"}
-    assert text.startswith(f"before\n{frontier.BEGIN}\n{frontier.answer(budgets, about)}\n- ")
+    found = f"{frontier.answer(budgets)}\n\n{frontier.corrected(budgets)}\n\nDo copies help? The"
+    assert text.startswith(f"before\n{frontier.BEGIN}\n{found} difference")
     assert text.endswith(f"{frontier.END}\nafter\n") and "](copy/gain.png)" in text
     assert "former" not in text and frontier.summary(budgets) in text
-    assert "the control `small`" in text and "Do copies help? The difference" in text
-    assert (folder / "gain.png").exists() and "](gain.png)" in (folder / "README.md").read_text()
+    own = (folder / "README.md").read_text()
+    assert "\n- Do copies help? The difference" in own and "\n- For comparison, the control" in own
+    assert (folder / "gain.png").exists() and "](gain.png)" in own
     page.write_text("nothing\n")
     with pytest.raises(UserError, match="has no lines <!-- written by frontier.py -->"):
         frontier.main(frontier.Args(folder, readme=page))
