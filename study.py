@@ -181,7 +181,9 @@ class RunEntry(Struct, forbid_unknown_fields=True):
         | dict[Annotated[str, Meta(pattern=r"^[1-9]\d*\Z")], tuple[str, ...]]
     ) = ()
     more_seeds: dict[str, tuple[Annotated[int, Meta(ge=0, lt=2**32)], ...]] = {}  # by steps
-    against: str = BASELINE  # label of the run to compare with, of the same number of steps
+    # Label of the run to compare with, of the same number of steps. If there is none with the same
+    # seed, that of a variant.
+    against: str = BASELINE
     # For frontier.py: method of which this is a variant, for example with another learning rate. It
     # can be the label of another entry.
     variant_of: str = ""
@@ -328,9 +330,13 @@ def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
                 f"{run.label}: rename one of them"
             )
     names = {run.name for run in runs}
-    for run in runs:
+    for i, run in enumerate(runs):
         if f"{run.against}_seed{run.seed}" not in names:
-            against = study.runs[run.entry].against
+            against, suffix = study.runs[run.entry].against, run.label.removeprefix(run.entry)
+            variants = [v for v in study.runs if study.method(v) == study.method(against)]
+            if usable := [v for v in variants if f"{v}{suffix}_seed{run.seed}" in names]:
+                runs[i] = dataclasses.replace(run, against=usable[0] + suffix)
+                continue
             if study.runs[against].steps and run.against == against:
                 raise UserError(
                     f"{path}, runs.{run.entry}: runs.{against} lists several numbers of steps, so "

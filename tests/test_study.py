@@ -202,6 +202,22 @@ def test_a_file_that_is_no_study_is_refused(tmp_path, text, named):
         study.load_study(tmp_path)
 
 
+def test_a_variant_replaces_a_missing_run_to_compare_with(tmp_path):
+    (tmp_path / "study.toml").write_text(
+        'title = "x"\n[runs.baseline]\nsteps = [4, 8]\n[runs.slow]\nvariant_of = "baseline"\n'
+        "steps = [8, 16]\nseeds = [1, 2]\n[runs.s4]\nsteps = [4, 8, 16]\n"
+        "more_seeds = {8 = [2]}\n[runs.s4_slow]\nvariant_of = 's4'\nagainst = 'slow'\nsteps = [4]\n"
+    )
+    _, runs = study.load_study(tmp_path)
+    assert {r.name: r.against for r in runs if r.entry.startswith("s4")} == {
+        "s4_4_seed1": "baseline_4",
+        "s4_8_seed1": "baseline_8",
+        "s4_8_seed2": "slow_8",
+        "s4_16_seed1": "slow_16",
+        "s4_slow_4_seed1": "baseline_4",
+    }
+
+
 @pytest.mark.parametrize("name", ["small_cpu", "gpt2_124m"])
 def test_the_studies_of_this_repository_make_schedules(name, corpus):
     _, runs = study.load_study(ROOT / "results" / name)
