@@ -323,12 +323,8 @@ def points_of(described: study.Study, best: list[Finished]) -> dict[str, list[Po
     Raises:
         UserError: if there are not enough baselines.
     """
-    frontiers: dict[tuple[str, int], Frontier] = {}
     baselines = [r for r in best if r.method == BASELINE]
-    for seed in {r.planned.seed for r in best}:
-        own = [r for r in baselines if r.planned.seed == seed]
-        if len(own) > 1:
-            frontiers |= {(m, seed): Frontier.of(own, m) for m in METRICS}
+    frontiers = frontiers_of(baselines)
     if not frontiers:
         raise UserError(
             f"no seed has two finished runs of {BASELINE!r}: train them first, with python "
@@ -343,6 +339,34 @@ def points_of(described: study.Study, best: list[Finished]) -> dict[str, list[Po
         method: [Point(rs, frontiers, baselines[0].run) for rs in by.values()]
         for method, by in points.items()
     }
+
+
+def frontiers_of(baselines: list[Finished]) -> dict[tuple[str, int], Frontier]:
+    """Return the frontier of every metric and seed with at least two runs."""
+    frontiers: dict[tuple[str, int], Frontier] = {}
+    for seed in {r.planned.seed for r in baselines}:
+        own = [r for r in baselines if r.planned.seed == seed]
+        if len(own) > 1:
+            frontiers |= {(m, seed): Frontier.of(own, m) for m in METRICS}
+    return frontiers
+
+
+def compared_with_control(
+    points: dict[str, list[Point]], control: list[Point]
+) -> dict[str, list[Point]]:
+    """Return the points of methods, but compared with a control instead of the baseline.
+
+    Seeds with fewer than two runs of the control, and methods without a gain over it, are left out.
+    """
+    frontiers = frontiers_of([r for p in control for r in p.runs])
+    result: dict[str, list[Point]] = {}
+    for method, series in points.items():
+        for p in series:
+            runs = [r for r in p.runs if ("flops", r.planned.seed) in frontiers]
+            point = Point(runs, frontiers, p.baseline)
+            if not math.isnan(point.gain("flops").mean):
+                result.setdefault(method, []).append(point)
+    return result
 
 
 def contrast(runs: list[Finished], others: list[Finished]) -> dict[tuple[int, int], float]:
@@ -621,8 +645,8 @@ def answer(budgets: list[Budget]) -> str:
     return f"{counts(budgets)} {multipliers(budgets)}".strip() if budgets else NOTHING
 
 
-def counts(budgets: list[Budget]) -> str:
-    """Say how many methods are better and worse at every budget."""
+def counts(budgets: list[Budget], other: str = "the baseline") -> str:
+    """Say how many methods are better and worse than `other` at every budget."""
     items: list[str] = []
     for at in budgets:
         number, tokens = f"{len(at.better) or 'none'} of {len(at.gains)}", nominal(at.points)
@@ -630,7 +654,7 @@ def counts(budgets: list[Budget]) -> str:
             items.append(f"{number} with {at.steps:,} ({tokens})")
         else:
             items.append(
-                f"{number} methods have a significantly lower loss than the baseline with "
+                f"{number} methods have a significantly lower loss than {other} with "
                 f"{at.steps:,} steps ({tokens} tokens per parameter)"
             )
     worse = [str(len(at.worse)) for at in budgets]
@@ -781,19 +805,27 @@ NOTHING = (
 )
 
 
-def control_findings(controls: dict[str, list[Point]], about: dict[str, str]) -> list[str]:
-    """Return a sentence per control and budget."""
+def control_findings(
+    controls: dict[str, list[Point]], points: dict[str, list[Point]], about: dict[str, str]
+) -> list[str]:
+    """Describe the gain of every control, and how many methods are better than the control."""
     sentences = []
     for name, series in controls.items():
-        found = [p for p in series if not math.isnan(p.gain("flops").mean)]
-        for p in sorted(found, key=lambda p: p.steps):
-            description = f" ({about[name]})" if about.get(name) else ""
-            sentences.append(
-                f"For comparison, the control `{name}`{description} has a gain of "
-                f"{p.gain('flops')} nats and a compute multiplier of "
-                f"{p.log_multiplier('flops').as_factor()} at {p.tokens_per_parameter():.1f} tokens "
-                f"per parameter ({len(p.runs)} seed{'s' * (len(p.runs) > 1)})."
-            )
+        gains: list[str] = []
+        for p in sorted(series, key=lambda p: p.steps):
+            gain = p.gain("flops")
+            if not math.isnan(gain.mean):
+                unit = "" if gains else " tokens per parameter"
+                gains.append(f"{gain} ({p.tokens_per_parameter():.1f}{unit})")
+        if not gains:
+            continue
+        description = f" ({about[name]})" if about.get(name) else ""
+        sentences.append(
+            f"For comparison, the gain of the control `{name}`{description}, in nats, is "
+            f"{_list(gains)}."
+        )
+        if budgets := compared(compared_with_control(points, series)):
+            sentences.append(counts(budgets, f"the control `{name}`"))
     return sentences
 
 
@@ -824,6 +856,11 @@ CONTROLS = (
     "number of blocks. The columns are those of the table of all runs; *tokens / parameter* are "
     "the tokens that the baseline reads with the FLOPs of the run, per non-embedding parameter of "
     "the baseline."
+)
+OVER_CONTROL = (
+    "The next table shows the gain of every method over `{name}` instead of the baseline: the loss "
+    "of `{name}` at the FLOPs of the method, interpolated in the same way, minus the loss of the "
+    "method, over the seeds with which `{name}` was trained."
 )
 CONTRASTS = (
     "The next table compares two kinds of runs with the same seed and the same FLOPs (within 2%). "
@@ -948,11 +985,11 @@ def main(args: Args) -> None:
     overall = [summary(budgets), SUMMARY] if budgets else []
     if budgets:
         findings.insert(0, corrected(budgets))
+    about_controls = control_findings(controls, points, about)
     if readme:
-        write_summary(
-            readme, folder, "\n\n".join([answer(budgets), *findings[:2], *figure, *overall])
-        )
-    findings += [*control_findings(controls, about), trend(budgets)]
+        text = [answer(budgets), *findings[:2], " ".join(about_controls), *figure, *overall]
+        write_summary(readme, folder, "\n\n".join(filter(None, text)))
+    findings += [*about_controls, trend(budgets)]
     page = [
         f"# {described.title}",
         f"*Written by `python frontier.py {folder.as_posix()}` from the run folders next to this "
@@ -983,6 +1020,9 @@ def main(args: Args) -> None:
         page.append(accuracy)
     if controls:
         page += ["## Controls", CONTROLS, table(controls, METRICS[:2])]
+    for name, series in controls.items():
+        if over := compared_with_control(points, series):
+            page += [OVER_CONTROL.format(name=name), overview(over, "flops")]
     if several := variant_table(runs):
         page += ["## Variants", VARIANTS, several]
     page += [

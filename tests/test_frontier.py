@@ -53,11 +53,12 @@ against = "constant"
 [runs.shorter]
 options = ["--skip_policy=layer_dropout", "--skip_rate=0.9"]
 steps = [8]
-seeds = [1, 2]
+seeds = [1, 2, 3]
 [runs.small]
 control = true
 options = ["--n_layer=1"]
-steps = [32]
+steps = [16, 32]
+seeds = [1, 2, 3]
 [runs.later]
 steps = [8]
 """
@@ -83,6 +84,10 @@ def points_of(folder):
     return frontier.points_of(described, frontier.best_variants(runs))
 
 
+def methods_of(folder):
+    return {name: series for name, series in points_of(folder).items() if name != "small"}
+
+
 def final(folder, name):
     row = metrics(folder / name)[-1]
     return row["flops"], row["val_loss"]
@@ -95,7 +100,7 @@ def test_the_gain_is_the_difference_to_the_interpolated_baseline_of_the_same_see
         "matched": [16],
         "matched_copies": [16],
         "shorter": [8],
-        "small": [32],
+        "small": [16, 32],
     }
     assert [run.name for run in missing] == ["later_8_seed1"]
     gains = []
@@ -179,8 +184,7 @@ def test_the_page_has_a_row_for_every_method_and_budget(tiny, tmp_path, capsys):
 def test_a_control_is_compared_but_not_counted(tiny, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(tiny, folder)
-    points = points_of(folder)
-    (small,) = points["small"]
+    small = points_of(folder)["small"][1]
     flops = final(tiny, "small_32_seed1")[0]
     f32 = final(tiny, "baseline_32_seed1")[0]
     baseline = frontier.load_runs(tiny)[1][0].run  # four blocks
@@ -189,15 +193,32 @@ def test_a_control_is_compared_but_not_counted(tiny, tmp_path):
     assert small.tokens_per_parameter() == pytest.approx(flops / f32 * tokens / parameters)
     frontier.main(frontier.Args(folder))
     before, controls = (folder / "README.md").read_text().split("## Controls")
-    tokens = f"{small.tokens_per_parameter():.1f} tokens per parameter"
-    sentence = f"the control `small` has a gain of {small.gain('flops')} nats and a compute"
-    assert sentence in before and f"at {tokens} (1 seed)." in before
+    sentence = f"the control `small`, in nats, is {small.gain('flops')} ("
+    assert sentence in before and f"({small.tokens_per_parameter():.1f} tokens per par" in before
     assert "| small " not in before
     assert re.search(r"^\| small +\| +32 \|", controls, re.MULTILINE)
     text = (folder / "study.toml").read_text()
     (folder / "study.toml").write_text(text.replace("control = true\n", ""))
-    with pytest.raises(UserError, match="small_32_seed1: n_layer is 1, but 4 in"):
+    with pytest.raises(UserError, match="small_16_seed1: n_layer is 1, but 4 in"):
         frontier.load_runs(folder)
+
+
+def test_methods_are_compared_with_a_control_as_with_the_baseline(tiny):
+    points, controls = methods_of(tiny), {"small": points_of(tiny)["small"]}
+    over = frontier.compared_with_control(points, controls["small"])
+    assert {name: [p.steps for p in series] for name, series in over.items()} == {"shorter": [8]}
+    gains = []
+    for seed in (1, 2, 3):
+        (f0, l0), (f1, l1) = (final(tiny, f"small_{s}_seed{seed}") for s in (16, 32))
+        flops, loss = final(tiny, f"shorter_8_seed{seed}")
+        assert f0 < flops < f1 < final(tiny, f"stacked_16_seed{seed}")[0]
+        share = math.log(flops / f0) / math.log(f1 / f0)
+        gains.append(l0 + share * (l1 - l0) - loss)
+    (point,) = over["shorter"]
+    assert point.gain("flops").mean == pytest.approx(statistics.fmean(gains)) and len(gains) == 3
+    _, sentence = frontier.control_findings(controls, points, {})
+    assert sentence.startswith("At equal FLOPs, ")
+    assert "of 1 methods have a significantly lower loss than the control `small`" in sentence
 
 
 def test_the_interpolation_is_checked_with_each_baseline_between_two_others(tiny):
@@ -262,7 +283,7 @@ def cells(row: str) -> list[str]:
 
 
 def test_the_summary_counts_the_methods_on_either_side_of_the_baseline(tiny):
-    points = points_of(tiny)
+    points = methods_of(tiny)
     text = frontier.summary(frontier.compared(points))
     header, _, *rows = (cells(row) for row in text.splitlines() if row.startswith("|"))
     names = {16: ("stacked", "matched"), 32: ("stacked",)}  # matched_copies has two seeds
@@ -623,13 +644,14 @@ def test_the_finding_is_written_between_the_marks(tiny, tmp_path):
     page.write_text(f"before\n{frontier.BEGIN}\nformer\n{frontier.END}\nafter\n")
     frontier.main(frontier.Args(folder, readme=page))
     text = page.read_text()
-    budgets = frontier.compared(points_of(folder))
+    budgets = frontier.compared(methods_of(folder))
     found = f"{frontier.answer(budgets)}\n\n{frontier.corrected(budgets)}\n\nDo copies help? The"
     assert text.startswith(f"before\n{frontier.BEGIN}\n{found} difference")
     assert text.endswith(f"{frontier.END}\nafter\n") and "](copy/gain.png)" in text
     assert "former" not in text and frontier.summary(budgets) in text
+    assert "\n\nFor comparison, the gain of the control `small`" in text
     own = (folder / "README.md").read_text()
-    assert "\n- Do copies help? The difference" in own and "\n- For comparison, the control" in own
+    assert "\n- Do copies help? The difference" in own and "\n- For comparison, the gain" in own
     assert (folder / "gain.png").exists() and "](gain.png)" in own
     page.write_text("nothing\n")
     with pytest.raises(UserError, match="has no lines <!-- written by frontier.py -->"):
