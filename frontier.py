@@ -645,22 +645,22 @@ def answer(budgets: list[Budget]) -> str:
     return f"{counts(budgets)} {multipliers(budgets)}".strip() if budgets else NOTHING
 
 
-def counts(budgets: list[Budget], other: str = "the baseline") -> str:
-    """Say how many methods are better and worse than `other` at every budget."""
+def counts(budgets: list[Budget], control: str = "") -> str:
+    """Say how many methods are better and worse than the baseline or a control at every budget."""
+    other = f"`{control}`" if control else "the baseline"
+    those = " that can be compared" if control else ""
     items: list[str] = []
     for at in budgets:
-        number, tokens = f"{len(at.better) or 'none'} of {len(at.gains)}", nominal(at.points)
-        if items:
-            items.append(f"{number} with {at.steps:,} ({tokens})")
-        else:
-            items.append(
-                f"{number} methods have a significantly lower loss than {other} with "
-                f"{at.steps:,} steps ({tokens} tokens per parameter)"
-            )
-    worse = [str(len(at.worse)) for at in budgets]
-    order = "; in the same order, " if len(budgets) > 1 else "; "
-    verb = "has" if worse == ["1"] else "have"
-    return f"At equal FLOPs, {_list(items)}{order}{_list(worse)} {verb} a higher loss."
+        better, worse, n = len(at.better), len(at.worse), len(at.gains)
+        tokens = nominal(at.points) + ("" if items else " tokens per parameter")
+        than = "" if items else f" significantly better than {other}"
+        items.append(
+            f"with {at.steps:,} steps ({tokens}), {better or 'none'} of {n} "
+            f"method{'s' * (n > 1)}{those} {'is' if better <= 1 else 'are'}{than or ' better'} and "
+            f"{worse or 'none'} {'is' if worse <= 1 else 'are'} "
+            f"{'' if items else 'significantly '}worse"
+        )
+    return f"At equal FLOPs, {'; '.join(items)}."
 
 
 def multipliers(budgets: list[Budget]) -> str:
@@ -671,15 +671,14 @@ def multipliers(budgets: list[Budget]) -> str:
         best, estimate = f"`{at.best}`", at.points[at.best].log_multiplier("flops")
         if math.isnan(estimate.mean):
             unknown.append(f"{best} with {at.steps:,} steps")
-        elif known:
-            known.append(f"{estimate.as_factor()} times with {at.steps:,} ({best})")
         else:
-            factor = estimate.as_factor("95% interval: ")
-            known.append(f"{factor} times as many FLOPs with {at.steps:,} steps ({best})")
+            factor = estimate.as_factor("" if known else "95% interval: ")
+            known.append(f"{factor} with {at.steps:,} steps ({best})")
     sentences = []
     if known:
         sentences.append(
-            f"To reach the loss of the best method, the baseline needs {_list(known)}."
+            "The FLOPs that the baseline needs to reach the loss of the best method, divided by "
+            f"those of the method, are {_list(known)}."
         )
     if unknown:
         sentences.append(
@@ -696,17 +695,22 @@ def _list(items: list[str]) -> str:
 
 def corrected(budgets: list[Budget]) -> str:
     """Say which differences from the baseline are significant after Holm's correction."""
+    n, left = sum(len(at.gains) for at in budgets), remaining(budgets)
+    return (
+        f"Even if no method differed from the baseline, about 5% of these {n} comparisons would "
+        "count as better or worse by chance. After Holm's correction for multiple comparisons, "
+        + (f"these differences remain: {left}." if left else "no difference remains.")
+    )
+
+
+def remaining(budgets: list[Budget]) -> str:
+    """List the methods that are better or worse after Holm's correction, by budget."""
     left = []
     for at in budgets:
         for sign, word in ((1, "better"), (-1, "worse")):
             if names := [f"`{name}`" for name in at.remaining if at.gains[name].sign == sign]:
                 left.append(f"{', '.join(names)} ({word}, {at.steps:,} steps)")
-    n = sum(len(at.gains) for at in budgets)
-    return (
-        f"Even if no method differed from the baseline, about 5% of these {n} comparisons would "
-        "count as better or worse by chance. After Holm's correction, "
-        + (f"these differences remain: {'; '.join(left)}." if left else "no difference remains.")
-    )
+    return "; ".join(left)
 
 
 def trend(budgets: list[Budget]) -> str:
@@ -777,7 +781,10 @@ CAPTION = (
 )
 SUMMARY = (
     "Every method is compared with a *baseline*: a model of the same final size that is trained as "
-    "a whole from the start, with the same FLOPs. The *gain* of a method is the baseline's "
+    "a whole from the start, with the same FLOPs. Tokens are counted per non-embedding parameter. "
+    "The number after the steps is that of a baseline with as many steps; most methods cost fewer "
+    "FLOPs, and are compared with a shorter baseline. "
+    "The *gain* of a method is the baseline's "
     "validation loss minus that of the method, in nats per token. The *compute multiplier* is the "
     "FLOPs that a baseline needs to reach the loss of the method, divided by the FLOPs of the "
     "method: above 1, the method saves compute. Both are given with 95% intervals over the seeds. "
@@ -788,16 +795,17 @@ SUMMARY = (
 )
 BUDGETS = (
     "With 3 seeds, the width of an interval is itself uncertain. A dash instead of a multiplier "
-    "means that it is unknown, because a run of at least one seed has a lower loss than every "
-    "baseline, or a higher one. The number in parentheses is the number of tokens per "
+    "means that it is unknown, because the loss of the run of at least one seed is lower or higher "
+    "than that of every baseline. The number in parentheses is the number of tokens per "
     "non-embedding parameter on which a baseline is trained in that many steps. Many methods use "
     "fewer FLOPs than this baseline. They are compared with a shorter baseline, whose loss is "
     "interpolated between two that were trained; *compared at* is its number of tokens per "
     "parameter. A method that saves FLOPs may still have a higher loss than a baseline that is "
     "trained on the same tokens. *Compared with the row above* counts the methods whose compute "
     "multiplier is lower or higher than in that row. A method is counted as n.s. (not significant) "
-    "if the 95% interval of the difference of the logarithms, paired by seed, contains zero. "
-    "Methods whose multiplier is unknown in one of the rows are not counted."
+    "if the 95% interval of the difference between the logarithms of the two multipliers, paired "
+    "by seed, contains zero. Methods whose multiplier is unknown in one of the rows are not "
+    "counted."
 )
 NOTHING = (
     f"There is no comparison yet: it takes a method that is trained with {MIN_SEEDS} seeds and "
@@ -814,18 +822,19 @@ def control_findings(
         gains: list[str] = []
         for p in sorted(series, key=lambda p: p.steps):
             gain = p.gain("flops")
-            if not math.isnan(gain.mean):
-                unit = "" if gains else " tokens per parameter"
+            if not math.isnan(gain.mean) and gain.n >= MIN_SEEDS:
+                unit = "" if gains else " tokens per parameter of the baseline"
                 gains.append(f"{gain} ({p.tokens_per_parameter():.1f}{unit})")
         if not gains:
             continue
         description = f" ({about[name]})" if about.get(name) else ""
         sentences.append(
-            f"For comparison, the gain of the control `{name}`{description}, in nats, is "
-            f"{_list(gains)}."
+            f"The control `{name}`{description} is compared with the baseline, too. Its gain, in "
+            f"nats, is {_list(gains)}."
         )
         if budgets := compared(compared_with_control(points, series)):
-            sentences.append(counts(budgets, f"the control `{name}`"))
+            left = remaining(budgets) or "none"
+            sentences.append(f"{counts(budgets, name)} Holm's correction leaves: {left}.")
     return sentences
 
 
@@ -860,7 +869,8 @@ CONTROLS = (
 OVER_CONTROL = (
     "The next table shows the gain of every method over `{name}` instead of the baseline: the loss "
     "of `{name}` at the FLOPs of the method, interpolated in the same way, minus the loss of the "
-    "method, over the seeds with which `{name}` was trained."
+    "method, over the seeds with which `{name}` was trained for several numbers of steps. A dash "
+    "means that the method was not trained, or that its FLOPs are outside the range of `{name}`."
 )
 CONTRASTS = (
     "The next table compares two kinds of runs with the same seed and the same FLOPs (within 2%). "
@@ -910,23 +920,29 @@ def about_seconds(times: study.StepTimes, entries: set[str]) -> str:
     return SECONDS.format(machine=times.machine, error=error)
 
 
-def interpolation_error(best: list[Finished]) -> str:
-    """Describe how well the loss of a baseline is interpolated between its neighbors."""
-    errors = []
-    for seed in {r.planned.seed for r in best}:
-        own = [r for r in best if r.method == BASELINE and r.planned.seed == seed]
-        own.sort(key=lambda r: r.compute("flops"))
-        for before, left_out, after in zip(own, own[1:], own[2:], strict=False):
-            line = Frontier.of([before, after], "flops")
-            errors.append(line.loss_at(left_out.compute("flops")) - left_out.loss)
-    if not errors:
+def interpolation_error(best: list[Finished], methods: Sequence[str]) -> str:
+    """Describe how well the loss of the baseline, and of controls, is interpolated."""
+    found = {}
+    for method in methods:
+        errors = []
+        for seed in {r.planned.seed for r in best}:
+            own = [r for r in best if r.method == method and r.planned.seed == seed]
+            own.sort(key=lambda r: r.compute("flops"))
+            for before, left_out, after in zip(own, own[1:], own[2:], strict=False):
+                line = Frontier.of([before, after], "flops")
+                errors.append(line.loss_at(left_out.compute("flops")) - left_out.loss)
+        if errors:
+            found[method] = (
+                f"{min(errors):+.3f} to {max(errors):+.3f} nats for `{method}` (mean "
+                f"{statistics.fmean(errors):+.3f})"
+            )
+    if not found:
         return ""
     return (
-        "*Accuracy of the interpolation*: each baseline except the shortest and the longest is "
-        "left out in turn, and its loss is interpolated between its neighbors. The interpolated "
-        f"loss minus the actual one is {min(errors):+.3f} to {max(errors):+.3f} nats (mean "
-        f"{statistics.fmean(errors):+.3f}). The neighbors are about twice as far apart as the "
-        "baselines that are used for the gain of a run. As far as the error is due to the "
+        "*Accuracy of the interpolation*: each run except the shortest and the longest is left out "
+        "in turn, and its loss is interpolated between its neighbors. The interpolated loss minus "
+        f"the actual one is {_list([*found.values()])}. The neighbors are about twice as far apart "
+        "as the runs that are used for the gain of a method. As far as the error is due to the "
         "curvature of the loss, that of a gain is therefore at most about a quarter of this."
     )
 
@@ -987,7 +1003,7 @@ def main(args: Args) -> None:
         findings.insert(0, corrected(budgets))
     about_controls = control_findings(controls, points, about)
     if readme:
-        text = [answer(budgets), *findings[:2], " ".join(about_controls), *figure, *overall]
+        text = [answer(budgets), *figure, *overall, *findings[:2], " ".join(about_controls)]
         write_summary(readme, folder, "\n\n".join(filter(None, text)))
     findings += [*about_controls, trend(budgets)]
     page = [
@@ -1007,16 +1023,17 @@ def main(args: Args) -> None:
     if legend := [[n, e.about] for n, e in described.runs.items() if e.about]:
         page += ["## Methods", study.markdown(["method", "description"], legend, n_left=2)]
     # Other work during training changes the step times.
-    timed = all(p.name in r.run.step_seconds for r in best for p in r.run.schedule.phases)
+    counted = [r for r in best if r.method not in controls]
+    timed = all(p.name in r.run.step_seconds for r in counted for p in r.run.schedule.phases)
     for metric in METRICS if timed else METRICS[:2]:
         page += [f"## Gain at equal {study.LABELS[metric]}", overview(points, metric)]
         page.append(OVERVIEW if metric == "flops" else agreement(budgets, metric))
     page += ["## All runs", table(points, METRICS if timed else METRICS[:2])]
     page.append(HOW_TO_READ)
     if timed:
-        entries = {r.planned.entry for r in best}
+        entries = {r.planned.entry for r in counted}
         page[-1] += about_seconds(study.load_times(folder), entries)
-    if accuracy := interpolation_error(best):
+    if accuracy := interpolation_error(best, [BASELINE, *controls]):
         page.append(accuracy)
     if controls:
         page += ["## Controls", CONTROLS, table(controls, METRICS[:2])]

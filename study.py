@@ -181,8 +181,8 @@ class RunEntry(Struct, forbid_unknown_fields=True):
         | dict[Annotated[str, Meta(pattern=r"^[1-9]\d*\Z")], tuple[str, ...]]
     ) = ()
     more_seeds: dict[str, tuple[Annotated[int, Meta(ge=0, lt=2**32)], ...]] = {}  # by steps
-    # Label of the run to compare with, of the same number of steps. If there is none with the same
-    # seed, that of a variant.
+    # Label of the run to compare with, of the same number of steps. If the baseline lacks one of
+    # the seeds, the first variant of the baseline that has all of them is used.
     against: str = BASELINE
     # For frontier.py: method of which this is a variant, for example with another learning rate. It
     # can be the label of another entry.
@@ -329,14 +329,18 @@ def load_study(folder: Path) -> tuple[Study, list[PlannedRun]]:
                 f"{path}: runs.{run.entry} and runs.{entries[run.label]} both have a run "
                 f"{run.label}: rename one of them"
             )
-    names = {run.name for run in runs}
+    seeds_of: dict[str, set[int]] = {}
+    for run in runs:
+        seeds_of.setdefault(run.label, set()).add(run.seed)
     for i, run in enumerate(runs):
-        if f"{run.against}_seed{run.seed}" not in names:
-            against, suffix = study.runs[run.entry].against, run.label.removeprefix(run.entry)
-            variants = [v for v in study.runs if study.method(v) == study.method(against)]
-            if usable := [v for v in variants if f"{v}{suffix}_seed{run.seed}" in names]:
-                runs[i] = dataclasses.replace(run, against=usable[0] + suffix)
-                continue
+        if seeds_of[run.label] <= seeds_of.get(run.against, set()):
+            continue
+        against, suffix = study.runs[run.entry].against, run.label.removeprefix(run.entry)
+        others = [v for v in study.runs if study.runs[v].variant_of == BASELINE and v != run.entry]
+        others = [v for v in others if seeds_of[run.label] <= seeds_of.get(v + suffix, set())]
+        if against == BASELINE and others:
+            runs[i] = dataclasses.replace(run, against=others[0] + suffix)
+        elif run.seed not in seeds_of.get(run.against, set()):
             if study.runs[against].steps and run.against == against:
                 raise UserError(
                     f"{path}, runs.{run.entry}: runs.{against} lists several numbers of steps, so "

@@ -193,8 +193,10 @@ def test_a_control_is_compared_but_not_counted(tiny, tmp_path):
     assert small.tokens_per_parameter() == pytest.approx(flops / f32 * tokens / parameters)
     frontier.main(frontier.Args(folder))
     before, controls = (folder / "README.md").read_text().split("## Controls")
-    sentence = f"the control `small`, in nats, is {small.gain('flops')} ("
-    assert sentence in before and f"({small.tokens_per_parameter():.1f} tokens per par" in before
+    sentence = f"nats, is {small.gain('flops')} ({small.tokens_per_parameter():.1f} tokens per"
+    assert (
+        f"The control `small` is compared with the baseline, too. Its gain, in {sentence}" in before
+    )
     assert "| small " not in before
     assert re.search(r"^\| small +\| +32 \|", controls, re.MULTILINE)
     text = (folder / "study.toml").read_text()
@@ -217,8 +219,9 @@ def test_methods_are_compared_with_a_control_as_with_the_baseline(tiny):
     (point,) = over["shorter"]
     assert point.gain("flops").mean == pytest.approx(statistics.fmean(gains)) and len(gains) == 3
     _, sentence = frontier.control_findings(controls, points, {})
-    assert sentence.startswith("At equal FLOPs, ")
-    assert "of 1 methods have a significantly lower loss than the control `small`" in sentence
+    assert sentence.startswith("At equal FLOPs, with 8 steps ")
+    assert "of 1 method that can be compared is significantly better than `small`" in sentence
+    assert "Holm's correction leaves: " in sentence
 
 
 def test_the_interpolation_is_checked_with_each_baseline_between_two_others(tiny):
@@ -228,10 +231,11 @@ def test_the_interpolation_is_checked_with_each_baseline_between_two_others(tiny
             final(tiny, f"baseline_{s}_seed{seed}") for s in (8, 16, 32)
         )
         errors.append(l0 + math.log(f1 / f0) / math.log(f2 / f0) * (l2 - l0) - l1)
-    text = frontier.interpolation_error(frontier.best_variants(frontier.load_runs(tiny)[1]))
-    assert f"is {min(errors):+.3f} to {max(errors):+.3f} nats" in text
+    best = frontier.best_variants(frontier.load_runs(tiny)[1])
+    text = frontier.interpolation_error(best, ["baseline", "small"])  # small: two lengths
+    assert f"is {min(errors):+.3f} to {max(errors):+.3f} nats for `baseline`" in text
     assert f"(mean {statistics.fmean(errors):+.3f})" in text
-    assert frontier.interpolation_error([]) == ""
+    assert frontier.interpolation_error([], ["baseline"]) == ""
 
 
 def test_seconds_are_shown_if_all_step_times_were_measured(tiny, tmp_path):
@@ -411,17 +415,18 @@ def test_the_answer_counts_methods_and_names_the_best(given):
         Estimate.of([math.log(m) for m in values]) for values in ((1.2, 1.3, 1.2), (1.1, 1.1, 1.0))
     )
     assert frontier.answer(budgets) == (
-        "At equal FLOPs, 2 of 4 methods have a significantly lower loss than the baseline with 16 "
-        f"steps ({small} tokens per parameter) and 1 of 2 with 32 ({large}); in the same order, 1 "
-        "and 0 have a higher loss. To reach the loss of the best method, the baseline needs "
-        f"{best.as_factor('95% interval: ')} times as many FLOPs with 16 steps (`good`) and "
-        f"{later.as_factor()} times with 32 (`good`)."
+        f"At equal FLOPs, with 16 steps ({small} tokens per parameter), 2 of 4 methods are "
+        "significantly better than the baseline and 1 is significantly worse; with 32 steps "
+        f"({large}), 1 of 2 methods is better and none is worse. The FLOPs that the baseline needs "
+        "to reach the loss of the best method, divided by those of the method, are "
+        f"{best.as_factor('95% interval: ')} with 16 steps (`good`) and {later.as_factor()} with "
+        "32 steps (`good`)."
     )
     assert "1.23 (95% interval: 1.1" in frontier.answer(budgets)
     assert frontier.corrected(budgets) == (
         "Even if no method differed from the baseline, about 5% of these 6 comparisons would count "
-        "as better or worse by chance. After Holm's correction, these differences remain: `good` "
-        "(better, 16 steps)."
+        "as better or worse by chance. After Holm's correction for multiple comparisons, these "
+        "differences remain: `good` (better, 16 steps)."
     )
     assert frontier.trend(budgets) == (
         "From 16 to 32 steps, the compute multiplier is significantly lower for 1 of 2 methods and "
@@ -459,18 +464,16 @@ def test_the_answer_if_no_method_is_better_or_one_is_below_every_baseline(given)
     worse = {"bad": given({16: (WORSE, (0.9, 0.8, 0.9))})}
     budgets = frontier.compared(worse)
     text = frontier.answer(budgets)
-    assert text.startswith("At equal FLOPs, none of 1 methods have a significantly lower loss")
-    assert text.endswith("parameter); 1 has a higher loss.")  # no multiplier
+    assert text.endswith(
+        "none of 1 method is significantly better than the baseline and 1 is significantly worse."
+    )
     assert frontier.corrected(budgets).endswith("remain: `bad` (worse, 16 steps).")
     noisy = frontier.compared({"noisy": given({16: (NOISY, (2.0, 3.0, 4.0))})})
     assert frontier.corrected(noisy).endswith("no difference remains.")
     unknown = {"best": given({16: (BETTER, (math.nan,) * 3)}), **worse}
     text = frontier.answer(frontier.compared(unknown))
-    assert "1 of 2 methods have a significantly lower loss" in text and "needs" not in text
-    assert (
-        "a higher loss. For `best` with 16 steps, the compute multiplier is unknown, because"
-        in text
-    )
+    assert "1 of 2 methods is significantly better" in text and "needs" not in text
+    assert "worse. For `best` with 16 steps, the compute multiplier is unknown, because" in text
 
 
 def test_the_first_contrast_and_those_that_depend_on_the_budget_are_items():
@@ -645,13 +648,15 @@ def test_the_finding_is_written_between_the_marks(tiny, tmp_path):
     frontier.main(frontier.Args(folder, readme=page))
     text = page.read_text()
     budgets = frontier.compared(methods_of(folder))
-    found = f"{frontier.answer(budgets)}\n\n{frontier.corrected(budgets)}\n\nDo copies help? The"
-    assert text.startswith(f"before\n{frontier.BEGIN}\n{found} difference")
+    assert text.startswith(f"before\n{frontier.BEGIN}\n{frontier.answer(budgets)}\n\n![gain")
+    assert f"{frontier.corrected(budgets)}\n\nDo copies help? The difference" in text
     assert text.endswith(f"{frontier.END}\nafter\n") and "](copy/gain.png)" in text
     assert "former" not in text and frontier.summary(budgets) in text
-    assert "\n\nFor comparison, the gain of the control `small`" in text
+    assert "\n\nThe control `small` is compared" in text
     own = (folder / "README.md").read_text()
-    assert "\n- Do copies help? The difference" in own and "\n- For comparison, the gain" in own
+    assert (
+        "\n- Do copies help? The difference" in own and "\n- The control `small` is compared" in own
+    )
     assert (folder / "gain.png").exists() and "](gain.png)" in own
     page.write_text("nothing\n")
     with pytest.raises(UserError, match="has no lines <!-- written by frontier.py -->"):

@@ -202,20 +202,23 @@ def test_a_file_that_is_no_study_is_refused(tmp_path, text, named):
         study.load_study(tmp_path)
 
 
-def test_a_variant_replaces_a_missing_run_to_compare_with(tmp_path):
-    (tmp_path / "study.toml").write_text(
+def test_a_variant_replaces_a_baseline_that_lacks_a_seed(tmp_path):
+    text = (
         'title = "x"\n[runs.baseline]\nsteps = [4, 8]\n[runs.slow]\nvariant_of = "baseline"\n'
-        "steps = [8, 16]\nseeds = [1, 2]\n[runs.s4]\nsteps = [4, 8, 16]\n"
-        "more_seeds = {8 = [2]}\n[runs.s4_slow]\nvariant_of = 's4'\nagainst = 'slow'\nsteps = [4]\n"
+        'against = "slow"\nsteps = [8, 16]\nseeds = [1, 2]\n[runs.s4]\nsteps = [4, 8, 16]\n'
+        "more_seeds = {8 = [2]}\n"
     )
+    (tmp_path / "study.toml").write_text(text)
     _, runs = study.load_study(tmp_path)
-    assert {r.name: r.against for r in runs if r.entry.startswith("s4")} == {
+    assert {r.name: r.against for r in runs if r.entry == "s4"} == {
         "s4_4_seed1": "baseline_4",
-        "s4_8_seed1": "baseline_8",
+        "s4_8_seed1": "slow_8",  # all seeds are compared with runs of the same entry
         "s4_8_seed2": "slow_8",
         "s4_16_seed1": "slow_16",
-        "s4_slow_4_seed1": "baseline_4",
     }
+    (tmp_path / "study.toml").write_text(text + 'against = "slow"\n')
+    with pytest.raises(UserError, match="runs.s4: slow_4 has no run with seed 1 to compare with"):
+        study.load_study(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["small_cpu", "gpt2_124m"])
