@@ -39,7 +39,7 @@ from stagewise.device import (
     peak_memory,
     reset_peak_memory,
 )
-from stagewise.distributed import Ranks, ranks_from_environment
+from stagewise.distributed import Ranks, destroy_process_groups, ranks_from_environment
 from stagewise.errors import UserError, report_user_errors
 from stagewise.run_folder import write_json
 from train import Setup
@@ -70,7 +70,7 @@ def main() -> None:
         forecast = {"machine": machine, "torch_version": torch.__version__, "phases": rows}
         write_json(Path(config.out_dir), "forecast.json", forecast)
     if ranks.launched:
-        dist.destroy_process_group()
+        destroy_process_groups()
 
 
 def measure_phases(s: Setup, config: Config, ranks: Ranks) -> list[dict[str, Any]]:

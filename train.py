@@ -80,6 +80,7 @@ from stagewise.distributed import (
     Ranks,
     any_rank,
     check_replicas,
+    destroy_process_groups,
     full_tensor,
     fully_shard,
     init_process_group,
@@ -310,7 +311,7 @@ def main() -> None:
             # When a process exits with a nonzero status, such as EXIT_STOPPED, torchrun terminates
             # the others, even one that is still writing.
             dist.barrier(gloo_group)
-        dist.destroy_process_group()
+        destroy_process_groups()
     signals.ignore()
     where = f"step {step:,} of {schedule.n_steps:,}"
     if stopping:

@@ -102,6 +102,15 @@ def init_process_group(
     return dist.new_group(backend="gloo", timeout=delta) if ranks.world_size > 1 else None
 
 
+def destroy_process_groups() -> None:
+    """Destroy all process groups, after their last collective."""
+    # A thread of a gloo group may still have to destroy the last collective, for which it needs the
+    # GIL. The destructor of the group holds the GIL while it waits for this thread (torch 2.13),
+    # which would be a deadlock. Sleeping releases the GIL.
+    time.sleep(0.1)
+    dist.destroy_process_group()
+
+
 def any_rank(flag: bool, gloo_group: dist.ProcessGroup | None) -> bool:
     """Return on all ranks whether `flag` is True on any rank of the group."""
     if gloo_group is None:

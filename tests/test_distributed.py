@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -381,3 +383,23 @@ def test_a_checkpoint_may_take_longer_to_write_than_the_timeout(corpus, tmp_path
     assert result.returncode == 0, result.stderr
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["step_00000002", "step_00000004"]
+
+
+def test_destroying_the_process_groups_does_not_wait_for_itself():
+    """Without the pause, this hangs after some of these repetitions (torch 2.13)."""
+    code = """
+import faulthandler, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from stagewise.distributed import destroy_process_groups
+
+faulthandler.dump_traceback_later(90, exit=True)
+for _ in range(40):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model = DistributedDataParallel(torch.nn.Linear(4, 4))
+    model(torch.ones(1, 4)).sum().backward()
+    destroy_process_groups()
+    del model  # the last reference to the group
+"""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
