@@ -781,26 +781,23 @@ CAPTION = (
 )
 SUMMARY = (
     "Every method is compared with a *baseline*: a model of the same final size that is trained as "
-    "a whole from the start, with the same FLOPs. Tokens are counted per non-embedding parameter. "
-    "The number after the steps is that of a baseline with as many steps; most methods cost fewer "
-    "FLOPs, and are compared with a shorter baseline. "
-    "The *gain* of a method is the baseline's "
-    "validation loss minus that of the method, in nats per token. The *compute multiplier* is the "
-    "FLOPs that a baseline needs to reach the loss of the method, divided by the FLOPs of the "
-    "method: above 1, the method saves compute. Both are given with 95% intervals over the seeds. "
-    "A method is *better* or *worse* if the interval of its gain does not contain zero; the gain "
-    f"is then in bold. Only methods with at least {MIN_SEEDS} seeds are counted. The *best method* "
-    "has the highest compute multiplier of those that are better. It is selected with the same "
-    "runs, so its gain and its multiplier tend to be too high."
+    "a whole from the start, with the same FLOPs. The number after the steps is the number of "
+    "tokens per non-embedding parameter on which a baseline is trained in that many steps. Most "
+    "methods cost fewer FLOPs, and are compared with a shorter baseline; *compared at* is its "
+    "number of tokens per parameter. The *gain* of a method is the baseline's validation loss "
+    "minus that of the method, in nats per token. The *compute multiplier* is the FLOPs that a "
+    "baseline needs to reach the loss of the method, divided by the FLOPs of the method: above 1, "
+    "the method saves compute. Both are given with 95% intervals over the seeds. A method is "
+    "*better* or *worse* if the interval of its gain does not contain zero; the gain is then in "
+    f"bold. Only methods with at least {MIN_SEEDS} seeds are counted. The *best method* has the "
+    "highest compute multiplier of those that are better. It is selected with the same runs, so "
+    "its gain and its multiplier tend to be too high."
 )
 BUDGETS = (
     "With 3 seeds, the width of an interval is itself uncertain. A dash instead of a multiplier "
     "means that it is unknown, because the loss of the run of at least one seed is lower or higher "
-    "than that of every baseline. The number in parentheses is the number of tokens per "
-    "non-embedding parameter on which a baseline is trained in that many steps. Many methods use "
-    "fewer FLOPs than this baseline. They are compared with a shorter baseline, whose loss is "
-    "interpolated between two that were trained; *compared at* is its number of tokens per "
-    "parameter. A method that saves FLOPs may still have a higher loss than a baseline that is "
+    "than that of every baseline. The loss of a shorter baseline is interpolated between two that "
+    "were trained. A method that saves FLOPs may still have a higher loss than a baseline that is "
     "trained on the same tokens. *Compared with the row above* counts the methods whose compute "
     "multiplier is lower or higher than in that row. A method is counted as n.s. (not significant) "
     "if the 95% interval of the difference between the logarithms of the two multipliers, paired "
@@ -996,16 +993,16 @@ def main(args: Args) -> None:
     controls = {n: points.pop(n) for n in list(points) if n in described.controls()}
     about = {name: e.about for name, e in described.runs.items()}
     budgets, contrasts = compared(points), contrasts_of(described, best)
-    findings = contrast_findings(contrasts)
+    comparisons = contrast_findings(contrasts)
+    about_controls = control_findings(controls, points, about)
+    significant = [corrected(budgets)] if budgets else []
     figure = [f"![gain over the baseline at equal FLOPs]({FIGURE})", CAPTION]
     overall = [summary(budgets), SUMMARY] if budgets else []
-    if budgets:
-        findings.insert(0, corrected(budgets))
-    about_controls = control_findings(controls, points, about)
     if readme:
-        text = [answer(budgets), *figure, *overall, *findings[:2], " ".join(about_controls)]
+        text = [answer(budgets), *figure, *overall, *significant, *comparisons[:1]]
+        text.append(" ".join(about_controls))
         write_summary(readme, folder, "\n\n".join(filter(None, text)))
-    findings += [*about_controls, trend(budgets)]
+    findings = [*significant, *comparisons, *about_controls, trend(budgets)]
     page = [
         f"# {described.title}",
         f"*Written by `python frontier.py {folder.as_posix()}` from the run folders next to this "
