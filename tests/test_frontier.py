@@ -222,6 +222,8 @@ def test_methods_are_compared_with_a_control_as_with_the_baseline(tiny):
     assert sentence.startswith("At equal FLOPs, with 8 steps ")
     assert "of 1 method that can be compared is significantly better than `small`" in sentence
     assert "Holm's correction leaves: " in sentence
+    two_seeds = [dataclasses.replace(p, runs=p.runs[:2]) for p in controls["small"]]
+    assert frontier.control_findings({"small": two_seeds}, points, {}) == []
 
 
 def test_the_interpolation_is_checked_with_each_baseline_between_two_others(tiny):
@@ -256,7 +258,7 @@ def test_seconds_are_shown_if_all_step_times_were_measured(tiny, tmp_path):
     text = page(entries)
     assert "equal seconds" in text and "Each was measured once. The" in text
     entries["baseline"].seconds["all blocks"] = [0.5, 0.8, 0.4]
-    text = page({e: entries[e] for e in entries})
+    text = page({e: entries[e] for e in entries if e != "small"})  # not for a control
     assert "on a machine. Each is the median of 1 to 3 measurements" in text
     every = {e: study.MeasuredEntry("", {n: [0.8, 0.4, 0.5] for n in phases[e]}) for e in phases}
     assert "median of 3 measurements, and their range is 80.0% of it" in page(every)
